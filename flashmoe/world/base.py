@@ -1,0 +1,172 @@
+"""What every world gives: an engine that runs launches and hands over what they left behind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from flashmoe.config import MoEConfig, MoEWeights
+
+RingMode = Literal["keep-first", "keep-last"]
+WorldKind = Literal["host", "local", "nvshmem"]
+
+
+class Status(IntEnum):
+    """How a launch ended; mirrors ``enum class Status`` in csrc/core/events.h."""
+
+    OK = 0
+    HANG = 1
+    OVERFLOW = 2
+    BAD_IDS = 3
+    HOST_ABORT = 4
+
+
+@dataclass(frozen=True)
+class Fault:
+    """An injected fault, for tests of the diagnosis.
+
+    ``never-starts``: ``rank``'s actors do not begin.  ``lost-signal``: ``rank`` moves the rows of
+    ``expert`` but never publishes them.  ``wrong-count``: ``rank`` tells ``peer`` one row too many
+    for ``expert`` (host engine only).  ``slow``: ``rank`` sleeps ``seconds`` before each unit of
+    work (host engine only).
+    """
+
+    kind: Literal["never-starts", "lost-signal", "wrong-count", "slow"]
+    rank: int
+    peer: int = -1
+    expert: int = -1
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to run, as opposed to what.
+
+    ``sms_per_rank`` None: all of the device's SMs shared evenly (GPU), 2 (host).  ``deadline_s``
+    bounds every wait; ``first_deadline_s`` replaces it in the first launch (None: 4 times the
+    former).  ``ring_capacity`` is in records an actor; None derives it from the plan's worst case.
+    """
+
+    ranks: int = 1
+    sms_per_rank: int | None = None
+    traced: bool = False
+    deadline_s: float = 10.0
+    first_deadline_s: float | None = None
+    ring_capacity: int | None = None
+    ring_mode: RingMode = "keep-first"
+    device: int = 0
+    faults: tuple[Fault, ...] = ()
+
+
+@dataclass
+class RingDump:
+    """All rings as the engine wrote them, one entry an actor, in (rank, cta, lane) order.
+
+    ``headers``: structured array of ``flashmoe.trace.schema.RING_HEADER`` [n].  ``records``:
+    structured array of ``RECORD`` [n, capacity]; only the first min(count, capacity) of a row were
+    written.
+    """
+
+    headers: np.ndarray
+    records: np.ndarray
+
+
+@dataclass
+class Launch:
+    """One launch's outcome.
+
+    ``elapsed_ms`` is by device events on a GPU (launch to completion), by the host's monotonic
+    clock on the host engine.  ``rows_needed`` is set with OVERFLOW.
+    """
+
+    status: Status
+    elapsed_ms: float
+    iteration: int
+    rows_needed: int = 0
+
+
+@dataclass
+class RankOutput:
+    """One rank's results of the last launch: y [T, H] dtype, ids int32 [T, k], weights f32 [T, k]."""
+
+    y: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+
+
+@dataclass
+class ClockInfo:
+    """The engine's clock: its source by name, its measured step, and what one record costs."""
+
+    source: str
+    step_ns: float
+    record_cost_ns: float
+    sm_mhz: float | None = None
+
+
+@dataclass
+class Routing:
+    """Rows of the last launch: ``chunk_counts`` uint32 [W, chunks, E], and the tiles in order.
+
+    ``tiles`` is a structured array with the columns of plan.parquet but ``iter``: rank, tile, gemm,
+    expert, row_tile, row_tile_global, col_tile, rows, cols, depth, family.
+    """
+
+    chunk_counts: np.ndarray
+    tiles: np.ndarray
+
+
+class Engine(Protocol):
+    """A world with weights loaded.  Not thread-safe; one launch at a time.
+
+    Built by ``HostEngine(config, weights, tokens, options)`` or ``LocalEngine(...)``, where
+    ``tokens`` is the T of each rank.  Construction raises FlashmoeError before it allocates where
+    the shape does not fit, with the bytes needed.
+    """
+
+    world: WorldKind
+    config: MoEConfig
+    options: EngineOptions
+    tokens: tuple[int, ...]
+    sms_per_rank: int
+    ring_capacity: int
+
+    def load(
+        self,
+        tokens: list[torch.Tensor],
+        ids: list[torch.Tensor] | None = None,
+        routing_weights: list[torch.Tensor] | None = None,
+    ) -> None:
+        """Sets each rank's input: x [T, H] dtype; with external routing ids and weights [T, k]."""
+
+    def launch(self) -> Launch:
+        """Runs one forward of all ranks and waits for it.  Never raises for a status but OK."""
+
+    def outputs(self) -> list[RankOutput]:
+        """Results of the last launch, one a rank, on the CPU."""
+
+    def routing(self) -> Routing:
+        """Counts and tile plan of the last launch."""
+
+    def rings(self) -> RingDump:
+        """Every actor's ring since construction or ``reset_rings``; empty where not traced."""
+
+    def reset_rings(self) -> None:
+        """Empties the rings, so that warm-up launches leave no records; iterations restart at 0."""
+
+    def flight(self) -> np.ndarray:
+        """Flight-recorder slots, ``flashmoe.trace.schema.FLIGHT_SLOT`` [n], also while hung."""
+
+    def clock(self) -> ClockInfo:
+        """The clock that stamped the events."""
+
+    def reset(self) -> None:
+        """Clears a sticky abort: signals zero, epoch 0.  Collective over the ranks."""
+
+    def close(self) -> None:
+        """Frees everything; safe to call twice."""
