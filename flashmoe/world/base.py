@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from flashmoe.config import MoEConfig, MoEWeights
+    from flashmoe.config import MoEConfig
 
 RingMode = Literal["keep-first", "keep-last"]
 WorldKind = Literal["host", "local", "nvshmem"]
