@@ -1,0 +1,220 @@
+// An actor: what one lane of one SM is, its trace ring, its flight-recorder slot, and the one wait.
+//
+// How to record (device and host alike):
+//   1. begin(...) when the actor enters a launch; it starts the clock of the first span;
+//   2. span(kind, ...) at the end of each piece of work: it lasts from the end of the span before, so
+//      spans never overlap and every nanosecond has an owner;  skip() instead leaves the time idle;
+//   3. wait(...) for anything another CTA or rank must do first;
+//   4. end() once, when the actor leaves the launch.
+//
+// `P` is the platform: static functions load(word) (acquire), store_relaxed, now_ns, cycles, relax,
+// put_slot and put_record.  `kTraced` false compiles every record away; the flight recorder, the
+// deadline and the abort stay.  On the GPU one lane of the warp runs these.
+#pragma once
+
+#include <cstdint>
+
+#include "core/events.h"
+#include "core/heap.h"
+#include "core/records.h"
+
+namespace flashmoe {
+
+// What is awaited: named in the trace, in the flight recorder and in the hang report.
+struct Awaited {
+  EventKind kind;
+  uint16_t peer;
+  uint16_t expert;
+  uint32_t tile;
+};
+
+enum class Until : uint32_t {
+  kAtLeast = 0,  // the word, as a counter, has reached the target
+  kTag = 1,      // the word's upper half is the target
+};
+
+FLASHMOE_HD bool reached(uint64_t seen, Until until, uint64_t target) {
+  return until == Until::kAtLeast ? seen >= target : (seen >> 32) == target;
+}
+
+template <class P, bool kTraced>
+struct Actor {
+  FlightSlot* slot;        // pinned host memory on a GPU
+  RingHeader* ring;        // null when not traced
+  Record* records;
+  const uint64_t* abort_word;  // of the actor's own rank
+  uint64_t deadline_ns;    // length of the longest allowed wait
+  uint64_t count;          // records written, kept here between writes of the header
+  uint64_t last_ns;        // end of the span before
+  uint64_t begin_ns;
+  uint64_t begin_cycles;
+  uint32_t capacity;
+  uint32_t epoch;
+  uint16_t iter;
+  uint8_t iter_flags;
+  uint8_t lane;
+  uint8_t keep_last;
+  uint16_t rank;
+  uint16_t sm;
+  uint16_t cta;
+
+  FLASHMOE_HD void begin(uint32_t launch_epoch, uint32_t iteration) {
+    epoch = launch_epoch;
+    iter = static_cast<uint16_t>(iteration < 0xffffu ? iteration : 0xffffu);
+    iter_flags = iteration < 0xffffu ? 0 : kFlagIterWrapped;
+    note(ActorState::kRunning, {EventKind::k_launch, kNoPeer, kNoExpert, kNoTile}, 0, 0, P::now_ns());
+    if constexpr (kTraced) {
+      count = ring->count;
+      begin_ns = last_ns = P::now_ns();
+      begin_cycles = P::cycles();
+      ring->begin_ns = begin_ns;
+      ring->end_ns = 0;
+      ring->begin_cycles = begin_cycles;
+      ring->capacity = capacity;
+      ring->rank = rank;
+      ring->sm = sm;
+      ring->cta = cta;
+      ring->lane = lane;
+      ring->mode = keep_last;
+      ring->magic = kRingMagic;
+    }
+  }
+
+  FLASHMOE_HD void end(ActorState state) {
+    if constexpr (kTraced) {
+      const uint64_t now = P::now_ns();
+      const uint64_t cycles = P::cycles();
+      write(EventKind::k_launch, 0, begin_ns, now - begin_ns, kNoPeer, kNoExpert, kNoTile,
+            saturate(cycles - begin_cycles), 0);
+      ring->end_ns = now;
+      ring->end_cycles = cycles;
+      ring->count = count;
+    }
+    note(state, {EventKind::k_launch, kNoPeer, kNoExpert, kNoTile}, 0, 0, P::now_ns());
+  }
+
+  // A span of `kind` from the end of the one before until now.
+  FLASHMOE_HD void span(EventKind kind, uint16_t peer, uint16_t expert, uint32_t tile, uint64_t aux,
+                        uint32_t stall_cycles = 0) {
+    if constexpr (kTraced) {
+      const uint64_t now = P::now_ns();
+      write(kind, 0, last_ns, now - last_ns, peer, expert, tile, saturate(aux), stall_cycles);
+      last_ns = now;
+    }
+  }
+
+  // A span whose ends were stamped elsewhere; it must begin at or after the end of the one before.
+  FLASHMOE_HD void span_at(EventKind kind, uint64_t from, uint64_t to, uint16_t peer, uint16_t expert,
+                           uint32_t tile, uint64_t aux, uint32_t stall_cycles = 0) {
+    if constexpr (kTraced) {
+      write(kind, 0, from, to - from, peer, expert, tile, saturate(aux), stall_cycles);
+      last_ns = to;
+    }
+  }
+
+  FLASHMOE_HD void instant(EventKind kind, uint16_t peer, uint16_t expert, uint32_t tile, uint64_t aux) {
+    if constexpr (kTraced) write(kind, 0, last_ns, 0, peer, expert, tile, saturate(aux), 0);
+  }
+
+  // The time since the last span belongs to nothing: it is idle.
+  FLASHMOE_HD void skip() {
+    if constexpr (kTraced) last_ns = P::now_ns();
+  }
+
+  // Says in the flight recorder what the actor now does.
+  FLASHMOE_HD void doing(EventKind kind, uint16_t peer, uint16_t expert, uint32_t tile) {
+    note(ActorState::kRunning, {kind, peer, expert, tile}, 0, 0, P::now_ns());
+  }
+
+  // The one wait on another CTA or rank.  Returns Status::kOk once the word has reached the target,
+  // kHang when the deadline passed first (the caller raises abort), or the status found in the abort
+  // word.  The clock is first read after the first try failed.
+  FLASHMOE_HD Status wait(const Awaited& what, const uint64_t* word, Until until, uint64_t target,
+                          uint32_t lacking_unit = 0) {
+    uint64_t seen = P::load(word);
+    if (reached(seen, until, target)) return Status::kOk;
+    const uint64_t from = P::now_ns();
+    const uint32_t lacking =
+        until == Until::kAtLeast && lacking_unit == 0 ? static_cast<uint32_t>(target - seen) : 0;
+    if constexpr (kTraced) {
+      write(what.kind, kFlagOpen, from, 0, what.peer, what.expert, what.tile, lacking, 0);
+      ring->count = count;
+    }
+    note(ActorState::kWaiting, what, target, seen, from);
+    Status status = Status::kOk;
+    for (;;) {
+      P::relax();
+      seen = P::load(word);
+      if (reached(seen, until, target)) break;
+      const uint64_t aborted = P::load(abort_word);
+      if (aborted != 0) {
+        status = static_cast<Status>(aborted);
+        note(ActorState::kAborted, what, target, seen, from);
+        break;
+      }
+      if (P::now_ns() - from > deadline_ns) {
+        status = Status::kHang;
+        note(ActorState::kGaveUp, what, target, seen, from);
+        break;
+      }
+    }
+    if constexpr (kTraced) {
+      const uint64_t now = P::now_ns();
+      write(what.kind, status == Status::kOk ? 0 : kFlagGaveUp, from, now - from, what.peer,
+            what.expert, what.tile, lacking, 0);
+      last_ns = now;
+    }
+    if (status == Status::kOk) {
+      note(ActorState::kRunning, {EventKind::kNone, kNoPeer, kNoExpert, kNoTile}, 0, 0, from);
+    }
+    return status;
+  }
+
+  FLASHMOE_HD static uint32_t saturate(uint64_t value) {
+    return value > 0xffffffffull ? 0xffffffffu : static_cast<uint32_t>(value);
+  }
+
+ private:
+  FLASHMOE_HD void write(EventKind kind, uint8_t flags, uint64_t t0, uint64_t duration, uint16_t peer,
+                         uint16_t expert, uint32_t tile, uint32_t aux, uint32_t stall_cycles) {
+    const uint64_t index = count++;
+    uint64_t place = index;
+    if (index >= capacity) {
+      if (!keep_last || capacity == 0) return;
+      place = index % capacity;
+    }
+    Record r;
+    r.t0_ns = t0;
+    r.dur_ns = saturate(duration);
+    r.kind = static_cast<uint8_t>(kind);
+    r.flags = static_cast<uint8_t>(flags | iter_flags | (duration >= 0xffffffffull ? kFlagSaturated : 0));
+    r.peer = peer;
+    r.expert = expert;
+    r.iter = iter;
+    r.tile = tile;
+    r.aux = aux;
+    r.stall_cycles = stall_cycles;
+    P::put_record(records + place, r);
+  }
+
+  FLASHMOE_HD void note(ActorState state, const Awaited& what, uint64_t expected, uint64_t seen,
+                        uint64_t since) {
+    FlightSlot s{};
+    s.since_ns = since;
+    s.epoch = epoch;
+    s.state = static_cast<uint8_t>(state);
+    s.kind = static_cast<uint8_t>(what.kind);
+    s.peer = what.peer;
+    s.expert = what.expert;
+    s.rank = rank;
+    s.tile = what.tile;
+    s.expected = expected;
+    s.seen = seen;
+    s.sm = sm;
+    s.cta = cta;
+    s.lane = lane;
+    P::put_slot(slot, s);
+  }
+};
+
+}  // namespace flashmoe

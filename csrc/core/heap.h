@@ -1,0 +1,131 @@
+// The heap of one rank: every section's offset, the same on all ranks, and who writes it.
+//
+// A rank's peers reach only the sections marked "peers".  Signal words are 64 bits.  Sections marked
+// [2] alternate by the epoch's parity: during launch n the owner clears the set of launch n + 1; no
+// peer can add to it before it has this rank's counts of launch n + 1.
+#pragma once
+
+#include <cstdint>
+
+#include "core/shape.h"
+
+namespace flashmoe {
+
+// Words of the header, each on a line of its own so that polling one does not slow another.
+struct HeapLayout {
+  // header
+  uint64_t abort_word;   // peers: Status, sticky; written by whoever gives up
+  uint64_t epoch_word;   // launches completed; written by the last CTA to leave
+  uint64_t status_word;  // Status of the last launch | rows needed << 32 (overflow)
+  uint64_t barrier;      // counter: arrivals of all launches since reset
+  uint64_t exits;        // counter: CTAs that left, of all launches since reset
+  uint64_t next_tile;    // [2] counter: tiles handed out
+  // signals
+  uint64_t counts;       // peers: [2][W][E] (epoch << 32 | rows), row s written by source s
+  uint64_t rows_ready;   // peers: [2][row tiles of the pool] counter: rows arrived
+  uint64_t h_ready;      // [2][row tiles of the pool] counter: GEMM1 column tiles done
+  uint64_t y_ready;      // [2][row tiles of the pool] counter: GEMM2 column tiles done
+  uint64_t returned;     // peers: [row tiles over all experts] epoch, by the row tile's owner
+  // rows
+  uint64_t pool;         // peers: [pool_rows][H] dtype, rows for this rank's experts
+  uint64_t ret;          // peers: [max_tokens * k][H] dtype, result rows in send order
+  uint64_t h;            // [pool_rows][I] dtype
+  // of this rank as a source
+  uint64_t ids;          // [max_tokens][k] u32, experts chosen
+  uint64_t weights;      // [max_tokens][k] f32
+  uint64_t slots;        // [max_tokens][k] u32, index among the chunk's rows for that expert
+  uint64_t sorted;       // [max_tokens * k] u32, token * k + j, by expert within each chunk
+  uint64_t histogram;    // [chunks][E] u32
+  uint64_t tables;       // [chunks] PlanTables, each CTA its own copy
+  uint64_t bytes;        // of the whole heap
+};
+
+inline constexpr uint64_t kSectionAlign = 1024;
+inline constexpr uint64_t kLine = 128;
+
+// Upper bounds that the sections are sized by.
+FLASHMOE_HD uint32_t max_pool_tiles(const Shape& s) {
+  return s.pool_rows / s.tile_m + max_owned_experts(s) + 1;
+}
+FLASHMOE_HD uint32_t max_global_tiles(const Shape& s) {
+  return static_cast<uint32_t>(static_cast<uint64_t>(s.world) * s.max_tokens * s.top_k / s.tile_m) +
+         s.experts + 1;
+}
+
+// u32 words of one CTA's plan tables (core/plan.h).
+FLASHMOE_HD uint64_t table_words(const Shape& s) {
+  const uint64_t columns = s.experts + 1;
+  return (2ull + s.world) * columns       // prefix
+         + 1ull * s.world * s.experts     // start
+         + 2ull * columns                 // chunk_prefix, chunk_order
+         + 2ull * max_owned_experts(s) + 1;  // segments
+}
+
+// The rows a pool may have to hold: every token of every rank sends each of min(k, experts of the
+// rank) rows here.
+FLASHMOE_HD uint64_t worst_pool_rows(const Shape& s) {
+  return static_cast<uint64_t>(s.world) * s.max_tokens * min_u32(s.top_k, max_owned_experts(s));
+}
+
+inline HeapLayout heap_layout(const Shape& s) {
+  constexpr uint64_t kElement = 2;  // bf16 and fp16
+  HeapLayout l{};
+  uint64_t at = 0;
+  auto take = [&at](uint64_t bytes, uint64_t alignment) {
+    at = align_up(at, alignment);
+    const uint64_t offset = at;
+    at += bytes;
+    return offset;
+  };
+  const uint64_t rows_sent = static_cast<uint64_t>(s.max_tokens) * s.top_k;
+  l.abort_word = take(8, kLine);
+  l.epoch_word = take(8, kLine);
+  l.status_word = take(8, kLine);
+  l.barrier = take(8, kLine);
+  l.exits = take(8, kLine);
+  l.next_tile = take(2 * kLine, kLine);
+  l.counts = take(16ull * s.world * s.experts, kSectionAlign);
+  l.rows_ready = take(16ull * max_pool_tiles(s), kSectionAlign);
+  l.h_ready = take(16ull * max_pool_tiles(s), kSectionAlign);
+  l.y_ready = take(16ull * max_pool_tiles(s), kSectionAlign);
+  l.returned = take(8ull * max_global_tiles(s), kSectionAlign);
+  l.pool = take(kElement * s.pool_rows * s.hidden, kSectionAlign);
+  l.ret = take(kElement * rows_sent * s.hidden, kSectionAlign);
+  l.h = take(kElement * s.pool_rows * s.inter, kSectionAlign);
+  l.ids = take(4 * rows_sent, kSectionAlign);
+  l.weights = take(4 * rows_sent, kSectionAlign);
+  l.slots = take(4 * rows_sent, kSectionAlign);
+  l.sorted = take(4 * rows_sent, kSectionAlign);
+  l.histogram = take(4ull * s.chunks * s.experts, kSectionAlign);
+  l.tables = take(s.chunks * align_up(4 * table_words(s), kLine), kSectionAlign);
+  l.bytes = align_up(at, kSectionAlign);
+  return l;
+}
+
+// Where the signals end: [0, signal_bytes) is what reset() clears.
+FLASHMOE_HD uint64_t signal_bytes(const HeapLayout& l) { return l.pool; }
+
+// The heap of one rank, seen from one rank: a base address and the layout.
+struct Heap {
+  char* base;  // null: no pointer reaches this rank
+
+  template <class T>
+  FLASHMOE_HD T* at(uint64_t offset) const {
+    return reinterpret_cast<T*>(base + offset);
+  }
+};
+
+FLASHMOE_HD uint64_t* counts_words(const Heap& h, const HeapLayout& l, const Shape& s,
+                                   uint32_t epoch, uint32_t source) {
+  return h.at<uint64_t>(l.counts) +
+         (static_cast<uint64_t>(epoch & 1) * s.world + source) * s.experts;
+}
+FLASHMOE_HD uint64_t* tile_counter(const Heap& h, uint64_t section, const Shape& s, uint32_t epoch,
+                                   uint32_t pool_tile) {
+  return h.at<uint64_t>(section) + static_cast<uint64_t>(epoch & 1) * max_pool_tiles(s) + pool_tile;
+}
+FLASHMOE_HD uint64_t* next_tile_word(const Heap& h, const HeapLayout& l, uint32_t epoch) {
+  return h.at<uint64_t>(l.next_tile) + (epoch & 1) * (kLine / 8);
+}
+
+}  // namespace flashmoe

@@ -1,0 +1,74 @@
+// What a launch computes and how it is cut, as run-time values; and who owns which expert.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define FLASHMOE_HD __host__ __device__ __forceinline__
+#else
+#define FLASHMOE_HD inline
+#endif
+
+namespace flashmoe {
+
+enum class Activation : uint32_t { kSwiglu = 0, kGeglu = 1, kRelu = 2, kGelu = 3, kSilu = 4 };
+enum class RoutingKind : uint32_t { kSoftmax = 0, kSigmoid = 1, kExternal = 2 };
+
+FLASHMOE_HD bool is_gated(Activation a) {
+  return a == Activation::kSwiglu || a == Activation::kGeglu;
+}
+
+// Equal on all ranks.  Nothing here but `chunks` may depend on the number of SMs, and `chunks` does
+// not touch the arithmetic.
+struct Shape {
+  uint32_t world;           // W, ranks
+  uint32_t experts;         // E, over all ranks
+  uint32_t top_k;           // k
+  uint32_t hidden;          // H, a multiple of 8
+  uint32_t inter;           // I, a multiple of 8
+  uint32_t max_tokens;      // the largest T of any rank
+  uint32_t pool_rows;       // capacity of each rank's pool, rows
+  uint32_t chunks;          // CTAs of a rank; each handles one chunk of consecutive tokens
+  uint32_t tile_m;          // rows of a tile
+  uint32_t tile_n1;         // columns of `h` of a GEMM1 tile
+  uint32_t tile_n2;         // columns of a GEMM2 tile
+  uint32_t wave_experts;    // experts of one owner whose tiles are due together
+  Activation activation;
+  RoutingKind routing;
+  uint32_t renormalize;     // divide the chosen weights by their sum
+  float scale;              // factor on the routing weights
+  uint32_t groups;          // sigmoid: groups of experts, 1 for none
+  uint32_t top_groups;      // sigmoid: groups a token may choose from
+};
+
+FLASHMOE_HD uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
+FLASHMOE_HD uint64_t align_up(uint64_t a, uint64_t b) { return (a + b - 1) / b * b; }
+FLASHMOE_HD uint32_t min_u32(uint32_t a, uint32_t b) { return a < b ? a : b; }
+FLASHMOE_HD uint32_t max_u32(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
+// Rank r owns experts [floor(rE/W), floor((r+1)E/W)).
+FLASHMOE_HD uint32_t first_expert(const Shape& s, uint32_t rank) {
+  return static_cast<uint32_t>(static_cast<uint64_t>(rank) * s.experts / s.world);
+}
+FLASHMOE_HD uint32_t owned_experts(const Shape& s, uint32_t rank) {
+  return first_expert(s, rank + 1) - first_expert(s, rank);
+}
+FLASHMOE_HD uint32_t owner_of(const Shape& s, uint32_t expert) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(expert + 1) * s.world - 1) / s.experts);
+}
+FLASHMOE_HD uint32_t max_owned_experts(const Shape& s) { return ceil_div(s.experts, s.world); }
+
+// Chunk c of a rank with T tokens is [c * size, min((c + 1) * size, T)): the first chunks are full,
+// the last ones may be empty.
+FLASHMOE_HD uint32_t chunk_size(const Shape& s, uint32_t tokens) {
+  return ceil_div(max_u32(tokens, 1), s.chunks);
+}
+FLASHMOE_HD uint32_t chunk_begin(const Shape& s, uint32_t tokens, uint32_t chunk) {
+  return min_u32(chunk * chunk_size(s, tokens), tokens);
+}
+
+FLASHMOE_HD uint32_t column_tiles(const Shape& s, uint32_t gemm) {
+  return gemm == 1 ? ceil_div(s.inter, s.tile_n1) : ceil_div(s.hidden, s.tile_n2);
+}
+
+}  // namespace flashmoe
