@@ -1,0 +1,99 @@
+# GPU cubins: csrc/device/NAME_sm90a.cu -> flashmoe/kernels/cubin/NAME_sm90a.cubin.
+#
+# Sets FLASHMOE_CUBINS (the files), FLASHMOE_NVCC_VERSION, and FLASHMOE_NO_CUBINS_WHY where there are
+# none.  Needs no GPU and no driver.
+file(GLOB device_sources CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/csrc/device/*_sm90a.cu")
+file(GLOB nvcc_probe_source "${CMAKE_CURRENT_SOURCE_DIR}/cmake/probe.cu")
+
+# `path` runs, is of release 13, and turns a small kernel into an sm_90a cubin: a compiler whose parts
+# are missing or do not fit each other answers --version all the same.
+function(flashmoe_try_nvcc path version_out why_out)
+  set(${version_out} "" PARENT_SCOPE)
+  execute_process(
+    COMMAND "${path}" --version
+    OUTPUT_VARIABLE said
+    ERROR_VARIABLE said_err
+    RESULT_VARIABLE failed)
+  if(failed)
+    set(${why_out} "${path} does not run: ${failed}" PARENT_SCOPE)
+    return()
+  endif()
+  if(NOT said MATCHES "release 13\\.[0-9]+, V([0-9.]+)")
+    set(${why_out} "${path} is not of CUDA 13" PARENT_SCOPE)
+    return()
+  endif()
+  set(version "${CMAKE_MATCH_1}")
+  execute_process(
+    COMMAND "${path}" -std=c++17 -gencode arch=compute_90a,code=sm_90a -cubin -o
+            "${CMAKE_CURRENT_BINARY_DIR}/probe.cubin" "${nvcc_probe_source}"
+    OUTPUT_VARIABLE said
+    ERROR_VARIABLE said_err
+    RESULT_VARIABLE failed)
+  if(failed)
+    string(STRIP "${said_err}${said}" said)
+    string(REGEX REPLACE "[\r\n;]+" " | " said "${said}")
+    string(SUBSTRING "${said}" 0 300 said)
+    set(${why_out} "${path} cannot compile for sm_90a: ${said}" PARENT_SCOPE)
+    return()
+  endif()
+  set(${version_out} "${version}" PARENT_SCOPE)
+endfunction()
+
+set(FLASHMOE_NVCC_VERSION "")
+set(nvcc "")
+if("$ENV{FLASHMOE_SKIP_CUDA}" MATCHES "^(1|true|yes|on)$")
+  set(FLASHMOE_NO_CUBINS_WHY "built with FLASHMOE_SKIP_CUDA=1")
+elseif(NOT device_sources)
+  set(FLASHMOE_NO_CUBINS_WHY "csrc/device holds no kernel")
+else()
+  set(candidates "")
+  find_program(path_nvcc nvcc NO_CACHE NO_CMAKE_PATH)
+  if(path_nvcc)
+    list(APPEND candidates "${path_nvcc}")
+  endif()
+  # Under build isolation the wheels lie in an overlay on sys.path, not in purelib.
+  execute_process(
+    COMMAND
+      "${Python_EXECUTABLE}" -c
+      "import pathlib, sys; print(';'.join(str(f) for p in sys.path if (f := pathlib.Path(p or '.', 'nvidia/cu13/bin/nvcc').resolve()).is_file()), end='')"
+    OUTPUT_VARIABLE wheel_nvcc)
+  list(APPEND candidates ${wheel_nvcc})
+  list(REMOVE_DUPLICATES candidates)
+
+  set(reasons "no nvcc on PATH or in the build environment")
+  foreach(candidate IN LISTS candidates)
+    flashmoe_try_nvcc("${candidate}" FLASHMOE_NVCC_VERSION why)
+    if(FLASHMOE_NVCC_VERSION)
+      set(nvcc "${candidate}")
+      break()
+    endif()
+    list(APPEND tried "${why}")
+    list(JOIN tried "; " reasons)
+  endforeach()
+  if(NOT nvcc)
+    set(FLASHMOE_NO_CUBINS_WHY "${reasons}")
+  endif()
+endif()
+
+if(nvcc)
+  message(STATUS "nvcc ${FLASHMOE_NVCC_VERSION}: ${nvcc}")
+  set(cubin_dir "${CMAKE_CURRENT_BINARY_DIR}/cubin")
+  file(MAKE_DIRECTORY "${cubin_dir}")
+  foreach(source IN LISTS device_sources)
+    get_filename_component(name "${source}" NAME_WE)
+    set(cubin "${cubin_dir}/${name}.cubin")
+    add_custom_command(
+      OUTPUT "${cubin}"
+      COMMAND
+        "${CMAKE_COMMAND}" "-DNVCC=${nvcc}" "-DSOURCE=${source}" "-DCUBIN=${cubin}"
+        "-DINCLUDE=${CMAKE_CURRENT_SOURCE_DIR}/csrc"
+        -P "${CMAKE_CURRENT_SOURCE_DIR}/cmake/compile_cubin.cmake"
+      DEPENDS "${source}" "${CMAKE_CURRENT_SOURCE_DIR}/cmake/compile_cubin.cmake"
+      DEPFILE "${cubin}.d"
+      COMMENT "nvcc ${name}.cubin"
+      VERBATIM)
+    list(APPEND FLASHMOE_CUBINS "${cubin}")
+  endforeach()
+  add_custom_target(cubins ALL DEPENDS ${FLASHMOE_CUBINS})
+  install(FILES ${FLASHMOE_CUBINS} DESTINATION flashmoe/kernels/cubin)
+endif()
