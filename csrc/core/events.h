@@ -1,6 +1,6 @@
 // What an actor can be doing: the one list of event kinds, lanes and record flags.
 //
-// flashmoe/trace/schema.py mirrors this file; tests/test_schema.py parses it and holds the mirror to it.
+// flashmoe/trace/schema.py mirrors this file; tests/trace/test_schema.py parses it and holds the mirror to it.
 // Values are part of the file format (docs/trace-format.md): never renumber, only append.
 #pragma once
 

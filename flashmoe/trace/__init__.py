@@ -1,0 +1,1 @@
+"""Reading, keeping and analysing traces; needs neither torch nor CUDA."""
