@@ -23,7 +23,7 @@ def version(source: Path) -> str:
     text = (source / "flashmoe" / "__init__.py").read_text(encoding="utf-8")
     found = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
     if found is None:
-        raise SystemExit("flashmoe/__init__.py: no line __version__ = \"...\"")
+        raise SystemExit('flashmoe/__init__.py: no line __version__ = "..."')
     return found.group(1)
 
 
@@ -70,12 +70,14 @@ def built() -> str:
 
 
 def cubin_entry(name: str) -> dict[str, str]:
-    """``moe_p2p_sm90a`` -> its file, architecture (``sm_90a``) and transport flavour."""
+    """``moe_sm90a`` or ``moe_nvshmem_sm90a`` -> its file, kernel, architecture and flavour."""
     stem, _, arch = name.rpartition("_sm")
+    kernel, nvshmem = stem.removesuffix("_nvshmem"), stem.endswith("_nvshmem")
     return {
         "file": f"{name}.cubin",
+        "kernel": kernel.removesuffix("_p2p"),
         "arch": f"sm_{arch}",
-        "flavour": "nvshmem" if "nvshmem" in stem.split("_") else "p2p",
+        "flavour": "nvshmem" if nvshmem else "p2p",
     }
 
 
@@ -87,6 +89,7 @@ def main() -> None:
     parser.add_argument("--system", required=True)
     parser.add_argument("--cxx", required=True)
     parser.add_argument("--nvcc", required=True)
+    parser.add_argument("--why-no-host-engine", required=True)
     parser.add_argument("--why-no-cubins", required=True)
     parser.add_argument("cubins", type=Path, nargs="*")
     options = parser.parse_args()
@@ -99,6 +102,7 @@ def main() -> None:
         "python": platform.python_version(),
         "cxx": options.cxx.strip() or None,
         "nvcc": options.nvcc or None,
+        "why_no_host_engine": options.why_no_host_engine or None,
         "cubins": [cubin_entry(path.stem) for path in options.cubins],
         "why_no_cubins": options.why_no_cubins or None,
     }

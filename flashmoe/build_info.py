@@ -1,0 +1,132 @@
+"""What this installation was built from and what it holds: ``flashmoe/_build_info.json``, typed.
+
+The build writes that file (cmake/build_info.py); this module only reads it, and imports nothing
+heavy.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import flashmoe
+from flashmoe.errors import FlashmoeError
+
+_FILE = Path(__file__).with_name("_build_info.json")
+_CUBIN_DIR = Path(__file__).with_name("kernels") / "cubin"
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """One compiled kernel file.
+
+    ``kernel`` is its name without flavour and architecture, ``arch`` as nvcc spells it (``sm_90a``),
+    ``flavour`` the transport it was linked for (``p2p`` or ``nvshmem``).
+    """
+
+    file: str
+    kernel: str
+    arch: str
+    flavour: str
+
+    @property
+    def path(self) -> Path:
+        """Where the file lies in this installation."""
+        return _CUBIN_DIR / self.file
+
+    @property
+    def compute_capability(self) -> tuple[int, int]:
+        """The capability it is compiled for: ``sm_90a`` -> (9, 0)."""
+        digits = self.arch.removeprefix("sm_").rstrip("af")
+        return int(digits[:-1]), int(digits[-1])
+
+
+@dataclass(frozen=True)
+class BuildInfo:
+    """One build of flashmoe.
+
+    ``commit`` and ``dirty`` are None where the source came without its history.  ``built`` is UTC,
+    ISO 8601.  ``why_no_host_engine`` and ``why_no_cubins`` are empty where the build holds them.
+    """
+
+    version: str
+    commit: str | None
+    dirty: bool | None
+    built: str | None
+    system: str | None
+    python: str | None
+    cxx: str | None
+    nvcc: str | None
+    why_no_host_engine: str
+    cubins: tuple[Cubin, ...]
+    why_no_cubins: str
+
+    @property
+    def flavours(self) -> tuple[str, ...]:
+        """The transport flavours held, sorted."""
+        return tuple(sorted({cubin.flavour for cubin in self.cubins}))
+
+    @property
+    def revision(self) -> str:
+        """The commit in twelve digits, ``+dirty`` where the tree held changes, or ``unknown``."""
+        if self.commit is None:
+            return "unknown"
+        return self.commit[:12] + ("+dirty" if self.dirty else "")
+
+    def lines(self) -> list[str]:
+        """The build in words, a line a subject: what ``--version -v`` and ``doctor`` print."""
+        cubins = ", ".join(f"{c.kernel} {c.flavour} {c.arch}" for c in self.cubins)
+        compilers = [self.cxx or "no C++ compiler", f"nvcc {self.nvcc}" if self.nvcc else "no nvcc"]
+        return [
+            f"flashmoe {self.version}, commit {self.revision}, built {self.built or 'never'}",
+            f"host engine: {self.why_no_host_engine or 'yes'}",
+            f"GPU kernels: {cubins or 'none: ' + self.why_no_cubins}",
+            f"compilers: {', '.join(compilers)}; for Python {self.python or '?'} on "
+            f"{self.system or '?'}",
+        ]
+
+
+def parse(text: str) -> BuildInfo:
+    """``_build_info.json`` as a :class:`BuildInfo`; raises FlashmoeError where it is not one."""
+    try:
+        raw = json.loads(text)
+        return BuildInfo(
+            version=raw["version"],
+            commit=raw["commit"],
+            dirty=raw["dirty"],
+            built=raw["built"],
+            system=raw["system"],
+            python=raw["python"],
+            cxx=raw["cxx"],
+            nvcc=raw["nvcc"],
+            why_no_host_engine=raw["why_no_host_engine"] or "",
+            cubins=tuple(Cubin(**entry) for entry in raw["cubins"]),
+            why_no_cubins=raw["why_no_cubins"] or "",
+        )
+    except (ValueError, KeyError, TypeError) as exc:
+        raise FlashmoeError(
+            f"flashmoe/_build_info.json is damaged: {exc!r}", "install flashmoe again"
+        ) from exc
+
+
+@cache
+def build_info() -> BuildInfo:
+    """This installation's build; a source tree that was never built says so in its reasons."""
+    if _FILE.is_file():
+        return parse(_FILE.read_text(encoding="utf-8"))
+    unbuilt = "this source tree is not built: run `make dev`"
+    return BuildInfo(
+        version=flashmoe.__version__,
+        commit=None,
+        dirty=None,
+        built=None,
+        system=None,
+        python=None,
+        cxx=None,
+        nvcc=None,
+        why_no_host_engine=unbuilt,
+        cubins=(),
+        why_no_cubins=unbuilt,
+    )
