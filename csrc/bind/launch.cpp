@@ -1,0 +1,256 @@
+// What a GPU world needs from core on the host's side: the heap's layout, the tile plan, and the
+// bytes of LaunchArgs.  All of it is derived through csrc/core, so that it can't differ from what the
+// kernel derives.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstddef>
+#include <cstring>
+#include <memory>
+#include <tuple>
+#include <vector>
+
+#include "bind/shape_from_dict.h"
+#include "core/args.h"
+#include "core/heap.h"
+#include "core/plan.h"
+#include "core/records.h"
+#include "host/team.h"
+
+namespace nb = nanobind;
+using namespace flashmoe;
+
+namespace {
+
+nb::dict heap_layout_dict(const nb::dict& shape) {
+  const Shape s = shape_from_dict(shape);
+  const HeapLayout l = heap_layout(s);
+  nb::dict d;
+#define FLASHMOE_OFFSET(name) d[#name] = l.name
+  FLASHMOE_OFFSET(abort_word);
+  FLASHMOE_OFFSET(epoch_word);
+  FLASHMOE_OFFSET(status_word);
+  FLASHMOE_OFFSET(barrier);
+  FLASHMOE_OFFSET(exits);
+  FLASHMOE_OFFSET(next_tile);
+  FLASHMOE_OFFSET(counts);
+  FLASHMOE_OFFSET(rows_ready);
+  FLASHMOE_OFFSET(h_ready);
+  FLASHMOE_OFFSET(y_ready);
+  FLASHMOE_OFFSET(returned);
+  FLASHMOE_OFFSET(pool);
+  FLASHMOE_OFFSET(ret);
+  FLASHMOE_OFFSET(h);
+  FLASHMOE_OFFSET(ids);
+  FLASHMOE_OFFSET(weights);
+  FLASHMOE_OFFSET(slots);
+  FLASHMOE_OFFSET(sorted);
+  FLASHMOE_OFFSET(histogram);
+  FLASHMOE_OFFSET(tables);
+  FLASHMOE_OFFSET(bytes);
+#undef FLASHMOE_OFFSET
+  d["signal_bytes"] = signal_bytes(l);
+  d["table_words"] = table_words(s);
+  d["max_pool_tiles"] = max_pool_tiles(s);
+  d["max_global_tiles"] = max_global_tiles(s);
+  d["worst_pool_rows"] = worst_pool_rows(s);
+  return d;
+}
+
+nb::object owned_array(std::vector<uint32_t> values) {
+  auto* kept = new std::vector<uint32_t>(std::move(values));
+  nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<uint32_t>*>(p); });
+  return nb::cast(
+      nb::ndarray<nb::numpy, uint32_t, nb::ndim<1>>(kept->data(), {kept->size()}, owner));
+}
+
+using ChunkCounts = nb::ndarray<const uint32_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+
+nb::dict plan_dict(const nb::dict& shape, const ChunkCounts& chunk_counts) {
+  Shape s = shape_from_dict(shape);
+  if (chunk_counts.shape(0) != s.world || chunk_counts.shape(2) != s.experts) {
+    throw nb::value_error("chunk_counts must be [world, chunks, experts]");
+  }
+  const size_t chunks = chunk_counts.shape(1);
+  const uint32_t* rows = chunk_counts.data();
+  auto counts = [&](uint32_t source, uint32_t expert) {
+    uint32_t sum = 0;
+    for (size_t c = 0; c < chunks; ++c) sum += rows[(source * chunks + c) * s.experts + expert];
+    return sum;
+  };
+  HeapLayout no_layout{};
+  std::vector<uint32_t> storage(table_words(s) + kLine / 4);
+  Heap tables_only{reinterpret_cast<char*>(storage.data())};
+  const PlanTables p = plan_tables(tables_only, no_layout, s, 0);
+  enum Column { kRank, kTile, kGemm, kExpert, kRowTile, kRowTileGlobal, kColTile, kRows, kCols,
+                kDepth, kColumns };
+  static const char* const kNames[kColumns] = {"rank",     "tile", "gemm", "expert", "row_tile",
+                                               "row_tile_global", "col_tile", "rows", "cols",
+                                               "depth"};
+  std::vector<uint32_t> columns[kColumns];
+  SerialTeam team;
+  for (uint32_t rank = 0; rank < s.world; ++rank) {
+    build_plan(team, p, s, rank, counts);
+    const uint32_t tiles = tiles_of_rank(p, s, rank);
+    for (auto& column : columns) column.reserve(column.size() + tiles);
+    for (uint32_t i = 0; i < tiles; ++i) {
+      const Tile t = tile_at(p, s, rank, i);
+      const uint32_t width = t.gemm == 1 ? s.inter : s.hidden;
+      const uint32_t step = t.gemm == 1 ? s.tile_n1 : s.tile_n2;
+      columns[kRank].push_back(rank);
+      columns[kTile].push_back(i);
+      columns[kGemm].push_back(t.gemm);
+      columns[kExpert].push_back(t.expert);
+      columns[kRowTile].push_back(t.row_tile);
+      columns[kRowTileGlobal].push_back(t.row_tile_global);
+      columns[kColTile].push_back(t.col_tile);
+      columns[kRows].push_back(t.rows);
+      columns[kCols].push_back(min_u32(step, width - t.col_tile * step));
+      columns[kDepth].push_back(t.gemm == 1 ? s.hidden : s.inter);
+    }
+  }
+  nb::dict d;
+  for (int c = 0; c < kColumns; ++c) d[kNames[c]] = owned_array(std::move(columns[c]));
+  return d;
+}
+
+template <class T>
+T* pointer(const nb::handle& value) {
+  return reinterpret_cast<T*>(nb::cast<uintptr_t>(value));
+}
+
+void copy_map(uint8_t (&to)[128], const nb::handle& from) {
+  const nb::bytes map = nb::cast<nb::bytes>(from);
+  if (map.size() != sizeof(to)) throw nb::value_error("a tensor map is 128 bytes");
+  std::memcpy(to, map.c_str(), sizeof(to));
+}
+
+nb::bytes launch_args(const nb::dict& shape, const std::vector<uintptr_t>& heaps,
+                      const nb::list& ranks, uint32_t local_ranks, uint32_t ring_capacity,
+                      bool keep_last, uint32_t iteration_base, uint64_t deadline_ns,
+                      uint64_t first_deadline_ns, uintptr_t slots, uintptr_t rings,
+                      uintptr_t records, std::tuple<uint32_t, uint32_t, uint32_t> fault) {
+  const Shape s = shape_from_dict(shape);
+  if (s.world > kMaxRanks || heaps.size() != s.world) {
+    throw nb::value_error("heaps must name each rank's base address, at most 8");
+  }
+  if (local_ranks > s.world || ranks.size() != local_ranks) {
+    throw nb::value_error("ranks must describe each of the local_ranks");
+  }
+  // LaunchArgs is copied to the GPU byte by byte, so its padding is zero too.
+  auto args = std::make_unique<LaunchArgs>();
+  std::memset(static_cast<void*>(args.get()), 0, sizeof(LaunchArgs));
+  args->shape = s;
+  args->layout = heap_layout(s);
+  for (size_t r = 0; r < heaps.size(); ++r) args->heaps[r].base = reinterpret_cast<char*>(heaps[r]);
+  for (size_t r = 0; r < ranks.size(); ++r) {
+    const nb::dict d = nb::cast<nb::dict>(ranks[r]);
+    RankArgs& rank = args->ranks[r];
+    copy_map(rank.map_pool, d["map_pool"]);
+    copy_map(rank.map_h, d["map_h"]);
+    copy_map(rank.map_up, d["map_up"]);
+    copy_map(rank.map_down, d["map_down"]);
+    rank.x = pointer<const void>(d["x"]);
+    rank.gate = pointer<const void>(d["gate"]);
+    rank.bias = pointer<const float>(d["bias"]);
+    rank.y = pointer<void>(d["y"]);
+    rank.ids = pointer<const int32_t>(d["ids"]);
+    rank.weights = pointer<const float>(d["weights"]);
+    rank.rank = nb::cast<uint32_t>(d["rank"]);
+    rank.tokens = nb::cast<uint32_t>(d["tokens"]);
+  }
+  args->local_ranks = local_ranks;
+  args->ring_capacity = ring_capacity;
+  args->keep_last = keep_last ? 1 : 0;
+  args->iteration_base = iteration_base;
+  args->deadline_ns = deadline_ns;
+  args->first_deadline_ns = first_deadline_ns;
+  args->slots = reinterpret_cast<FlightSlot*>(slots);
+  args->rings = reinterpret_cast<RingHeader*>(rings);
+  args->records = reinterpret_cast<Record*>(records);
+  args->fault = {std::get<0>(fault), std::get<1>(fault), std::get<2>(fault)};
+  return nb::bytes(reinterpret_cast<const char*>(args.get()), sizeof(LaunchArgs));
+}
+
+nb::dict record_layout() {
+  nb::dict all;
+#define FLASHMOE_FIELD(type, name) \
+  fields[#name] = std::make_tuple(offsetof(type, name), sizeof(type::name))
+  {
+    nb::dict fields;
+    FLASHMOE_FIELD(Record, t0_ns);
+    FLASHMOE_FIELD(Record, dur_ns);
+    FLASHMOE_FIELD(Record, kind);
+    FLASHMOE_FIELD(Record, flags);
+    FLASHMOE_FIELD(Record, peer);
+    FLASHMOE_FIELD(Record, expert);
+    FLASHMOE_FIELD(Record, iter);
+    FLASHMOE_FIELD(Record, tile);
+    FLASHMOE_FIELD(Record, aux);
+    FLASHMOE_FIELD(Record, stall_cycles);
+    all["Record"] = fields;
+  }
+  {
+    nb::dict fields;
+    FLASHMOE_FIELD(RingHeader, count);
+    FLASHMOE_FIELD(RingHeader, begin_ns);
+    FLASHMOE_FIELD(RingHeader, end_ns);
+    FLASHMOE_FIELD(RingHeader, begin_cycles);
+    FLASHMOE_FIELD(RingHeader, end_cycles);
+    FLASHMOE_FIELD(RingHeader, magic);
+    FLASHMOE_FIELD(RingHeader, capacity);
+    FLASHMOE_FIELD(RingHeader, rank);
+    FLASHMOE_FIELD(RingHeader, sm);
+    FLASHMOE_FIELD(RingHeader, cta);
+    FLASHMOE_FIELD(RingHeader, lane);
+    FLASHMOE_FIELD(RingHeader, mode);
+    FLASHMOE_FIELD(RingHeader, reserved);
+    all["RingHeader"] = fields;
+  }
+  {
+    nb::dict fields;
+    FLASHMOE_FIELD(FlightSlot, since_ns);
+    FLASHMOE_FIELD(FlightSlot, epoch);
+    FLASHMOE_FIELD(FlightSlot, state);
+    FLASHMOE_FIELD(FlightSlot, kind);
+    FLASHMOE_FIELD(FlightSlot, peer);
+    FLASHMOE_FIELD(FlightSlot, expert);
+    FLASHMOE_FIELD(FlightSlot, rank);
+    FLASHMOE_FIELD(FlightSlot, tile);
+    FLASHMOE_FIELD(FlightSlot, expected);
+    FLASHMOE_FIELD(FlightSlot, seen);
+    FLASHMOE_FIELD(FlightSlot, sm);
+    FLASHMOE_FIELD(FlightSlot, cta);
+    FLASHMOE_FIELD(FlightSlot, lane);
+    FLASHMOE_FIELD(FlightSlot, reserved);
+    all["FlightSlot"] = fields;
+  }
+#undef FLASHMOE_FIELD
+  nb::dict sizes;
+  sizes["Record"] = std::make_tuple(size_t{0}, sizeof(Record));
+  sizes["RingHeader"] = std::make_tuple(size_t{0}, sizeof(RingHeader));
+  sizes["FlightSlot"] = std::make_tuple(size_t{0}, sizeof(FlightSlot));
+  all["structs"] = sizes;
+  return all;
+}
+
+}  // namespace
+
+void bind_launch(nb::module_& m) {
+  m.def("heap_layout", &heap_layout_dict, nb::arg("shape"),
+        "Offsets in bytes of every section of a rank's heap, and what they are sized by.");
+  m.def("plan", &plan_dict, nb::arg("shape"), nb::arg("chunk_counts"),
+        "The tiles of all ranks in order, one uint32 array a column, from rows [W, chunks, E].");
+  m.def("launch_args", &launch_args, nb::arg("shape"), nb::arg("heaps"), nb::arg("ranks"),
+        nb::arg("local_ranks"), nb::arg("ring_capacity"), nb::arg("keep_last"),
+        nb::arg("iteration_base"), nb::arg("deadline_ns"), nb::arg("first_deadline_ns"),
+        nb::arg("slots"), nb::arg("rings"), nb::arg("records"), nb::arg("fault"),
+        "The bytes of LaunchArgs.  Addresses are ints, 0 for none; `fault` is "
+        "(lost_signal_rank, lost_signal_expert, never_starts_rank), 0xffffffff for none.");
+  m.def("record_layout", &record_layout,
+        "(offset, size) of each field of Record, RingHeader and FlightSlot; under 'structs' their "
+        "sizes.");
+}

@@ -1,0 +1,11 @@
+// flashmoe._host: the host engine, and what a GPU world packs before a launch.
+#include <nanobind/nanobind.h>
+
+namespace nb = nanobind;
+
+void bind_launch(nb::module_& m);
+
+NB_MODULE(_host, m) {
+  m.doc() = "The compiled side of flashmoe that needs no GPU.";
+  bind_launch(m);
+}
