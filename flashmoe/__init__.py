@@ -1,4 +1,4 @@
-"""flashmoe: a distributed Mixture-of-Experts forward in one persistent GPU kernel, seen from inside.
+"""flashmoe: a distributed Mixture-of-Experts forward in one GPU kernel, seen from inside.
 
 Importing this package imports nothing heavy: numpy, pyarrow and torch come with the modules that
 need them.

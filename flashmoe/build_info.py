@@ -22,7 +22,7 @@ _CUBIN_DIR = Path(__file__).with_name("kernels") / "cubin"
 class Cubin:
     """One compiled kernel file.
 
-    ``kernel`` is its name without flavour and architecture, ``arch`` as nvcc spells it (``sm_90a``),
+    ``kernel`` is its name without flavour and architecture, ``arch`` as nvcc spells it (sm_90a),
     ``flavour`` the transport it was linked for (``p2p`` or ``nvshmem``).
     """
 
