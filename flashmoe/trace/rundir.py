@@ -1,0 +1,434 @@
+"""The run directory NAME.fmoe: written whole or not at all, found again, and read with clear errors.
+
+run.json (metadata), rings.bin (the evidence), events.parquet (decoded), plan.parquet and
+counts.parquet (what was routed), flight.bin (only where the run hung).  See docs/trace-format.md.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flashmoe.errors import FlashmoeError
+from flashmoe.trace import schema
+from flashmoe.trace.decode import EVENTS, decode
+from flashmoe.trace.rings import Dump, Rings, dropped, from_dump, held, read_rings, write_rings
+
+SCHEMA = 1  # of run.json
+SUFFIX = ".fmoe"
+LATEST = "latest"
+
+PLAN = pa.schema(
+    [
+        ("iter", pa.uint16()),
+        ("rank", pa.uint16()),
+        ("tile", pa.uint32()),
+        ("gemm", pa.uint8()),
+        ("expert", pa.uint16()),
+        ("row_tile", pa.uint32()),
+        ("row_tile_global", pa.uint32()),
+        ("col_tile", pa.uint32()),
+        ("rows", pa.uint32()),
+        ("cols", pa.uint32()),
+        ("depth", pa.uint32()),
+        ("family", pa.uint16()),
+    ]
+)
+COUNTS = pa.schema(
+    [
+        ("iter", pa.uint16()),
+        ("source", pa.uint16()),
+        ("chunk", pa.uint32()),
+        ("expert", pa.uint16()),
+        ("rows", pa.uint32()),
+    ]
+)
+
+
+class RoutingDump(Protocol):
+    """What an engine routed in one launch: see ``flashmoe.world.base.Routing``."""
+
+    chunk_counts: np.ndarray
+    tiles: np.ndarray
+
+
+def runs_folder() -> Path:
+    """Where runs are kept: $FLASHMOE_RUNS, or the working directory."""
+    return Path(os.environ.get("FLASHMOE_RUNS") or ".")
+
+
+# --------------------------------------------------------------------------------------- writing
+
+
+class RunWriter:
+    """Writes a run directory; use it as a context manager.
+
+    ``meta`` is the dict that becomes run.json; the caller fills it, and ``rings`` and ``schema``
+    are added here.  Everything goes into a sibling with a temporary name that takes its place at
+    the end, so a directory called NAME.fmoe is always whole.  After an exception inside the block
+    what was added so far is written, with ``status`` set if the caller had not, and the exception
+    goes on.  Raises FlashmoeError (exit code 2) where ``path`` exists and ``force`` is not set.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], force: bool = False) -> None:
+        self.path = Path(path)
+        self.force = force
+        self.meta: dict[str, Any] = {}
+        self._rings: Rings | None = None
+        self._plan: list[pa.Table] = []
+        self._counts: list[pa.Table] = []
+        self._flight: np.ndarray | None = None
+        if self.path.name in ("", LATEST):
+            raise FlashmoeError(
+                f"A run cannot be called {str(path)!r}.", f"Name it, e.g. mine{SUFFIX}.", 2
+            )
+        self._refuse_existing()
+
+    def _refuse_existing(self) -> None:
+        if not self.path.exists() and not self.path.is_symlink():
+            return
+        if not self.force:
+            raise FlashmoeError(
+                f"{self.path} exists; nothing is overwritten.", "Give -f, or another name by -o.", 2
+            )
+        ours = self.path.is_dir() and (
+            (self.path / "run.json").exists() or not any(self.path.iterdir())
+        )
+        if not ours or self.path.is_symlink():
+            raise FlashmoeError(
+                f"{self.path} exists and is not a run directory; -f replaces only runs.",
+                "Give another name by -o.",
+                2,
+            )
+
+    def add_rings(self, dump: Dump) -> None:
+        """The rings as the engine dumped them; they must stay as they are until the block ends."""
+        self._rings = from_dump(dump)
+
+    def add_routing(self, iterations: int | Iterable[int], routing: RoutingDump) -> None:
+        """Counts and tile plan of one launch, or of several that were routed alike."""
+        which = [iterations] if isinstance(iterations, int) else list(iterations)
+        tiles, counts = np.asarray(routing.tiles), np.asarray(routing.chunk_counts)
+        source, chunk, expert = np.nonzero(counts)
+        rows = counts[source, chunk, expert]
+        for i in which:
+            own = {"iter": np.full(len(tiles), min(i, 0xFFFF), np.uint16)}
+            own |= {name: tiles[name] for name in PLAN.names[1:]}
+            self._plan.append(_table(own, PLAN))
+            own = {"iter": np.full(len(rows), min(i, 0xFFFF), np.uint16)}
+            own |= {"source": source, "chunk": chunk, "expert": expert, "rows": rows}
+            self._counts.append(_table(own, COUNTS))
+
+    def add_flight(self, slots: np.ndarray) -> None:
+        """The flight recorder's slots, ``schema.FLIGHT_SLOT`` [n], of a run that hung."""
+        self._flight = np.ascontiguousarray(slots, schema.FLIGHT_SLOT)
+
+    def __enter__(self) -> RunWriter:
+        with disk_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None and "status" not in self.meta:
+            code = getattr(error, "exit_code", 1)
+            text = str(error).partition("\n")[0] or type(error).__name__
+            self.meta["status"] = {"code": code, "message": text}
+        self._write()
+
+    def _write(self) -> None:
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        try:
+            with disk_errors(self.path):
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir()
+                self._write_into(temporary)
+                self._take_place(temporary)
+                point_latest(self.path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _write_into(self, folder: Path) -> None:
+        rings = self._rings or Rings(np.zeros(0, schema.RING_HEADER), [])
+        with (folder / "rings.bin").open("wb") as file:
+            write_rings(file, rings)
+        if self._flight is not None:
+            (folder / "flight.bin").write_bytes(self._flight.tobytes())
+        plan = pa.concat_tables(self._plan) if self._plan else PLAN.empty_table()
+        counts = pa.concat_tables(self._counts) if self._counts else COUNTS.empty_table()
+        write_parquet(plan, folder / "plan.parquet")
+        write_parquet(counts, folder / "counts.parquet")
+        events = with_flows(decode(rings), plan, counts, _row_bytes(self.meta))
+        write_parquet(events, folder / "events.parquet")
+        meta = {"schema": SCHEMA, "created": datetime.now(UTC).isoformat(timespec="seconds")}
+        meta |= self.meta | {"rings": describe_rings(rings)}
+        (folder / "run.json").write_text(json.dumps(meta, indent=1, default=_plain) + "\n")
+
+    def _take_place(self, temporary: Path) -> None:
+        old = self.path.with_name(f".{self.path.name}.{os.getpid()}.old")
+        if self.path.exists():
+            self.path.rename(old)
+        try:
+            temporary.rename(self.path)
+        except OSError:
+            if old.exists():
+                old.rename(self.path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def point_latest(path: Path) -> None:
+    """Makes the `latest` link beside ``path`` name it; a file of that name is left alone."""
+    link = path.with_name(LATEST)
+    if link.exists() and not link.is_symlink():
+        return
+    fresh = path.with_name(f".{LATEST}.{os.getpid()}")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(path.name, target_is_directory=True)
+    fresh.replace(link)
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    """zstd, times delta-packed, names and repeating numbers by dictionary."""
+    packed = [n for n in ("t0_ns", "dur_ns", "aux", "stall_ns") if n in table.column_names]
+    # Only columns with few distinct values gain from a dictionary; the rest stay plain.
+    repeating = [n for n in table.column_names if n not in packed]
+    pq.write_table(
+        table,
+        path,
+        compression="zstd",
+        compression_level=3,
+        use_dictionary=repeating,
+        column_encoding=dict.fromkeys(packed, "DELTA_BINARY_PACKED") or None,
+        row_group_size=1 << 20,
+        write_statistics=True,
+    )
+
+
+def with_flows(
+    events: pa.Table, plan: pa.Table, counts: pa.Table, row_bytes: int | None
+) -> pa.Table:
+    """The same events with `flow` filled, from a dispatch to its tiles to their combines."""
+    from flashmoe.trace import flows
+
+    found = flows.assign(events, plan, counts, row_bytes)
+    at = events.schema.get_field_index("flow")
+    return events.set_column(at, EVENTS.field("flow"), pa.array(found.flow))
+
+
+def _row_bytes(meta: dict[str, Any]) -> int | None:
+    return (meta.get("world") or {}).get("row_bytes")
+
+
+def describe_rings(rings: Rings) -> dict[str, Any]:
+    """What run.json says of the rings: capacity, mode, totals, and each ring's header."""
+    headers, lost = rings.headers, dropped(rings.headers)
+    began = rings.began
+    modes = {int(m) for m in headers["mode"][began]}
+    names = [
+        "rank", "sm", "cta", "lane", "count", "capacity", "mode",
+        "begin_ns", "end_ns", "begin_cycles", "end_cycles",
+    ]  # fmt: skip
+    per_ring = [
+        dict(zip(names, row, strict=True)) | {"began": bool(alive), "dropped": int(gone)}
+        for row, alive, gone in zip(headers[names].tolist(), began, lost, strict=True)
+    ]
+    return {
+        "capacity": int(headers["capacity"].max(initial=0)),
+        "mode": schema.MODE_NAME[schema.RingMode(modes.pop())] if len(modes) == 1 else None,
+        "n": len(headers),
+        "records": int(held(headers).sum()),
+        "dropped": int(lost.sum()),
+        "per_ring": per_ring,
+    }
+
+
+def _table(columns: dict[str, np.ndarray], of: pa.Schema) -> pa.Table:
+    arrays = [pa.array(np.ascontiguousarray(columns[f.name], f.type.to_pandas_dtype())) for f in of]
+    return pa.Table.from_arrays(arrays, schema=of)
+
+
+def _plain(value: Any) -> Any:
+    """JSON of what NumPy and pathlib leave in metadata."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"run.json cannot hold a {type(value).__name__}")
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns what a disk can refuse into one sentence with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message, hint = (
+                f"No space left to write {path}.",
+                "Free space, or write elsewhere by -o or $FLASHMOE_RUNS.",
+            )
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            message, hint = f"{path} cannot be written: {error.strerror}.", "Write elsewhere by -o."
+        else:
+            message, hint = f"{path} cannot be written: {error}.", "Write elsewhere by -o."
+        raise FlashmoeError(message, hint) from error
+
+
+# --------------------------------------------------------------------------------------- reading
+
+
+class Run:
+    """A run directory, opened: its tables are read when first asked for."""
+
+    def __init__(self, path: Path, meta: dict[str, Any]) -> None:
+        self.path = path
+        self.meta = meta
+
+    @cached_property
+    def events(self) -> pa.Table:
+        """The events, one row each, with the columns of ``decode.EVENTS``."""
+        path = self.path / "events.parquet"
+        if not path.exists() and (self.path / "rings.bin").exists():
+            return with_flows(decode(self.rings), self.plan, self.counts, _row_bytes(self.meta))
+        table = self._read("events.parquet", EVENTS)
+        return table.combine_chunks()
+
+    @cached_property
+    def plan(self) -> pa.Table:
+        """The tiles of each iteration, with the columns of ``PLAN``."""
+        return self._read("plan.parquet", PLAN)
+
+    @cached_property
+    def counts(self) -> pa.Table:
+        """The rows routed in each iteration, with the columns of ``COUNTS``."""
+        return self._read("counts.parquet", COUNTS)
+
+    @cached_property
+    def rings(self) -> Rings:
+        """The rings as the engine left them."""
+        path = self.path / "rings.bin"
+        if not path.exists():
+            raise _missing(path)
+        return read_rings(path)
+
+    @cached_property
+    def flight(self) -> np.ndarray | None:
+        """The flight recorder's slots [n] of a run that hung, else None."""
+        path = self.path / "flight.bin"
+        if not path.exists():
+            return None
+        data = path.read_bytes()
+        if len(data) % schema.FLIGHT_SLOT.itemsize:
+            raise FlashmoeError(f"{path} is truncated.", "Copy the run again, or run again.")
+        return np.frombuffer(data, schema.FLIGHT_SLOT)
+
+    def _read(self, name: str, of: pa.Schema) -> pa.Table:
+        path = self.path / name
+        if not path.exists():
+            raise _missing(path)
+        try:
+            table = pq.read_table(path)
+        except (pa.ArrowException, OSError) as error:
+            raise FlashmoeError(
+                f"{path} is damaged or truncated.", "Copy the run again, or trace again."
+            ) from error
+        lacking = [column for column in of.names if column not in table.column_names]
+        if lacking:
+            raise FlashmoeError(
+                f"{path} has no column {', '.join(lacking)}: flashmoe did not write it.",
+                "Give a run directory (NAME.fmoe) that flashmoe wrote.",
+            )
+        return table
+
+
+def open_run(path: str | os.PathLike[str] | None = None) -> Run:
+    """Opens a run: a path, a name with or without .fmoe in the runs' folder, or None for the latest.
+
+    Raises FlashmoeError where there is none, or it is foreign, newer or damaged.
+    """
+    folder = find_run(path)
+    file = folder / "run.json"
+    if not file.exists():
+        raise FlashmoeError(
+            f"{folder} is not a flashmoe run: it has no run.json.",
+            "Give a run directory (NAME.fmoe) that `flashmoe trace` wrote.",
+        )
+    try:
+        meta = json.loads(file.read_text())
+    except (ValueError, OSError) as error:
+        raise FlashmoeError(
+            f"{file} is damaged or truncated.", "Copy the run again, or trace again."
+        ) from error
+    version = meta.get("schema") if isinstance(meta, dict) else None
+    if not isinstance(version, int) or "rings" not in meta:
+        raise FlashmoeError(
+            f"{file} is not a flashmoe run's metadata.",
+            "Give a run directory (NAME.fmoe) that `flashmoe trace` wrote.",
+        )
+    if version > SCHEMA:
+        raise FlashmoeError(
+            f"{folder} was written in schema {version}; this flashmoe reads up to {SCHEMA}.",
+            "Upgrade flashmoe, or read the run with the version that wrote it.",
+        )
+    return Run(folder, meta)
+
+
+def find_run(path: str | os.PathLike[str] | None) -> Path:
+    """The directory that ``path`` names, or of the latest run; FlashmoeError where none is there."""
+    folder = runs_folder()
+    if path is None:
+        link = folder / LATEST
+        if link.is_dir():
+            return link.resolve()
+        runs = list_runs()
+        if not runs:
+            raise FlashmoeError(
+                f"There is no run in {folder.resolve()}.",
+                "Make one by `flashmoe trace`, or name one.",
+                2,
+            )
+        return max(runs, key=lambda run: run.stat().st_mtime)
+    given = Path(path)
+    for candidate in (given, given.with_name(given.name + SUFFIX), folder / given,
+                      folder / f"{given}{SUFFIX}"):  # fmt: skip
+        if candidate.is_dir():
+            return candidate
+    if given.exists():
+        raise FlashmoeError(f"{given} is a file, not a run directory.", "Give a NAME.fmoe.", 2)
+    import difflib
+
+    close = difflib.get_close_matches(given.name, [run.name for run in list_runs()], 1, 0.5)
+    hint = f"Did you mean {close[0]}?" if close else "Make one by `flashmoe trace`."
+    raise FlashmoeError(f"There is no run {given}.", hint, 2)
+
+
+def list_runs() -> list[Path]:
+    """The runs in the runs' folder, by name."""
+    return sorted(p for p in runs_folder().glob(f"*{SUFFIX}") if (p / "run.json").exists())
+
+
+def _missing(path: Path) -> FlashmoeError:
+    return FlashmoeError(
+        f"{path.parent} has no {path.name}: the run is incomplete.",
+        "Copy the run again, or trace again.",
+    )
