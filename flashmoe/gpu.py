@@ -1,0 +1,93 @@
+"""What NVML says of the GPUs here.  Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def _nvml() -> Iterator[Any]:
+    """The module ``pynvml``, initialised; raises RuntimeError where there is none to ask."""
+    try:
+        import pynvml
+    except ImportError as exc:
+        raise RuntimeError("nvidia-ml-py is not installed") from exc
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as exc:
+        raise RuntimeError(f"no NVIDIA driver answers ({exc})") from exc
+    try:
+        yield pynvml
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _ask(nvml: Any, call: Any, *args: Any) -> Any:
+    """The answer to one NVML question, or None where this GPU or driver gives none."""
+    try:
+        answer = call(*args)
+    except nvml.NVMLError:
+        return None
+    return answer.decode() if isinstance(answer, bytes) else answer
+
+
+def _throttle_reasons(nvml: Any, handle: Any) -> list[str]:
+    """The reasons that hold the clocks down now, in words; empty where nothing does."""
+    get = getattr(nvml, "nvmlDeviceGetCurrentClocksEventReasons", None) or getattr(
+        nvml, "nvmlDeviceGetCurrentClocksThrottleReasons", None
+    )
+    bits = _ask(nvml, get, handle) if get else None
+    names = {
+        0x2: "applications clocks setting",
+        0x4: "software power cap",
+        0x8: "hardware slowdown",
+        0x10: "sync boost",
+        0x20: "software thermal slowdown",
+        0x40: "hardware thermal slowdown",
+        0x80: "hardware power brake",
+        0x100: "display clock setting",
+    }
+    return [name for bit, name in names.items() if bits and bits & bit]
+
+
+def snapshot(device: int = 0) -> dict[str, Any] | None:
+    """What NVML says of GPU ``device`` now: clocks MHz, power W, temperature C, memory bytes.
+
+    None where NVML does not answer; a single figure that it does not give is None.
+    """
+    try:
+        with _nvml() as nvml:
+            count = nvml.nvmlDeviceGetCount()
+            if device >= count:
+                return None
+            handle = nvml.nvmlDeviceGetHandleByIndex(device)
+            memory = _ask(nvml, nvml.nvmlDeviceGetMemoryInfo, handle)
+            cc = _ask(nvml, nvml.nvmlDeviceGetCudaComputeCapability, handle)
+            power = _ask(nvml, nvml.nvmlDeviceGetPowerUsage, handle)
+            limit = _ask(nvml, nvml.nvmlDeviceGetEnforcedPowerLimit, handle)
+            clock = nvml.nvmlDeviceGetClockInfo
+            return {
+                "index": device,
+                "count": count,
+                "name": _ask(nvml, nvml.nvmlDeviceGetName, handle),
+                "uuid": _ask(nvml, nvml.nvmlDeviceGetUUID, handle),
+                "driver": _ask(nvml, nvml.nvmlSystemGetDriverVersion),
+                "cc": f"{cc[0]}.{cc[1]}" if cc else None,
+                "sm_clock_mhz": _ask(nvml, clock, handle, nvml.NVML_CLOCK_SM),
+                "memory_clock_mhz": _ask(nvml, clock, handle, nvml.NVML_CLOCK_MEM),
+                "max_sm_clock_mhz": _ask(
+                    nvml, nvml.nvmlDeviceGetMaxClockInfo, handle, nvml.NVML_CLOCK_SM
+                ),
+                "power_w": None if power is None else power / 1000,
+                "power_limit_w": None if limit is None else limit / 1000,
+                "temperature_c": _ask(
+                    nvml, nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU
+                ),
+                "memory_total": memory.total if memory else None,
+                "memory_free": memory.free if memory else None,
+                "throttle": _throttle_reasons(nvml, handle),
+            }
+    except RuntimeError:
+        return None

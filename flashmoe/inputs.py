@@ -1,0 +1,98 @@
+"""What a run feeds to the engine: weights and tokens, random or out of files."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from flashmoe.errors import FlashmoeError
+
+if TYPE_CHECKING:
+    import torch
+
+    from flashmoe.config import MoEConfig, MoEWeights
+    from flashmoe.session import Request
+
+
+@dataclass
+class Inputs:
+    """``x`` is one [T, H] tensor a rank; ``shared`` DeepSeek's shared expert, or None."""
+
+    name: str
+    config: MoEConfig
+    weights: MoEWeights
+    x: list[torch.Tensor]
+    tokens: tuple[int, ...]
+    shared: Any = None
+    remarks: list[str] = field(default_factory=list)
+
+
+def prepare(request: Request, device: str) -> Inputs:
+    """Weights on ``device`` and tokens for each rank, as ``request`` says.
+
+    Raises FlashmoeError where a file is wrong, or where the weights alone exceed the memory that
+    is free, with both figures.
+    """
+    from flashmoe.tokens import random_tokens, read_tokens
+    from flashmoe.weights import nbytes, random_weights
+
+    name, shared, remarks = request.name, None, []
+    if request.checkpoint is not None:
+        from flashmoe.checkpoint import load_layer
+
+        assert request.layer is not None
+        layer = load_layer(request.checkpoint, request.layer, dtype=request.dtype, device=device)
+        config, weights, shared = layer.config, layer.weights, layer.shared
+        name = f"{request.checkpoint.resolve().name}-layer{request.layer}"
+    else:
+        assert request.config is not None
+        config = request.config
+        _fits(nbytes(config), device)
+        weights = random_weights(config, request.seed, device)
+    if shared is not None:
+        remarks.append("the shared expert is added by torch, outside the kernel")
+    if request.tokens_file is not None:
+        x = _split(read_tokens(request.tokens_file, config), request.ranks)
+    else:
+        gate = weights.gate if request.skew > 0 else None
+        x = random_tokens(request.tokens, config, request.seed, request.skew, gate)
+    return Inputs(name, config, weights, x, tuple(len(t) for t in x), shared, remarks)
+
+
+def with_dtype(config: MoEConfig, dtype: str | None) -> MoEConfig:
+    """``config`` in another dtype, or as it is."""
+    return config if dtype is None else dataclasses.replace(config, dtype=dtype)  # type: ignore[arg-type]
+
+
+def _split(x: torch.Tensor, ranks: int) -> list[torch.Tensor]:
+    """Consecutive, nearly even parts of x [T, H], one a rank, in rank-major order."""
+    edges = [r * len(x) // ranks for r in range(ranks + 1)]
+    return [x[a:b].contiguous() for a, b in itertools.pairwise(edges)]
+
+
+def free_memory(device: str) -> int | None:
+    """Bytes free on ``device`` (``cpu`` or ``cuda:N``), or None where nothing says."""
+    if device != "cpu":
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 0
+        return pages * os.sysconf("SC_PAGE_SIZE") or None
+
+
+def _fits(need: int, device: str) -> None:
+    free = free_memory(device)
+    if free is not None and need > free:
+        where = "memory" if device == "cpu" else "GPU memory"
+        raise FlashmoeError(
+            f"the weights take {need / 1e9:.1f} GB of {where}, and {free / 1e9:.1f} GB are free",
+            "choose a smaller preset, or fewer --experts",
+        )

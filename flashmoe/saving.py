@@ -1,0 +1,93 @@
+"""A session's run directory: what goes into run.json, and the rings, plan and counts beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashmoe.verdict import experts_of_rank
+
+if TYPE_CHECKING:
+    from flashmoe.inputs import Inputs
+    from flashmoe.session import Record, Request, Result
+    from flashmoe.world.base import Engine
+
+
+def save_run(
+    path: Path, request: Request, engine: Engine, inputs: Inputs, record: Record, result: Result
+) -> Path:
+    """Writes the run directory and gives its path; raises FlashmoeError as ``RunWriter`` does."""
+    from flashmoe.trace.rundir import RunWriter
+
+    with RunWriter(path, force=request.force) as writer:
+        writer.meta |= metadata(request, engine, inputs, record, result)
+        if request.traced:
+            writer.add_rings(engine.rings())
+        for i, routing in enumerate(record.routings):
+            writer.add_routing(i, routing)
+        if result.hang is not None:
+            writer.add_flight(engine.flight())
+    return path
+
+
+def metadata(
+    request: Request, engine: Engine, inputs: Inputs, record: Record, result: Result
+) -> dict[str, Any]:
+    """run.json but for what ``RunWriter`` adds: see docs/trace-format.md."""
+    from flashmoe.build_info import build_info
+    from flashmoe.trace.schema import LANE_NAME
+
+    build = build_info()
+    config = inputs.config
+    return {
+        "tool": {"version": build.version, "commit": build.commit, "dirty": build.dirty},
+        "command": request.command,
+        "config": {
+            **config.to_dict(),
+            "name": inputs.name,
+            "preset": request.preset,
+            "seed": request.seed,
+            "skew": request.skew,
+            "checkpoint": None if request.checkpoint is None else str(request.checkpoint),
+            "layer": request.layer,
+            "tokens_file": None if request.tokens_file is None else str(request.tokens_file),
+            "shared_expert": result.shared_expert,
+        },
+        "world": {
+            "kind": engine.world,
+            "why": result.why_world,
+            "ranks": request.ranks,
+            "sms_per_rank": engine.sms_per_rank,
+            "lanes": list(LANE_NAME.values()),
+            "experts_of_rank": experts_of_rank(config.experts, request.ranks),
+            "tokens": list(inputs.tokens),
+            "row_bytes": config.row_bytes,
+            "topology": "host-threads" if engine.world == "host" else "one-gpu",
+        },
+        "device": result.device,
+        "clock": result.clock,
+        "traced": request.traced,
+        "iterations": len(record.launches),
+        "warmup": request.warmup,
+        "deadline_s": request.deadline_s,
+        "faults": [fault.kind for fault in request.faults],
+        "timing": {"launch_ms": result.launch_ms},
+        "check": result.check,
+        "status": {"code": result.exit_code, "message": status_text(result)},
+        "hang": None if result.hang is None else hang_dict(result.hang),
+    }
+
+
+def status_text(result: Result) -> str:
+    """How the run ended, in a few words."""
+    if result.hang is not None:
+        return "a wait passed its deadline"
+    if result.check is not None and not result.check["ok"]:
+        return "wrong result"
+    return "ok" if result.check is not None else "ok, not checked"
+
+
+def hang_dict(report: Any) -> dict[str, Any]:
+    """The hang report as JSON values."""
+    found: dict[str, Any] = report.to_dict()
+    return found

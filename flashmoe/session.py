@@ -1,0 +1,310 @@
+"""One run from request to saved result: pick a world, launch, check, gather, write.  Prints nothing.
+
+The command line hands over a ``Request`` and a progress callback and draws the ``Result``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashmoe.errors import FlashmoeError
+from flashmoe.world.base import EngineOptions, Fault, Launch, RingMode, Status
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from flashmoe.config import MoEConfig
+    from flashmoe.inputs import Inputs
+    from flashmoe.trace.diagnosis import HangReport
+    from flashmoe.world.base import Engine, RankOutput, Routing
+
+#: Called with the phase's name, steps done and steps in all (0, 0 where it has no steps).
+Progress = Callable[[str, int, int], None]
+
+EXIT_WRONG = 1
+EXIT_NO_GPU = 5
+EXIT_HANG = 124
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to run, where, and what to keep.
+
+    ``config`` is None where ``checkpoint`` says it.  ``tokens`` is the T of each rank; with
+    ``tokens_file`` it follows from the file.  ``world`` may be ``auto``.  ``out`` is the run
+    directory; None keeps nothing unless the run hangs, and then ``hang_out`` is used.
+    """
+
+    name: str
+    preset: str | None
+    config: MoEConfig | None
+    tokens: tuple[int, ...]
+    ranks: int = 1
+    world: str = "auto"
+    sms_per_rank: int | None = None
+    device: int = 0
+    seed: int = 0
+    skew: float = 0.0
+    iterations: int = 1
+    warmup: int = 1
+    deadline_s: float = 10.0
+    traced: bool = False
+    ring_capacity: int | None = None
+    ring_mode: RingMode = "keep-first"
+    check: bool = True
+    checkpoint: Path | None = None
+    layer: int | None = None
+    dtype: str | None = None
+    tokens_file: Path | None = None
+    save_output: Path | None = None
+    out: Path | None = None
+    hang_out: Path | None = None
+    force: bool = False
+    faults: tuple[Fault, ...] = ()
+    command: str = ""
+
+
+@dataclass
+class Result:
+    """What came of a run.  Times are in ms; ``traffic`` is payload bytes [W, W], from row to column.
+
+    ``check`` holds the verdicts on output and routing (None: not checked), ``device`` what NVML
+    said after the last launch (None: no GPU), ``why_world`` why ``auto`` chose as it did.
+    """
+
+    name: str
+    config: MoEConfig
+    world: str
+    why_world: str
+    tokens: tuple[int, ...]
+    sms_per_rank: int
+    launch_ms: list[float]
+    status: Status
+    traffic: np.ndarray
+    rows: np.ndarray
+    check: dict[str, Any] | None
+    device: dict[str, Any] | None
+    clock: dict[str, Any] | None
+    path: Path | None
+    saved_output: Path | None
+    hang: HangReport | None
+    shared_expert: bool
+    exit_code: int
+    remarks: list[str] = field(default_factory=list)
+
+
+def choose_world(asked: str, device: int) -> tuple[str, str]:
+    """The world to use and, where ``auto`` settled for the host engine, why.
+
+    Raises FlashmoeError with exit code 5 where a GPU was asked for and none is usable.
+    """
+    if asked == "host":
+        return "host", ""
+    try:
+        _require_gpu(device)
+    except FlashmoeError as exc:
+        if asked == "local":
+            raise
+        return "host", exc.message
+    return "local", ""
+
+
+def _require_gpu(device: int) -> None:
+    """Raises FlashmoeError (exit code 5) where the ``local`` world cannot run on GPU ``device``."""
+    from flashmoe.kernels import select
+
+    select(device)
+    import torch
+
+    if not torch.cuda.is_available():
+        raise FlashmoeError(
+            "this torch is a CPU build, or sees no GPU",
+            "install torch for CUDA: pip install torch; or run with --world host",
+            exit_code=EXIT_NO_GPU,
+        )
+
+
+def build_engine(world: str, request: Request, inputs: Inputs) -> Engine:
+    """The engine of ``world``, with weights loaded; raises FlashmoeError where it does not fit."""
+    options = EngineOptions(
+        ranks=request.ranks,
+        sms_per_rank=request.sms_per_rank,
+        traced=request.traced,
+        deadline_s=request.deadline_s,
+        ring_capacity=request.ring_capacity,
+        ring_mode=request.ring_mode,
+        device=request.device,
+        faults=request.faults,
+    )
+    if world == "host":
+        from flashmoe.world.host import HostEngine
+
+        return HostEngine(inputs.config, inputs.weights, inputs.tokens, options)
+    from flashmoe.world.local import LocalEngine
+
+    return LocalEngine(inputs.config, inputs.weights, inputs.tokens, options)
+
+
+@contextlib.contextmanager
+def _phase(progress: Progress, name: str) -> Iterator[None]:
+    """One phase of the host: reported, and an NVTX range for those who watch with nsys."""
+    import nvtx
+
+    progress(name, 0, 0)
+    with nvtx.annotate(name, domain="flashmoe"):
+        yield
+
+
+@dataclass
+class Record:
+    """What the launches leave: one entry a measured iteration (or the warm-up launch that failed)."""
+
+    launches: list[Launch] = field(default_factory=list)
+    routings: list[Routing] = field(default_factory=list)
+    status: Status = Status.OK
+
+
+def _launch_all(engine: Engine, request: Request, progress: Progress) -> Record:
+    """Warm-up, then the measured launches; stops at the first that does not end well."""
+    record = Record()
+    with _phase(progress, "warm-up"):
+        for i in range(request.warmup):
+            progress("warm-up", i, request.warmup)
+            launch = engine.launch()
+            if launch.status is not Status.OK:
+                record.launches.append(launch)
+                record.status = launch.status
+                return record
+        if request.warmup:
+            engine.reset_rings()
+    with _phase(progress, "running"):
+        for i in range(request.iterations):
+            progress("running", i, request.iterations)
+            launch = engine.launch()
+            record.launches.append(launch)
+            if launch.status is not Status.OK:
+                record.status = launch.status
+                return record
+            record.routings.append(engine.routing())
+    return record
+
+
+def run(request: Request, progress: Progress, engine_factory: Any = build_engine) -> Result:
+    """Runs what ``request`` says.
+
+    Raises FlashmoeError for what can be known beforehand: bad shapes, too little memory, no GPU,
+    an output that exists.  A wrong result or a hang is no exception: see ``Result.exit_code``.
+    """
+    from flashmoe.inputs import prepare
+
+    _refuse_existing(request)
+    world, why_world = choose_world(request.world, request.device)
+    with _phase(progress, "preparing weights and tokens"):
+        inputs = prepare(request, device=f"cuda:{request.device}" if world == "local" else "cpu")
+    with _phase(progress, f"building the {world} engine"):
+        engine = engine_factory(world, request, inputs)
+    try:
+        engine.load(inputs.x)
+        record = _launch_all(engine, request, progress)
+        return _finish(request, engine, inputs, record, why_world, progress)
+    finally:
+        engine.close()
+
+
+def _finish(
+    request: Request,
+    engine: Engine,
+    inputs: Inputs,
+    record: Record,
+    why_world: str,
+    progress: Progress,
+) -> Result:
+    """Checks, saves and sums up what the launches left."""
+    from flashmoe import verdict
+    from flashmoe.gpu import snapshot
+
+    device = snapshot(request.device) if engine.world != "host" else None
+    hang = None
+    outputs: list[RankOutput] = []
+    if record.status is Status.HANG:
+        with _phase(progress, "diagnosing the hang"):
+            hang = verdict.diagnose_hang(engine, request)
+    elif record.status is Status.OK:
+        outputs = engine.outputs()
+    else:
+        raise _status_error(record.launches[-1])
+
+    check = None
+    if outputs and request.check:
+        with _phase(progress, "checking against the float32 reference"):
+            check = verdict.check(inputs, outputs, progress)
+    saved_output = None
+    if outputs and request.save_output is not None:
+        with _phase(progress, "writing the output"):
+            saved_output = verdict.save_output(request, inputs, outputs)
+
+    ok = record.status is Status.OK and (check is None or check["ok"])
+    exit_code = EXIT_HANG if hang is not None else 0 if ok else EXIT_WRONG
+    rows, traffic = verdict.traffic_of(record.routings[-1:], inputs.config, request.ranks)
+    result = Result(
+        name=inputs.name,
+        config=inputs.config,
+        world=engine.world,
+        why_world=why_world,
+        tokens=inputs.tokens,
+        sms_per_rank=engine.sms_per_rank,
+        launch_ms=[x.elapsed_ms for x in record.launches],
+        status=record.status,
+        traffic=traffic,
+        rows=rows,
+        check=check,
+        device=device,
+        clock=verdict.clock_dict(engine) if request.traced else None,
+        path=None,
+        saved_output=saved_output,
+        hang=hang,
+        shared_expert=inputs.shared is not None,
+        exit_code=exit_code,
+        remarks=list(inputs.remarks),
+    )
+    out = request.out or (request.hang_out if hang is not None else None)
+    if out is not None:
+        from flashmoe.saving import save_run
+
+        with _phase(progress, "writing the run"):
+            result.path = save_run(out, request, engine, inputs, record, result)
+    return result
+
+
+def _refuse_existing(request: Request) -> None:
+    """Says that an output exists before the work, not after it."""
+    for path in (request.out, request.save_output):
+        if path is not None and not request.force and (path.exists() or path.is_symlink()):
+            raise FlashmoeError(
+                f"{path} exists already",
+                "choose another name, or replace it with -f",
+                exit_code=2,
+            )
+        if path is not None and not path.absolute().parent.is_dir():
+            raise FlashmoeError(
+                f"there is no directory {path.absolute().parent}", "create it first", exit_code=2
+            )
+
+
+def _status_error(launch: Launch) -> FlashmoeError:
+    """A launch that ended by neither success nor hang, as an error."""
+    if launch.status is Status.OVERFLOW:
+        return FlashmoeError(
+            f"the routed rows do not fit the pool: {launch.rows_needed} rows are needed",
+            "use fewer tokens (-T) or more ranks (--ranks)",
+        )
+    if launch.status is Status.BAD_IDS:
+        return FlashmoeError(
+            "an expert id is out of range, or stands twice in one token",
+            "give k distinct ids from 0 to E - 1 for each token",
+        )
+    return FlashmoeError("the launch was stopped from outside", "run it again")

@@ -1,0 +1,68 @@
+"""``flashmoe export``."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flashmoe_cli.options import Force, Json, Quiet, RunPath
+from flashmoe_cli.output import SCHEMA, emit
+
+
+class Format(StrEnum):
+    """The viewers' formats."""
+
+    perfetto = "perfetto"
+    chrome = "chrome"
+
+
+def export(
+    run: RunPath = None,
+    format: Annotated[
+        Format, typer.Option("--format", help="Perfetto's binary format, or Chrome's JSON.")
+    ] = Format.perfetto,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="The file; .gz compresses it. By default the run's name, here.",
+            show_default=False,
+        ),
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Writes a run for other viewers: ui.perfetto.dev, chrome://tracing."""
+    from flashmoe.trace.export import FORMATS
+    from flashmoe.trace.export import export as write
+    from flashmoe.trace.rundir import open_run
+    from flashmoe_cli.progress import Progress
+    from flashmoe_cli.render.export import export_lines
+
+    with Progress(quiet or as_json) as progress:
+        progress("reading the run")
+        source = open_run(run)
+        path = output or Path(source.path.stem + FORMATS[format.value])
+        progress(f"writing {path}")
+        done = write(source, format.value, path, force=force)
+    if as_json:
+        emit(
+            {
+                "schema": SCHEMA,
+                "verb": "export",
+                "run": str(source.path),
+                "file": str(done.path),
+                "format": done.format,
+                "bytes": done.size,
+                "slices": done.slices,
+                "flows": done.flows,
+            }
+        )
+    elif not quiet:
+        emit(export_lines(source.path, done))

@@ -1,0 +1,21 @@
+"""``flashmoe info``."""
+
+from __future__ import annotations
+
+from flashmoe_cli.options import Json, RunPath, Verbose
+from flashmoe_cli.output import SCHEMA, emit, terminal
+
+
+def info(run: RunPath = None, as_json: Json = False, verbose: Verbose = False) -> None:
+    """Shows what a run is: shape, machine, clock, rings and drops, verdict.
+
+    With -v, every ring too.
+    """
+    from flashmoe.trace.rundir import open_run
+    from flashmoe_cli.render.info import info_lines
+
+    source = open_run(run)
+    if as_json:
+        emit({"schema": SCHEMA, "verb": "info", "run": str(source.path), "meta": source.meta})
+    else:
+        emit(info_lines(source.path, source.meta, terminal(), verbose=verbose))

@@ -1,0 +1,68 @@
+"""``flashmoe trace``."""
+
+from __future__ import annotations
+
+import typer
+
+from flashmoe_cli import options as o
+from flashmoe_cli.output import emit, terminal
+
+
+def trace(
+    preset: o.PresetName = None,
+    tokens_per_rank: o.TokensPerRank = None,
+    hidden: o.Hidden = None,
+    intermediate: o.Intermediate = None,
+    experts: o.Experts = None,
+    top_k: o.TopK = None,
+    activation: o.ActivationName = None,
+    dtype: o.DTypeName = None,
+    checkpoint: o.Checkpoint = None,
+    layer: o.Layer = None,
+    tokens_file: o.TokensFile = None,
+    seed: o.Seed = 0,
+    skew: o.Skew = 0.0,
+    ranks: o.Ranks = 1,
+    world: o.WorldName = o.World.auto,
+    sms_per_rank: o.Sms = None,
+    device: o.Device = 0,
+    iterations: o.Iterations = None,
+    warmup: o.Warmup = None,
+    deadline: o.Deadline = 10.0,
+    no_check: o.NoCheck = False,
+    fault: o.FaultSpec = None,
+    output: o.Output = None,
+    save_output: o.SaveOutput = None,
+    ring_capacity: o.RingCapacity = None,
+    ring_mode: o.RingModeName = o.RingMode.keep_first,
+    force: o.Force = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """Runs a layer traced, saves the run and shows its timeline.
+
+    The run directory holds every event of every SM; timeline, traffic and export read it.  Runs on
+    the GPU if there is one, else on the host engine, and says which.
+    """
+    given = dict(locals())
+    from flashmoe_cli.recording import record, result_json
+    from flashmoe_cli.render.result import next_lines, result_lines
+
+    result = record(given, traced=True)
+    where = terminal()
+    if as_json:
+        from flashmoe_cli.reading import timeline_json
+
+        emit(result_json("trace", result) | {"timeline": timeline_json(result.path)})
+    else:
+        from flashmoe_cli.reading import timeline_text
+
+        lines = result_lines(result, where, verbose=verbose)
+        if result.hang is None:
+            lines += ["", *timeline_text(result.path, where)]
+        if not quiet:
+            lines += ["", *next_lines(result)]
+        emit(lines)
+    if result.exit_code:
+        raise typer.Exit(result.exit_code)

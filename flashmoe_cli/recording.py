@@ -1,0 +1,125 @@
+"""What ``run`` and ``trace`` have in common: flags to a request, the run, the result as JSON."""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from flashmoe.session import Request, Result, run
+from flashmoe_cli import request as parse
+from flashmoe_cli.completion import SUFFIX, runs_folder
+from flashmoe_cli.output import SCHEMA
+from flashmoe_cli.progress import Progress
+
+
+def default_run_path(name: str) -> Path:
+    """NAME-DATE-TIME.fmoe in the runs folder, with a number where that one is taken."""
+    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path = runs_folder() / f"{stem}{SUFFIX}"
+    number = 2
+    while path.exists():
+        path = runs_folder() / f"{stem}-{number}{SUFFIX}"
+        number += 1
+    return path
+
+
+def make_request(options: dict[str, Any], *, traced: bool) -> Request:
+    """The request that a verb's options make; raises FlashmoeError (exit code 2) on nonsense.
+
+    ``options`` are the parameters of ``run`` and ``trace`` by name.
+    """
+    get = options.get
+    overrides = {
+        name: getattr(get(name), "value", get(name))
+        for name in ("hidden", "intermediate", "experts", "top_k", "activation", "dtype")
+    }
+    parse.checkpoint_args(get("checkpoint"), get("layer"), get("preset"), overrides)
+    ranks = options["ranks"]
+    if get("checkpoint") is not None:
+        name, config, default_tokens = Path(get("checkpoint")).resolve().name, None, 512
+    else:
+        name, config, default_tokens = parse.shape(get("preset"), overrides)
+    tokens = parse.tokens_per_rank(get("tokens_per_rank"), ranks, default_tokens)
+    if get("tokens_file") is not None and get("tokens_per_rank") is not None:
+        raise parse.usage(
+            "both -T and --tokens", "leave -T out: the file says how many tokens there are"
+        )
+    if get("tokens_file") is not None and options["skew"] > 0:
+        raise parse.usage("both --skew and --tokens", "--skew shapes random tokens: leave it out")
+    default = default_run_path(name)
+    return Request(
+        name=name,
+        preset=name if config is not None and name != "custom" else None,
+        config=config,
+        tokens=tokens,
+        ranks=ranks,
+        world=options["world"].value,
+        sms_per_rank=get("sms_per_rank"),
+        device=options["device"],
+        seed=options["seed"],
+        skew=options["skew"],
+        iterations=get("iterations") or (1 if traced else 5),
+        warmup=1 if get("warmup") is None else options["warmup"],
+        deadline_s=options["deadline"],
+        traced=traced,
+        ring_capacity=get("ring_capacity"),
+        ring_mode=options["ring_mode"].value if traced else "keep-first",
+        check=not options["no_check"],
+        checkpoint=get("checkpoint"),
+        layer=get("layer"),
+        dtype=overrides["dtype"],
+        tokens_file=get("tokens_file"),
+        save_output=get("save_output"),
+        out=get("output") or (default if traced else None),
+        hang_out=default,
+        force=options["force"],
+        faults=parse.faults(get("fault"), ranks),
+        command=shlex.join(["flashmoe", *sys.argv[1:]]),
+    )
+
+
+def record(options: dict[str, Any], *, traced: bool) -> Result:
+    """Runs what the options say, with progress on stderr."""
+    request = make_request(options, traced=traced)
+    with Progress(quiet=options["quiet"] or options["as_json"]) as progress:
+        return run(request, progress)
+
+
+def result_json(verb: str, result: Result) -> dict[str, Any]:
+    """A result as the object that ``--json`` prints."""
+    from flashmoe.saving import hang_dict, status_text
+
+    times = result.launch_ms
+    return {
+        "schema": SCHEMA,
+        "verb": verb,
+        "name": result.name,
+        "world": result.world,
+        "why_world": result.why_world,
+        "config": result.config.to_dict(),
+        "ranks": len(result.tokens),
+        "tokens": list(result.tokens),
+        "sms_per_rank": result.sms_per_rank,
+        "launch_ms": times,
+        "time_ms": {"median": statistics.median(times), "min": min(times), "max": max(times)},
+        "time_source": time_source(result.world),
+        "check": result.check,
+        "payload_bytes": result.traffic.tolist(),
+        "rows_per_expert": result.rows.tolist(),
+        "shared_expert": "added by torch, outside the kernel" if result.shared_expert else None,
+        "device": result.device,
+        "clock": result.clock,
+        "run": None if result.path is None else str(result.path),
+        "saved_output": None if result.saved_output is None else str(result.saved_output),
+        "hang": None if result.hang is None else hang_dict(result.hang),
+        "status": {"code": result.exit_code, "message": status_text(result)},
+    }
+
+
+def time_source(world: str) -> str:
+    """By what a launch was timed."""
+    return "the host's wall clock" if world == "host" else "CUDA events"

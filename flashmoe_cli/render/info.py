@@ -1,0 +1,132 @@
+"""A run's metadata as a person reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flashmoe_cli.output import Terminal
+from flashmoe_cli.render.result import check_text, shape_text, time_text, where_text
+from flashmoe_cli.render.text import bytes_text, count_text, paint, plural, table
+
+
+def title(path: Path, meta: dict[str, Any]) -> str:
+    """The run's name, what it ran, and where."""
+    world, config = meta["world"], meta["config"]
+    gpu = (meta.get("device") or {}).get("name")
+    name = config.get("name") or config.get("preset") or "custom"
+    return f"{path.name}: {name} on " + where_text(
+        world["kind"], world["ranks"], world["sms_per_rank"], gpu
+    )
+
+
+def info_lines(
+    path: Path, meta: dict[str, Any], where: Terminal, *, verbose: bool = False
+) -> list[str]:
+    """Every field of run.json that a person asks about, one line each."""
+    world, tool, rings = meta["world"], meta.get("tool") or {}, meta["rings"]
+    status = meta.get("status") or {"code": None, "message": "unknown"}
+    fields = [
+        ("created", meta.get("created")),
+        ("command", meta.get("command")),
+        ("flashmoe", _tool(tool)),
+        ("shape", shape_text(meta["config"], world["tokens"])),
+        ("seed", f"{meta['config'].get('seed')}, skew {meta['config'].get('skew')}"),
+        ("checkpoint", _checkpoint(meta["config"])),
+        ("no GPU", world.get("why")),
+        ("experts", _experts(world["experts_of_rank"])),
+        ("device", _device(meta.get("device"))),
+        ("clock", _clock(meta.get("clock"))),
+        ("launches", f"{meta.get('iterations')} after {meta.get('warmup')} of warm-up"),
+        ("time", _time(world["kind"], meta)),
+        ("rings", _rings(rings)),
+        ("files", _files(path)),
+        ("check", check_text(meta.get("check"))),
+        ("status", f"{status['message']} (exit code {status['code']})"),
+    ]
+    if meta.get("shared_expert") or meta["config"].get("shared_expert"):
+        fields.append(("note", "the shared expert is added by torch, outside the kernel"))
+    lines = [paint(title(path, meta), "1", where.colour)]
+    lines += [f"  {name:<10} {value}" for name, value in fields if value]
+    if verbose:
+        lines += ["", *_ring_table(rings["per_ring"], where)]
+    return lines
+
+
+def _tool(tool: dict[str, Any]) -> str:
+    commit = (tool.get("commit") or "unknown")[:12]
+    return f"{tool.get('version')} ({commit}{'+dirty' if tool.get('dirty') else ''})"
+
+
+def _checkpoint(config: dict[str, Any]) -> str | None:
+    if not config.get("checkpoint"):
+        return None
+    return f"{config['checkpoint']}, layer {config['layer']}"
+
+
+def _experts(owned: list[list[int]]) -> str:
+    shown = [f"{a}-{b - 1}" if b > a else "none" for a, b in owned[:8]]
+    more = ", ..." if len(owned) > 8 else ""
+    return f"{', '.join(shown)}{more} (by rank)"
+
+
+def _device(device: dict[str, Any] | None) -> str | None:
+    if device is None:
+        return None
+    parts = [device["name"]]
+    for key, form in (
+        ("cc", "compute capability {}"),
+        ("driver", "driver {}"),
+        ("sm_clock_mhz", "SM {} MHz"),
+        ("memory_clock_mhz", "memory {} MHz"),
+        ("power_w", "{} W"),
+        ("temperature_c", "{} C"),
+    ):
+        if device.get(key) is not None:
+            parts.append(form.format(device[key]))
+    if device.get("throttle"):
+        parts.append(f"slowed by {', '.join(device['throttle'])}")
+    return ", ".join(parts)
+
+
+def _clock(clock: dict[str, Any] | None) -> str | None:
+    if clock is None:
+        return None
+    sm = f", SM clock {clock['sm_mhz']:.0f} MHz" if clock.get("sm_mhz") else ""
+    return (
+        f"{clock['source']}, step {clock['step_ns']:.0f} ns, "
+        f"a record costs {clock['record_cost_ns']:.0f} ns{sm}"
+    )
+
+
+def _time(world: str, meta: dict[str, Any]) -> str | None:
+    times = (meta.get("timing") or {}).get("launch_ms")
+    return time_text(world, times) if times else None
+
+
+def _rings(rings: dict[str, Any]) -> str:
+    drops = f"{count_text(rings['dropped'])} dropped" if rings["dropped"] else "none dropped"
+    return (
+        f"{plural(rings['n'], 'ring')} of {count_text(rings['capacity'])} records "
+        f"({rings['mode']}), {count_text(rings['records'])} records, {drops}"
+    )
+
+
+def _files(path: Path) -> str:
+    return ", ".join(
+        f"{p.name} {bytes_text(p.stat().st_size)}" for p in sorted(path.iterdir()) if p.is_file()
+    )
+
+
+def _ring_table(rings: list[dict[str, Any]], where: Terminal) -> list[str]:
+    lanes = ("load", "sched", "comm0", "comm1", "math0", "math1")
+    rows = []
+    for ring in rings:
+        lane = ring["lane"]
+        name = lanes[lane] if isinstance(lane, int) and lane < len(lanes) else str(lane)
+        numbers = (ring["rank"], ring["sm"], ring["cta"])
+        state = "" if ring.get("began", True) else "never began"
+        sizes = (count_text(ring["count"]), count_text(ring["dropped"]))
+        rows.append((*map(str, numbers), name, *sizes, state))
+    head = ("rank", "sm", "cta", "lane", "records", "dropped", "")
+    return table(head, rows, (True, True, True, False, True, True, False), where.width, "  ")

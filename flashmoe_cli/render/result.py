@@ -1,0 +1,142 @@
+"""What a person reads after ``run`` and ``trace``: where it ran, verdict, time, traffic."""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+from typing import TYPE_CHECKING, Any
+
+from flashmoe_cli.output import Terminal
+from flashmoe_cli.render.text import bytes_text, count_text, paint, plural
+
+if TYPE_CHECKING:
+    from flashmoe.session import Result
+
+
+def where_text(world: str, ranks: int, sms_per_rank: int, gpu: str | None) -> str:
+    """The engine in words; a host-engine run is always called that."""
+    size = f"{plural(ranks, 'rank')} x {plural(sms_per_rank, 'SM')}"
+    if world == "host":
+        return f"the host engine (CPU threads; not GPU times), {size}"
+    return f"{gpu or 'the GPU'}, {size}"
+
+
+def shape_text(config: dict[str, Any], tokens: list[int]) -> str:
+    """T, H, I, E, k and the arithmetic, on one line."""
+    per_rank = str(tokens[0]) if len(set(tokens)) == 1 else ",".join(map(str, tokens))
+    return (
+        f"T {per_rank} per rank, H {config['hidden']}, I {config['intermediate']}, "
+        f"E {config['experts']}, k {config['top_k']}, {config['activation']}, {config['dtype']}, "
+        f"{config['routing']['kind']} routing"
+    )
+
+
+def check_text(check: dict[str, Any] | None) -> str:
+    """The verdict with its figures."""
+    if check is None:
+        return "not checked (--no-check)"
+    out, routing = check["output"], check["routing"]
+    verdict = "ok" if out["ok"] else f"WRONG: {count_text(out['over'])} elements over the bound"
+    text = f"{verdict}; max error {out['max_abs']:.2g}, {out['max_ratio']:.2f} of its bound"
+    if out["unbounded"]:
+        text += f"; {count_text(out['unbounded'])} elements not judged (overflow)"
+    if routing is not None:
+        wrong = routing["wrong"] + routing["bad_ids"]
+        text += "; routing ok" if routing["ok"] else f"; routing WRONG in {plural(wrong, 'token')}"
+        text += f", {plural(routing['near_ties'], 'near-tie')}"
+    return text
+
+
+def time_text(world: str, launch_ms: list[float]) -> str:
+    """Median and range of the launches, and by what clock."""
+    by = "the host's wall clock" if world == "host" else "CUDA events"
+    median = statistics.median(launch_ms)
+    if len(launch_ms) == 1:
+        return f"{median:.3f} ms, one launch, by {by}"
+    return (
+        f"{median:.3f} ms median of {len(launch_ms)} launches "
+        f"({min(launch_ms):.3f} to {max(launch_ms):.3f}), by {by}"
+    )
+
+
+def result_lines(result: Result, where: Terminal, *, verbose: bool = False) -> list[str]:
+    """The report of one run, without its timeline."""
+    gpu = result.device["name"] if result.device else None
+    ranks = len(result.tokens)
+    head = where_text(result.world, ranks, result.sms_per_rank, gpu)
+    lines = [paint(f"{result.name} on {head}", "1", where.colour)]
+    if result.why_world:
+        lines.append(f"  no GPU   {result.why_world}")
+    lines.append(f"  shape    {shape_text(result.config.to_dict(), list(result.tokens))}")
+    if result.hang is not None:
+        lines += ["", *hang_lines(result)]
+    else:
+        text = check_text(result.check)
+        good = result.check is None or result.check["ok"]
+        lines.append(f"  check    {paint(text, '32' if good else '1;31', where.colour)}")
+        lines.append(f"  time     {time_text(result.world, result.launch_ms)}")
+        lines += _traffic(result, verbose)
+    lines += [f"  note     {remark}" for remark in result.remarks]
+    if verbose:
+        lines += _verbose(result)
+    if result.saved_output is not None:
+        lines.append(f"  output   {result.saved_output}")
+    if result.path is not None:
+        lines.append(f"  saved    {result.path}")
+    return lines
+
+
+def _traffic(result: Result, verbose: bool) -> list[str]:
+    total = int(result.traffic.sum())
+    rows = result.rows
+    spread = f"rows per expert {int(rows.min())} to {int(rows.max())}"
+    if len(result.tokens) == 1:
+        return [f"  payload  none: one rank keeps every row; {spread}"]
+    lines = [f"  payload  {bytes_text(total)} a launch between ranks; {spread}"]
+    if verbose:
+        for source, row in enumerate(result.traffic):
+            cells = "  ".join(bytes_text(int(n)).rjust(9) for n in row)
+            lines.append(f"    rank {source}  {cells}")
+    return lines
+
+
+def _verbose(result: Result) -> list[str]:
+    lines = []
+    if result.device is not None:
+        d = result.device
+        lines.append(
+            f"  device   driver {d['driver']}, SM {d['sm_clock_mhz']} MHz, {d['power_w']} W, "
+            f"{d['temperature_c']} C, slowed by: {', '.join(d['throttle']) or 'nothing'}"
+        )
+    if result.clock is not None:
+        c = result.clock
+        lines.append(
+            f"  clock    {c['source']}, step {c['step_ns']:.0f} ns, "
+            f"a record costs {c['record_cost_ns']:.0f} ns"
+        )
+    return lines
+
+
+def hang_lines(result: Result) -> list[str]:
+    """The hang report as the diagnosis words it."""
+    assert result.hang is not None
+    return list(result.hang.lines())
+
+
+def next_lines(result: Result) -> list[str]:
+    """The commands to type next, complete with this run's path where it is not the latest here."""
+    from flashmoe_cli.completion import runs_folder
+
+    run = ""
+    if result.path is not None and result.path.absolute().parent != runs_folder().absolute():
+        run = " " + shlex.quote(str(result.path))
+    lines = ["next:"]
+    if result.hang is None:
+        lines += [
+            f"  flashmoe timeline{run} --sm 0-1 --lane math0    one lane of two SMs",
+            f"  flashmoe traffic{run}                           who sent what to whom",
+        ]
+    lines += [
+        f"  flashmoe export{run} --format perfetto -o trace.pftrace    then open ui.perfetto.dev"
+    ]
+    return lines

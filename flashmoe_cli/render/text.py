@@ -1,0 +1,87 @@
+"""Small pieces of text: aligned tables, figures with units, colour."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+_ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def visible(text: str) -> int:
+    """Columns that ``text`` takes on a terminal, escapes left out."""
+    return len(_ESCAPE.sub("", text))
+
+
+def clip(text: str, width: int) -> str:
+    """``text`` in at most ``width`` columns; what is cut off shows as a dot row (``..``)."""
+    if visible(text) <= width:
+        return text
+    plain = _ESCAPE.sub("", text)
+    return plain[: max(width - 2, 0)] + ".."
+
+
+def pad(text: str, width: int, right: bool = False) -> str:
+    """``text`` filled with spaces to ``width`` columns, at the left where ``right``-aligned."""
+    space = " " * max(width - visible(text), 0)
+    return space + text if right else text + space
+
+
+def table(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    right: Sequence[bool],
+    width: int,
+    indent: str = "",
+) -> list[str]:
+    """Aligned lines under a heading; the last column gives way where ``width`` is too narrow."""
+    sizes = [max(visible(r[i]) for r in (head, *rows)) for i in range(len(head))]
+    lines = []
+    for row in (head, *rows):
+        cells = [pad(c, s, r) for c, s, r in zip(row, sizes, right, strict=True)]
+        lines.append(clip((indent + "  ".join(cells)).rstrip(), width))
+    return lines
+
+
+def paint(text: str, code: str, colour: bool) -> str:
+    """``text`` in an SGR style (``1`` bold, ``2`` dim, ``32`` green), or as it is."""
+    return f"\x1b[{code}m{text}\x1b[0m" if colour and text else text
+
+
+def bytes_text(n: float) -> str:
+    """A number of bytes with a decimal unit: 312 B, 1.53 MB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(n) < 1000 or unit == "TB":
+            return f"{n:.0f} B" if unit == "B" else f"{_digits(n)} {unit}"
+        n /= 1000
+    raise AssertionError("unreachable")
+
+
+def time_text(ns: float) -> str:
+    """A duration with a unit: 850 ns, 12.4 us, 3.05 ms."""
+    for unit in ("ns", "us", "ms"):
+        if abs(ns) < 1000:
+            return f"{ns:.0f} ns" if unit == "ns" else f"{_digits(ns)} {unit}"
+        ns /= 1000
+    return f"{_digits(ns)} s"
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """A share of one in percent; a dash where there is none."""
+    return "-" if share is None else f"{100 * share:.{digits}f}%"
+
+
+def count_text(n: int) -> str:
+    """A number with thin groups: 12 345."""
+    return f"{n:,}".replace(",", " ")
+
+
+def plural(n: int, one: str, many: str | None = None) -> str:
+    """``1 rank``, ``2 ranks``."""
+    return f"{count_text(n)} {one if n == 1 else many or one + 's'}"
+
+
+def _digits(value: float) -> str:
+    """Three significant digits, never in exponent form."""
+    size = abs(value)
+    return f"{value:.0f}" if size >= 99.95 else f"{value:.1f}" if size >= 9.995 else f"{value:.2f}"

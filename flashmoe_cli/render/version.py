@@ -1,0 +1,23 @@
+"""``flashmoe --version`` as text and as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from flashmoe_cli.output import SCHEMA
+
+
+def version_lines(verbose: bool) -> list[str]:
+    """One line; with ``verbose`` the build in full: engines, kernels, compilers."""
+    from flashmoe.build_info import build_info
+
+    info = build_info()
+    return info.lines() if verbose else [f"flashmoe {info.version} ({info.revision})"]
+
+
+def version_json() -> dict[str, Any]:
+    """The same as one object."""
+    from flashmoe.build_info import build_info
+
+    return {"schema": SCHEMA, "build": asdict(build_info())}

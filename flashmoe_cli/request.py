@@ -1,0 +1,120 @@
+"""From flags to a request: a preset or a checkpoint, its overrides, tokens per rank, faults."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from flashmoe.config import MoEConfig
+from flashmoe.errors import FlashmoeError
+from flashmoe.presets import preset
+from flashmoe.world.base import Fault
+
+_SHAPE_FLAGS = ("hidden", "intermediate", "experts", "top_k")
+DEFAULT_PRESET = "tiny"
+
+
+def usage(message: str, hint: str) -> FlashmoeError:
+    """A misuse of the command line, as an error with exit code 2."""
+    return FlashmoeError(message, hint, exit_code=2)
+
+
+def shape(name: str | None, overrides: dict[str, Any]) -> tuple[str, MoEConfig, int]:
+    """The layer to run: (its name, its configuration, default tokens per rank).
+
+    ``overrides`` are the shape flags, None where not given.  They change the preset; without a
+    preset, all four sizes together make a shape of their own, named ``custom``.
+    """
+    given = {k: v for k, v in overrides.items() if v is not None}
+    if name is None and all(k in given for k in _SHAPE_FLAGS):
+        config = MoEConfig(**given)
+        config.validate()
+        return "custom", config, 64
+    if name is None and any(k in given for k in _SHAPE_FLAGS):
+        lacking = [f"--{k.replace('_', '-')}" for k in _SHAPE_FLAGS if k not in given]
+        raise usage(
+            "a shape without a preset needs all four sizes",
+            f"add {' '.join(lacking)}, or name a preset to change: flashmoe presets lists them",
+        )
+    found = preset(name or DEFAULT_PRESET)
+    config = dataclasses.replace(found.config, **given)
+    config.validate()
+    return name or DEFAULT_PRESET, config, found.tokens
+
+
+def tokens_per_rank(text: str | None, ranks: int, default: int) -> tuple[int, ...]:
+    """``-T`` for each rank: one number for all, or a list with one number a rank."""
+    if text is None:
+        return (default,) * ranks
+    parts = text.split(",")
+    if not all(p.strip().isdigit() for p in parts):
+        raise usage(f"-T {text} is not a number of tokens", "use -T 512, or -T 512,0,64 by rank")
+    numbers = tuple(int(p) for p in parts)
+    if len(numbers) == 1:
+        return numbers * ranks
+    if len(numbers) != ranks:
+        raise usage(
+            f"-T lists {len(numbers)} ranks, but there are {ranks}",
+            f"give one number for all, or use --ranks {len(numbers)}",
+        )
+    return numbers
+
+
+def faults(specs: list[str] | None, ranks: int) -> tuple[Fault, ...]:
+    """The faults that ``--fault`` asks for."""
+    return tuple(_fault(spec, ranks) for spec in specs or ())
+
+
+def _fault(spec: str, ranks: int) -> Fault:
+    kind, *rest = spec.split(":")
+    fields = {
+        "never-starts": ("rank",),
+        "lost-signal": ("rank", "expert"),
+        "wrong-count": ("rank", "peer", "expert"),
+        "slow": ("rank", "seconds"),
+    }.get(kind)
+    if fields is None:
+        raise usage(
+            f"no fault '{kind}'", "use never-starts, lost-signal, wrong-count or slow; see --help"
+        )
+    form = ":".join((kind, *(f.upper() for f in fields)))
+    if len(rest) != len(fields):
+        raise usage(f"--fault {spec} is incomplete", f"write it as {form}")
+    try:
+        values = {
+            f: float(v) if f == "seconds" else int(v) for f, v in zip(fields, rest, strict=True)
+        }
+    except ValueError as exc:
+        raise usage(
+            f"--fault {spec} has something that is no number", f"write it as {form}"
+        ) from exc
+    for field in ("rank", "peer"):
+        if not 0 <= values.get(field, 0) < ranks:
+            raise usage(
+                f"--fault {spec}: there is no rank {values[field]:.0f}",
+                f"ranks are 0 to {ranks - 1}",
+            )
+    return Fault(kind, **values)  # type: ignore[arg-type]
+
+
+def checkpoint_args(
+    folder: Path | None, layer: int | None, preset_name: str | None, overrides: dict[str, Any]
+) -> None:
+    """Refuses flags that contradict ``--checkpoint``."""
+    if folder is None:
+        if layer is not None:
+            raise usage("--layer without --checkpoint", "name the checkpoint with --checkpoint DIR")
+        return
+    if layer is None:
+        raise usage("--checkpoint without --layer", "name the layer with --layer N, from 0")
+    if preset_name is not None:
+        raise usage(
+            f"both the preset {preset_name} and --checkpoint",
+            "leave the preset out: the checkpoint says its shape",
+        )
+    fixed = [
+        f"--{k.replace('_', '-')}" for k, v in overrides.items() if v is not None and k != "dtype"
+    ]
+    if fixed:
+        raise usage(f"{fixed[0]} with --checkpoint", "leave it out: the checkpoint says its shape")

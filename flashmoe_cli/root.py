@@ -1,0 +1,146 @@
+"""How the command line behaves as a whole: help in sections, did-you-mean, errors caught once."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from flashmoe.errors import FlashmoeError
+from flashmoe_cli.output import flush, note, show_error
+
+_BOUNDS = re.compile(r"\s*\[\w?[<>=.\dx]+\]$")
+_INTERRUPTED = 130
+_USAGE = 2
+
+
+def _sections(params: Sequence[Any], ctx: Any, first: str) -> dict[str, list[tuple[str, str]]]:
+    """The help records of ``params`` under the panel each names, in order of appearance."""
+    sections: dict[str, list[tuple[str, str]]] = {}
+    for param in params:
+        record = param.get_help_record(ctx)
+        if record is not None:
+            panel = getattr(param, "rich_help_panel", None) or first
+            # Typer keeps a bound in the metavar's column; a reader wants it only when it is broken.
+            record = (record[0], _BOUNDS.sub("", record[1]))
+            sections.setdefault(panel, []).append(record)
+    return sections
+
+
+def _write_sections(formatter: Any, sections: dict[str, list[tuple[str, str]]]) -> None:
+    for title, records in sections.items():
+        with formatter.section(title):
+            formatter.write_dl(records)
+
+
+class Verb(TyperCommand):
+    """A verb whose help lists its options under the headings they name."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Writes arguments first, then the sections, then what every verb has."""
+        sections = _sections(self.get_params(ctx), ctx, "Options")
+        common = sections.pop("Options", [])
+        if common:
+            sections["Options"] = common
+        _write_sections(formatter, sections)
+
+
+class Root(TyperGroup):
+    """The root command: verbs under headings, and the one place where errors are caught."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Writes the verbs first: they are what a newcomer looks for."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for name in self.list_commands(ctx):
+            command = self.get_command(ctx, name)
+            if command is None or command.hidden:
+                continue
+            panel = getattr(command, "rich_help_panel", None) or "Verbs"
+            sections.setdefault(panel, []).append((name, command.get_short_help_str(limit=90)))
+        _write_sections(formatter, sections)
+        _write_sections(formatter, _sections(self.get_params(ctx), ctx, "Options"))
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Runs the command line; every failure becomes a message, a hint and an exit code."""
+        argv = list(sys.argv[1:] if args is None else args)
+        own = argv[: argv.index("--")] if "--" in argv else argv
+        debug = "--debug" in own or bool(os.environ.get("FLASHMOE_DEBUG"))
+        as_json = "--json" in own
+        argv = [a for a in own if a != "--debug"] + argv[len(own) :]
+        try:
+            result = super().main(
+                argv, prog_name, complete_var, False, windows_expand_args, **extra
+            )
+            code = result if isinstance(result, int) else 0
+            if code == _INTERRUPTED:
+                raise KeyboardInterrupt
+        except Exception as exc:
+            if debug:
+                traceback.print_exc()
+            message, hint, code = _explain(exc)
+            show_error(message, hint, code, as_json=as_json)
+        except KeyboardInterrupt:
+            code = _INTERRUPTED
+            if as_json:
+                show_error("interrupted", "", code, as_json=True)
+            else:
+                note("interrupted")
+        flush()
+        sys.exit(code)
+
+
+def _explain(exc: Exception) -> tuple[str, str, int]:
+    """An exception as (message, hint, exit code)."""
+    if isinstance(exc, FlashmoeError):
+        return exc.message, exc.hint, exc.exit_code
+    if isinstance(exc, typer.TyperException):
+        return _explain_usage(exc)
+    if isinstance(exc, typer.Abort):
+        return "aborted", "", 1
+    if isinstance(exc, OSError):
+        where = f": {exc.filename}" if exc.filename else ""
+        hint = "free some space, or choose another place with -o or FLASHMOE_RUNS"
+        full = exc.errno in (errno.ENOSPC, errno.EDQUOT)
+        return f"{exc.strerror or exc}{where}", hint if full else "check the path", 1
+    what = f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
+    return f"internal error: {what}", "run it again with --debug and report the traceback", 1
+
+
+def _explain_usage(exc: typer.TyperException) -> tuple[str, str, int]:
+    """A misused command line, with the nearest flag and where to read on."""
+    message = " ".join(exc.format_message().split())
+    ctx = getattr(exc, "ctx", None)
+    path = ctx.command_path if ctx is not None else "flashmoe"
+    hint = f"{path} --help lists what there is"
+    option = getattr(exc, "option_name", None)
+    if option and ctx is not None and message.lower().startswith("no such option"):
+        message = f"no such option {option}"
+        known = [o for p in ctx.command.get_params(ctx) for o in (*p.opts, *p.secondary_opts)]
+        known = [o for o in known if o.startswith("--")]
+        near = get_close_matches(option, known, n=1, cutoff=0.5) or getattr(
+            exc, "possibilities", None
+        )
+        if near:
+            hint = f"did you mean {near[0]}? {hint}"
+    else:
+        message, _, suggestion = message.partition(" Did you mean ")
+        if suggestion:
+            hint = f"did you mean {suggestion.replace(chr(39), '').rstrip('?')}? {hint}"
+        message = message[:1].lower() + message[1:].rstrip(".")
+    return message, hint, getattr(exc, "exit_code", _USAGE)
