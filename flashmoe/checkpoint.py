@@ -1,0 +1,429 @@
+"""One MoE layer out of a Hugging Face checkpoint folder; only that layer's tensors are read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashmoe.config import Activation, DType, MoEConfig, MoEWeights, Routing
+from flashmoe.errors import FlashmoeError
+from flashmoe.weights import TORCH_DTYPES
+
+# Names of a gated activation by what config.json calls the function applied to the gate.
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "swiglu",
+    "swish": "swiglu",
+    "gelu_pytorch_tanh": "geglu",
+    "gelu_new": "geglu",
+}
+
+_DTYPES: dict[str, DType] = {"BF16": "bf16", "F16": "fp16"}
+_ROUNDABLE = frozenset({"BF16", "F16", "F32", "F64"})
+
+
+@dataclass(frozen=True)
+class SharedExpert:
+    """A dense SwiGLU that every token passes: ``gate`` and ``up`` [J, H], ``down`` [H, J]."""
+
+    gate: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LayerCheckpoint:
+    """One layer as it came from disk.
+
+    ``shared`` is DeepSeek's shared expert, or None; ``source`` says in a line what was read;
+    ``remarks`` what was changed on the way.
+    """
+
+    config: MoEConfig
+    weights: MoEWeights
+    shared: SharedExpert | None
+    source: str
+    remarks: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Family:
+    """How one model type spells its layer: blocks below ``layers.N.``, and an expert's matrices."""
+
+    title: str
+    routing: Callable[[_Settings], Routing]
+    width_key: str
+    blocks: tuple[str, ...] = ("mlp",)
+    matrices: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    dense: Callable[[_Settings, int], bool] = lambda settings, layer: False
+
+
+def _wrong(message: str, hint: str) -> FlashmoeError:
+    return FlashmoeError(message, hint, exit_code=2)
+
+
+class _Settings:
+    """config.json, with errors that name the file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as why:
+            raise _wrong(f"{file} can't be read: {why}", "download the checkpoint again") from why
+        if not isinstance(values, dict):
+            raise _wrong(f"{file} holds no JSON object", "download the checkpoint again")
+        self.values: dict[str, Any] = values
+
+    def get(self, *keys: str, default: Any = None) -> Any:
+        """The first of ``keys`` that is there and not null."""
+        found = [self.values[k] for k in keys if self.values.get(k) is not None]
+        return found[0] if found else default
+
+    def size(self, *keys: str) -> int:
+        """A whole number from 0 up under the first of ``keys``; raises FlashmoeError."""
+        value = self.get(*keys)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise _wrong(
+                f"{self.file}: '{keys[0]}' is {json.dumps(value)}, not a size",
+                "the folder may be of another model or incomplete; download it again",
+            )
+        return value
+
+
+def _deepseek_dense(settings: _Settings, layer: int) -> bool:
+    every = settings.get("moe_layer_freq", default=1)
+    return bool(layer < settings.get("first_k_dense_replace", default=0) or layer % every)
+
+
+def _qwen_dense(settings: _Settings, layer: int) -> bool:
+    every = settings.get("decoder_sparse_step", default=1)
+    return layer in settings.get("mlp_only_layers", default=[]) or bool((layer + 1) % every)
+
+
+def _deepseek_routing(settings: _Settings) -> Routing:
+    scoring = settings.get("scoring_func", default="sigmoid")
+    if scoring != "sigmoid":
+        raise _wrong(
+            f"{settings.file}: scoring_func '{scoring}' is not DeepSeek-V3's",
+            "only sigmoid scores with a correction bias are known for this model type",
+        )
+    return Routing(
+        "sigmoid",
+        renormalize=bool(settings.get("norm_topk_prob", default=True)),
+        scale=float(settings.get("routed_scaling_factor", default=1.0)),
+        groups=settings.size("n_group") if settings.get("n_group") else 1,
+        top_groups=settings.size("topk_group") if settings.get("topk_group") else 1,
+    )
+
+
+def _softmax_routing(settings: _Settings) -> Routing:
+    return Routing(renormalize=bool(settings.get("norm_topk_prob", default=False)))
+
+
+_FAMILIES: dict[str, _Family] = {
+    "mixtral": _Family(
+        "Mixtral",
+        routing=lambda settings: Routing(),
+        width_key="intermediate_size",
+        blocks=("block_sparse_moe", "mlp"),
+        matrices=("w1", "w3", "w2"),
+    ),
+    "qwen3_moe": _Family(
+        "Qwen3-MoE",
+        routing=_softmax_routing,
+        width_key="moe_intermediate_size",
+        dense=_qwen_dense,
+    ),
+    "olmoe": _Family("OLMoE", routing=_softmax_routing, width_key="intermediate_size"),
+    "deepseek_v3": _Family(
+        "DeepSeek-V3",
+        routing=_deepseek_routing,
+        width_key="moe_intermediate_size",
+        dense=_deepseek_dense,
+    ),
+}
+
+
+class _Tensors:
+    """The tensors of a folder by name, each in its own safetensors file, opened when needed."""
+
+    def __init__(self, folder: Path, files: ExitStack) -> None:
+        self.folder = folder
+        self._files = files
+        self._open: dict[str, Any] = {}
+        index = folder / "model.safetensors.index.json"
+        single = folder / "model.safetensors"
+        if index.is_file():
+            self.file_of = self._read_index(index)
+        elif single.is_file():
+            self.file_of = dict.fromkeys(self._file(single.name).keys(), single.name)
+        elif any(folder.glob("pytorch_model*.bin")):
+            raise _wrong(
+                f"{folder} holds pytorch_model.bin, not safetensors",
+                "convert it: from_pretrained(...).save_pretrained(...) writes safetensors",
+            )
+        else:
+            raise _wrong(
+                f"{folder} holds neither model.safetensors nor model.safetensors.index.json",
+                "download the weights too, not only the configuration",
+            )
+
+    @staticmethod
+    def _read_index(index: Path) -> dict[str, str]:
+        try:
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            # A file name with a folder in it would leave the checkpoint.
+            if all(Path(f).name == f for f in names.values()):
+                return dict(names)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as why:
+            raise _wrong(f"{index} is no index of tensors", "download it again") from why
+        raise _wrong(f"{index} names files outside its folder", "download it again")
+
+    def _file(self, name: str) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        if name not in self._open:
+            path = self.folder / name
+            if not path.is_file():
+                raise _wrong(f"{path} is missing", "the index names it; download it")
+            try:
+                opened = safe_open(path, framework="pt")
+                self._open[name] = self._files.enter_context(opened)
+            except (OSError, SafetensorError) as why:
+                raise _wrong(
+                    f"{path} can't be read: {why}", "it may be truncated; download it again"
+                ) from why
+        return self._open[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.file_of
+
+    def dtype(self, name: str) -> str:
+        """safetensors' name of the dtype: BF16, F32, F8_E4M3 and so on."""
+        return str(self._slice(name).get_dtype())
+
+    def _slice(self, name: str) -> Any:
+        if name not in self.file_of:
+            raise _wrong(
+                f"{self.folder} lacks the tensor {name}",
+                "the download may be incomplete, or the layer of another kind",
+            )
+        from safetensors import SafetensorError
+
+        try:
+            return self._file(self.file_of[name]).get_slice(name)
+        except SafetensorError as why:
+            raise _wrong(
+                f"{self.folder / self.file_of[name]} lacks the tensor {name}",
+                "the index says it is there; download the file again",
+            ) from why
+
+    def read_into(self, name: str, into: torch.Tensor) -> None:
+        """Copies a tensor to ``into``, rounding to its dtype; shapes must agree."""
+        found = self._slice(name)
+        shape = list(found.get_shape())
+        if shape != list(into.shape):
+            raise _wrong(
+                f"{name} has shape {shape}, config.json asks for {list(into.shape)}",
+                "config.json and the weights are not of the same model",
+            )
+        if found.get_dtype() not in _ROUNDABLE:
+            raise _unsupported(name, str(found.get_dtype()))
+        into.copy_(found[:])
+
+
+def _unsupported(name: str, dtype: str) -> FlashmoeError:
+    return _wrong(
+        f"{name} is {dtype}, the kernel takes bf16 and fp16",
+        "use a checkpoint in bfloat16: quantised ones must be dequantised first",
+    )
+
+
+def load_layer(
+    folder: str | os.PathLike[str],
+    layer: int,
+    dtype: str | None = None,
+    device: str | torch.device = "cpu",
+) -> LayerCheckpoint:
+    """Layer ``layer`` (from 0) of the checkpoint in ``folder``.
+
+    ``dtype`` None takes the experts' own, which must be bf16 or fp16; otherwise all is rounded to
+    ``bf16`` or ``fp16``.  Mixtral, Qwen3-MoE, OLMoE and DeepSeek-V3, by the published names, one
+    matrix an expert, or by those of transformers' modules (``experts.gate_up_proj``).
+
+    Raises FlashmoeError (exit code 2) where the folder is of another kind or incomplete, the layer
+    does not exist or is dense, or a dtype or shape does not fit.
+    """
+    with ExitStack() as files:
+        return _Layer(Path(folder), layer, dtype, files).load(device)
+
+
+def layer_config(folder: str | os.PathLike[str], layer: int, dtype: str | None = None) -> MoEConfig:
+    """What ``load_layer`` would load, without reading a weight.  Raises as it does."""
+    with ExitStack() as files:
+        return _Layer(Path(folder), layer, dtype, files).config
+
+
+class _Layer:
+    """A layer found in its folder: names resolved and checked, nothing read yet."""
+
+    def __init__(self, folder: Path, layer: int, dtype: str | None, files: ExitStack) -> None:
+        if not (folder / "config.json").is_file():
+            what = "holds no config.json" if folder.is_dir() else "is no folder"
+            raise _wrong(f"{folder} {what}", "--checkpoint takes a Hugging Face model folder")
+        if dtype is not None and dtype not in TORCH_DTYPES:
+            raise _wrong(f"unknown dtype '{dtype}'", f"use one of: {', '.join(TORCH_DTYPES)}")
+        self.folder, self.layer = folder, layer
+        self.settings = _Settings(folder / "config.json")
+        self.family = self._family()
+        self._require_moe_layer()
+        self.tensors = _Tensors(folder, files)
+        self.block = self._block()
+        first = f"{self.block}.experts.0.{self.family.matrices[0]}.weight"
+        self.fused = f"{self.block}.experts.gate_up_proj" in self.tensors
+        self.expert_dtype = self._expert_dtype(
+            f"{self.block}.experts.gate_up_proj" if self.fused else first, dtype
+        )
+        self.config = self._config()
+
+    def _family(self) -> _Family:
+        model_type = self.settings.get("model_type", default="")
+        if model_type not in _FAMILIES:
+            raise _wrong(
+                f"{self.settings.file}: model type '{model_type}' is not known",
+                f"known are: {', '.join(_FAMILIES)}",
+            )
+        return _FAMILIES[model_type]
+
+    def _require_moe_layer(self) -> None:
+        count = self.settings.size("num_hidden_layers")
+        if not 0 <= self.layer < count:
+            raise _wrong(
+                f"layer {self.layer} does not exist: the model has {count} layers",
+                f"use --layer 0 to {count - 1}",
+            )
+        if self.family.dense(self.settings, self.layer):
+            moe = [n for n in range(count) if not self.family.dense(self.settings, n)]
+            raise _wrong(
+                f"layer {self.layer} is dense: it has no experts",
+                f"layers with experts: {_spans(moe)}" if moe else "no layer has experts",
+            )
+
+    def _block(self) -> str:
+        """The name before the router's and the experts': by a whole model or its bare body."""
+        tried = [
+            f"{body}layers.{self.layer}.{block}"
+            for body in ("model.", "")
+            for block in self.family.blocks
+        ]
+        for name in tried:
+            if f"{name}.gate.weight" in self.tensors:
+                return name
+        raise _wrong(
+            f"{self.folder} lacks the tensor {tried[0]}.gate.weight",
+            "the download may be incomplete, or the weights of another model",
+        )
+
+    def _expert_dtype(self, name: str, asked: str | None) -> DType:
+        found = self.tensors.dtype(name)
+        if found not in _ROUNDABLE:
+            raise _unsupported(name, found)
+        if asked is not None:
+            return "bf16" if asked == "bf16" else "fp16"
+        if found not in _DTYPES:
+            raise _wrong(
+                f"{name} is {found}, the kernel takes bf16 and fp16",
+                "round the weights with --dtype bf16",
+            )
+        return _DTYPES[found]
+
+    def _config(self) -> MoEConfig:
+        settings = self.settings
+        name = settings.get("hidden_act", default="silu")
+        if name not in _ACTIVATIONS:
+            raise _wrong(
+                f"{settings.file}: activation '{name}' is not known",
+                f"known are: {', '.join(_ACTIVATIONS)}",
+            )
+        config = MoEConfig(
+            hidden=settings.size("hidden_size"),
+            intermediate=settings.size(self.family.width_key),
+            experts=settings.size("num_local_experts", "num_experts", "n_routed_experts"),
+            top_k=settings.size("num_experts_per_tok"),
+            activation=_ACTIVATIONS[name],
+            dtype=self.expert_dtype,
+            routing=self.family.routing(settings),
+        )
+        config.validate()
+        return config
+
+    def load(self, device: str | torch.device) -> LayerCheckpoint:
+        config, block, tensors = self.config, self.block, self.tensors
+        dtype = TORCH_DTYPES[config.dtype]
+        h, i, e = config.hidden, config.intermediate, config.experts
+
+        def empty(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        weights = MoEWeights(
+            gate=empty(e, h), bias=None, up=empty(e, 2 * i, h), down=empty(e, h, i)
+        )
+        tensors.read_into(f"{block}.gate.weight", weights.gate)
+        if config.routing.kind == "sigmoid":
+            weights.bias = torch.empty(e, dtype=torch.float32, device=device)
+            tensors.read_into(f"{block}.gate.e_score_correction_bias", weights.bias)
+        if self.fused:
+            tensors.read_into(f"{block}.experts.gate_up_proj", weights.up)
+            tensors.read_into(f"{block}.experts.down_proj", weights.down)
+        else:
+            gate, up, down = self.family.matrices
+            for expert in range(e):
+                of = f"{block}.experts.{expert}"
+                tensors.read_into(f"{of}.{gate}.weight", weights.up[expert, :i])
+                tensors.read_into(f"{of}.{up}.weight", weights.up[expert, i:])
+                tensors.read_into(f"{of}.{down}.weight", weights.down[expert])
+
+        shared = None
+        if self.settings.get("n_shared_experts"):
+            j = i * self.settings.size("n_shared_experts")
+            shared = SharedExpert(gate=empty(j, h), up=empty(j, h), down=empty(h, j))
+            for name in ("gate", "up", "down"):
+                into = getattr(shared, name)
+                tensors.read_into(f"{block}.shared_experts.{name}_proj.weight", into)
+        return LayerCheckpoint(
+            config,
+            weights,
+            shared,
+            source=f"{self.family.title}, layer {self.layer} of {self.folder}",
+            remarks=self._remarks(),
+        )
+
+    def _remarks(self) -> list[str]:
+        own = next(k for k, v in _DTYPES.items() if v == self.config.dtype)
+        name = (
+            "experts.gate_up_proj" if self.fused else f"experts.0.{self.family.matrices[0]}.weight"
+        )
+        remarks = []
+        for what, tensor in (("experts'", name), ("router's", "gate.weight")):
+            found = self.tensors.dtype(f"{self.block}.{tensor}")
+            if found != own:
+                remarks.append(f"the {what} {found} weights were rounded to {self.config.dtype}")
+        return remarks
+
+
+def _spans(numbers: list[int]) -> str:
+    """Ascending numbers as ranges: 3-7, 9."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
