@@ -54,12 +54,14 @@ struct Actor {
   uint8_t iter_flags;
   uint8_t lane;
   uint8_t keep_last;
+  uint8_t cut_short;       // a wait did not end well: the slot keeps saying which
   uint16_t rank;
   uint16_t sm;
   uint16_t cta;
 
   FLASHMOE_HD void begin(uint32_t launch_epoch, uint32_t iteration) {
     epoch = launch_epoch;
+    cut_short = 0;
     iter = static_cast<uint16_t>(iteration < 0xffffu ? iteration : 0xffffu);
     iter_flags = iteration < 0xffffu ? 0 : kFlagIterWrapped;
     note(ActorState::kRunning, {EventKind::k_launch, kNoPeer, kNoExpert, kNoTile}, 0, 0, P::now_ns());
@@ -90,7 +92,9 @@ struct Actor {
       ring->end_cycles = cycles;
       ring->count = count;
     }
-    note(state, {EventKind::k_launch, kNoPeer, kNoExpert, kNoTile}, 0, 0, P::now_ns());
+    if (!cut_short) {
+      note(state, {EventKind::k_launch, kNoPeer, kNoExpert, kNoTile}, 0, 0, P::now_ns());
+    }
   }
 
   // A span of `kind` from the end of the one before until now.
@@ -149,11 +153,13 @@ struct Actor {
       const uint64_t aborted = P::load(abort_word);
       if (aborted != 0) {
         status = static_cast<Status>(aborted);
+        cut_short = 1;
         note(ActorState::kAborted, what, target, seen, from);
         break;
       }
       if (P::now_ns() - from > deadline_ns) {
         status = Status::kHang;
+        cut_short = 1;
         note(ActorState::kGaveUp, what, target, seen, from);
         break;
       }
@@ -168,6 +174,18 @@ struct Actor {
       note(ActorState::kRunning, {EventKind::kNone, kNoPeer, kNoExpert, kNoTile}, 0, 0, from);
     }
     return status;
+  }
+
+  // A wait that another lane of this SM went through for all of them, as `wait` would have recorded it.
+  FLASHMOE_HD void waited(const Awaited& what, uint64_t from, uint64_t to, uint32_t lacking,
+                          Status status) {
+    if constexpr (kTraced) {
+      if (from < last_ns) from = last_ns;
+      if (to <= from) return;
+      write(what.kind, status == Status::kOk ? 0 : kFlagGaveUp, from, to - from, what.peer,
+            what.expert, what.tile, lacking, 0);
+      last_ns = to;
+    }
   }
 
   FLASHMOE_HD static uint32_t saturate(uint64_t value) {

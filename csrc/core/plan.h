@@ -5,8 +5,8 @@
 // Row tiles cut each expert's rows in steps of tile_m; tiles are never shared by two experts.
 //
 // `Team` is who builds the tables together: the threads of a CTA, or one thread of the host engine.
-// It gives rank(), size(), sync(), and scan(rows, n, stride): in place, exclusive, each of `rows`
-// rows of n + 1 entries whose last becomes the row's sum.
+// It gives rank(), size(), sync(), and scan(table, rows, n): in place, exclusive, over each of `rows`
+// contiguous rows of n + 1 entries, whose last becomes the row's sum; all see it on return.
 #pragma once
 
 #include <cstdint>

@@ -1,0 +1,109 @@
+// What the threads of one CTA share: its place in the launch, its barriers, its tasks, its actors.
+#pragma once
+
+#include <cstdint>
+
+#include "core/actor.h"
+#include "core/args.h"
+#include "core/heap.h"
+#include "core/plan.h"
+#include "core/shape.h"
+#include "device/sync.h"
+
+namespace flashmoe {
+
+// Warp roles: warps 0 to 3 move, warps 4 to 7 and 8 to 11 are the two math groups.
+inline constexpr uint32_t kLoadWarp = 0;
+inline constexpr uint32_t kSchedWarp = 1;
+inline constexpr uint32_t kCommWarp = 2;  // and the one after
+inline constexpr uint32_t kMathWarp = 4;
+inline constexpr uint32_t kMathGroups = 2;
+inline constexpr uint32_t kGroupThreads = 128;
+
+// The tile family: 128 rows, 256 weight rows, 64 of K a stage.
+inline constexpr uint32_t kTileRows = 128;
+inline constexpr uint32_t kTileCols = 256;
+inline constexpr uint32_t kTileK = 64;
+inline constexpr uint32_t kStages = 4;
+inline constexpr uint32_t kStageBytesA = kTileRows * kTileK * 2;
+inline constexpr uint32_t kStageBytesB = kTileCols * kTileK * 2;
+inline constexpr uint32_t kStageBytes = kStageBytesA + kStageBytesB;
+inline constexpr uint32_t kEpilogueBytes = 16 * 1024;
+
+// One task is being computed while the loads of the next run; a third would only be hoarded.
+inline constexpr uint32_t kTasks = 2;
+
+// The gate keeps one warp's share of the experts in a 32-bit mask a lane.
+inline constexpr uint32_t kMaxExperts = 1024;
+
+struct Task {
+  Tile tile;             // gemm 0: no more tiles
+  uint32_t wait_kind;    // EventKind the scheduler waited for, 0 if it did not
+  uint32_t wait_lacking;
+  uint64_t wait_from;
+  uint64_t wait_to;
+};
+
+template <bool kTraced>
+struct Shared {
+  uint64_t full[kStages];
+  uint64_t empty[kStages];
+  uint64_t task_full[kTasks];
+  uint64_t task_empty[kTasks];
+  Task tasks[kTasks];
+  GpuActor<kTraced> actors[kLanes];
+  Shape shape;
+  HeapLayout layout;
+  Heap heaps[kMaxRanks];
+  PlanTables tables;
+  uint64_t wait_from;      // of the scheduler's last wait on behalf of all lanes
+  uint64_t wait_to;
+  uint32_t wait_lacking;
+  uint32_t status;         // Status, as this CTA knows it
+  uint32_t lacking_word;   // first counts word not there yet
+  uint32_t bad_ids;
+  uint32_t handed_over;    // tiles the scheduler has handed over
+  uint32_t next_token;     // of this chunk, not yet taken for combining
+  uint32_t batch[4];       // first token of the batch of comm0, comm1, math0, math1
+};
+
+// Where this CTA stands.  In registers of every thread; everything else is in Shared.
+struct Place {
+  uint32_t rank;
+  uint32_t chunk;       // index of this CTA within its rank
+  uint32_t tokens;      // of the rank
+  uint32_t epoch;
+  Heap heap;            // the rank's own
+  const RankArgs* args;
+};
+
+inline constexpr uint32_t kSharedBudget = 232448;
+inline constexpr uint32_t kSharedState = 3072;
+static_assert(sizeof(Shared<true>) <= kSharedState, "barriers, tasks and actors must fit 3 KB");
+inline constexpr uint32_t kSharedBytes = kStages * kStageBytes + kEpilogueBytes + kSharedState + 1024;
+static_assert(kSharedBytes <= kSharedBudget, "a block of sm_90 has 232,448 bytes of shared memory");
+
+// The actor whose leader this thread is, or -1.
+__device__ __forceinline__ int led_lane() {
+  const uint32_t t = threadIdx.x;
+  if (t == kLoadWarp * 32) return static_cast<int>(Lane::k_load);
+  if (t == kSchedWarp * 32) return static_cast<int>(Lane::k_sched);
+  if (t == kCommWarp * 32) return static_cast<int>(Lane::k_comm0);
+  if (t == (kCommWarp + 1) * 32) return static_cast<int>(Lane::k_comm1);
+  if (t == kMathWarp * 32) return static_cast<int>(Lane::k_math0);
+  if (t == (kMathWarp + 4) * 32) return static_cast<int>(Lane::k_math1);
+  return -1;
+}
+
+// Ends the launch for every rank: whoever gives up calls it once.
+template <bool kTraced>
+__device__ inline void raise_abort(const Shared<kTraced>& sh, Status status) {
+  for (uint32_t r = 0; r < sh.shape.world; ++r) {
+    if (sh.heaps[r].base != nullptr) {
+      ptx::store_relaxed_sys(sh.heaps[r].template at<uint64_t>(sh.layout.abort_word),
+                             static_cast<uint64_t>(status));
+    }
+  }
+}
+
+}  // namespace flashmoe

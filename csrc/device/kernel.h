@@ -1,0 +1,285 @@
+// The whole launch, step by step, as one CTA goes through it (docs/protocol.md).
+#pragma once
+
+#include <cstdint>
+
+#include "device/comm.h"
+#include "device/cta.h"
+#include "device/gate.h"
+#include "device/schedule.h"
+#include "device/tile.h"
+
+namespace flashmoe {
+
+// Copies what every role needs from the arguments and makes the barriers and the actors.
+template <bool kTraced>
+__device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
+  const uint32_t local = blockIdx.x / args.shape.chunks;
+  Place place;
+  place.args = &args.ranks[local];
+  place.rank = place.args->rank;
+  place.chunk = blockIdx.x - local * args.shape.chunks;
+  place.tokens = place.args->tokens;
+  place.heap = args.heaps[place.rank];
+  place.epoch =
+      static_cast<uint32_t>(ptx::load_relaxed_sys(place.heap.at<uint64_t>(args.layout.epoch_word))) + 1;
+  if (threadIdx.x == 0) {
+    sh.shape = args.shape;
+    sh.layout = args.layout;
+    for (uint32_t r = 0; r < args.shape.world; ++r) sh.heaps[r] = args.heaps[r];
+    sh.tables = plan_tables(place.heap, args.layout, args.shape, place.chunk);
+    sh.status = static_cast<uint32_t>(Status::kOk);
+    sh.bad_ids = 0;
+    sh.handed_over = 0;
+    sh.next_token = 0;
+    for (uint32_t i = 0; i < kStages; ++i) {
+      ptx::mbarrier_init(&sh.full[i], 1);
+      ptx::mbarrier_init(&sh.empty[i], kMathGroups * 4);
+    }
+    for (uint32_t i = 0; i < kTasks; ++i) {
+      ptx::mbarrier_init(&sh.task_full[i], 1);
+      ptx::mbarrier_init(&sh.task_empty[i], 1 + kMathGroups);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  const int lane = led_lane();
+  if (lane >= 0) {
+    const uint64_t index = static_cast<uint64_t>(blockIdx.x) * kLanes + lane;
+    GpuActor<kTraced>& a = sh.actors[lane];
+    a.slot = args.slots + index;
+    if constexpr (kTraced) {
+      a.ring = args.rings + index;
+      a.records = args.records + index * args.ring_capacity;
+    }
+    a.abort_word = place.heap.at<uint64_t>(args.layout.abort_word);
+    a.deadline_ns = place.epoch == 1 ? args.first_deadline_ns : args.deadline_ns;
+    a.capacity = args.ring_capacity;
+    a.keep_last = static_cast<uint8_t>(args.keep_last);
+    a.lane = static_cast<uint8_t>(lane);
+    a.rank = static_cast<uint16_t>(place.rank);
+    a.sm = static_cast<uint16_t>(ptx::smid());
+    a.cta = static_cast<uint16_t>(place.chunk);
+    a.begin(place.epoch, place.epoch - 1 - args.iteration_base);
+  }
+  __syncthreads();
+  return place;
+}
+
+// Clears the sets of counters that the next launch adds to.  No peer can touch them before this rank
+// sends its counts of the next launch.
+template <bool kTraced>
+__device__ inline void clear_idle_sets(const Shared<kTraced>& sh, const Place& place) {
+  const uint32_t next = place.epoch + 1;
+  const uint32_t tiles = max_pool_tiles(sh.shape);
+  for (uint32_t i = place.chunk * kThreads + threadIdx.x; i < tiles; i += sh.shape.chunks * kThreads) {
+    *tile_counter(place.heap, sh.layout.rows_ready, sh.shape, next, i) = 0;
+    *tile_counter(place.heap, sh.layout.h_ready, sh.shape, next, i) = 0;
+    *tile_counter(place.heap, sh.layout.y_ready, sh.shape, next, i) = 0;
+  }
+  if (place.chunk == 0 && threadIdx.x == 0) *next_tile_word(place.heap, sh.layout, next) = 0;
+}
+
+// The scheduler's leader waits for all lanes; the others record the same wait.  Ends in step; true if
+// the CTA goes on.
+template <bool kTraced>
+__device__ inline bool wait_together(Shared<kTraced>& sh, const Awaited& what, const uint64_t* word,
+                                     Until until, uint64_t target) {
+  constexpr int kWaiter = static_cast<int>(Lane::k_sched);
+  const int lane = led_lane();
+  if (lane == kWaiter) {
+    sh.wait_from = kTraced ? ptx::globaltimer() : 0;
+    const uint64_t seen = ptx::load_acquire_sys(word);
+    sh.wait_lacking = until == Until::kAtLeast && seen < target ? static_cast<uint32_t>(target - seen) : 0;
+    const Status status = sh.actors[kWaiter].wait(what, word, until, target);
+    if (status == Status::kHang) raise_abort(sh, status);
+    sh.status = static_cast<uint32_t>(status);
+    // A wait that ended at its first try is no wait.
+    sh.wait_to = !kTraced || reached(seen, until, target) ? sh.wait_from : ptx::globaltimer();
+  }
+  __syncthreads();
+  const Status status = static_cast<Status>(sh.status);
+  if (lane >= 0 && lane != kWaiter) {
+    sh.actors[lane].waited(what, sh.wait_from, sh.wait_to, sh.wait_lacking, status);
+  }
+  __syncthreads();
+  return status == Status::kOk;
+}
+
+// All histograms of the rank are visible to all its CTAs.  The only such barrier of a launch.
+template <bool kTraced>
+__device__ inline bool rank_barrier(Shared<kTraced>& sh, const Place& place) {
+  uint64_t* word = place.heap.at<uint64_t>(sh.layout.barrier);
+  __syncthreads();
+  if (threadIdx.x == kSchedWarp * 32) {
+    ptx::fence_acq_rel_sys();
+    ptx::add_relaxed_sys(word, 1);
+  }
+  return wait_together(sh, {EventKind::k_wait_barrier, kNoPeer, kNoExpert, kNoTile}, word,
+                       Until::kAtLeast, static_cast<uint64_t>(sh.shape.chunks) * place.epoch);
+}
+
+// Sends this rank's rows per expert to every rank: a warp an expert, the experts spread over the CTAs.
+template <bool kTraced>
+__device__ inline void send_counts(Shared<kTraced>& sh, const Place& place) {
+  const Shape& shape = sh.shape;
+  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const uint32_t* histogram = place.heap.at<uint32_t>(sh.layout.histogram);
+  uint32_t sent = 0;
+  for (uint32_t e = place.chunk + warp * shape.chunks; e < shape.experts; e += kWarps * shape.chunks) {
+    uint32_t rows = 0;
+    for (uint32_t c = lane; c < shape.chunks; c += 32) rows += histogram[c * shape.experts + e];
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) rows += __shfl_xor_sync(0xffffffffu, rows, d);
+    if (lane < shape.world) {
+      ptx::store_release_sys(counts_words(sh.heaps[lane], sh.layout, shape, place.epoch, place.rank) + e,
+                             static_cast<uint64_t>(place.epoch) << 32 | rows);
+    }
+    sent += shape.world;
+  }
+  const int led = led_lane();
+  // Each leader records what its own warp sent; the warps of a math group that lead nothing are few.
+  if (led >= 0) sh.actors[led].span(EventKind::k_counts, kNoPeer, kNoExpert, kNoTile, sent * 8);
+}
+
+// Until the counts of all ranks are here.  Nothing is written to a peer's rows before.
+template <bool kTraced>
+__device__ inline bool await_counts(Shared<kTraced>& sh, const Place& place) {
+  const Shape& shape = sh.shape;
+  const uint64_t* words = counts_words(place.heap, sh.layout, shape, place.epoch, 0);
+  const uint32_t n = shape.world * shape.experts;
+  for (;;) {
+    if (threadIdx.x == 0) sh.lacking_word = n;
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < n; i += kThreads) {
+      if (!reached(ptx::load_acquire_sys(words + i), Until::kTag, place.epoch)) {
+        atomicMin(&sh.lacking_word, i);
+        break;
+      }
+    }
+    __syncthreads();
+    const uint32_t lacking = sh.lacking_word;
+    if (lacking == n) return true;
+    const Awaited what{EventKind::k_wait_counts, static_cast<uint16_t>(lacking / shape.experts),
+                       static_cast<uint16_t>(lacking % shape.experts), kNoTile};
+    if (!wait_together(sh, what, words + lacking, Until::kTag, place.epoch)) return false;
+  }
+}
+
+// The plan, this chunk's tables, and the chunk's rows in the order of their experts.
+template <bool kTraced>
+__device__ inline void make_plan(Shared<kTraced>& sh, const Place& place) {
+  const Shape& shape = sh.shape;
+  CtaTeam team;
+  const uint64_t* words = counts_words(place.heap, sh.layout, shape, place.epoch, 0);
+  build_plan(team, sh.tables, shape, place.rank, [&](uint32_t source, uint32_t e) {
+    return static_cast<uint32_t>(ptx::load_relaxed_sys(words + source * shape.experts + e));
+  });
+  build_chunk_tables(team, sh.tables, shape, place.heap.at<uint32_t>(sh.layout.histogram), place.chunk);
+  const uint32_t begin = chunk_begin(shape, place.tokens, place.chunk);
+  const uint32_t end = chunk_begin(shape, place.tokens, place.chunk + 1);
+  const uint64_t first = static_cast<uint64_t>(begin) * shape.top_k;
+  const uint32_t* ids = place.heap.at<uint32_t>(sh.layout.ids) + first;
+  const uint32_t* slots = place.heap.at<uint32_t>(sh.layout.slots) + first;
+  uint32_t* sorted = place.heap.at<uint32_t>(sh.layout.sorted) + first;
+  for (uint32_t i = threadIdx.x; i < (end - begin) * shape.top_k; i += kThreads) {
+    sorted[sh.tables.chunk_order[ids[i]] + slots[i]] = begin * shape.top_k + i;
+  }
+  __syncthreads();
+}
+
+template <bool kTraced>
+__device__ inline void record_all(Shared<kTraced>& sh, EventKind kind, uint32_t tile, uint32_t aux) {
+  const int lane = led_lane();
+  if (lane >= 0) sh.actors[lane].span(kind, kNoPeer, kNoExpert, tile, aux);
+}
+
+// Steps 1 to 3: gate, barrier, counts, plan.  kOk if rows may move.
+template <class T, bool kTraced>
+__device__ inline Status prepare(Shared<kTraced>& sh, const Place& place, char* stages) {
+  const uint32_t tokens = chunk_begin(sh.shape, place.tokens, place.chunk + 1) -
+                          chunk_begin(sh.shape, place.tokens, place.chunk);
+  clear_idle_sets(sh, place);
+  const bool good = run_gate<T>(sh, place, stages);
+  record_all(sh, EventKind::k_gate, place.chunk, tokens);
+  if (!good) {
+    if (threadIdx.x == 0) raise_abort(sh, Status::kBadIds);
+    return Status::kBadIds;
+  }
+  if (!rank_barrier(sh, place)) return static_cast<Status>(sh.status);
+  send_counts(sh, place);
+  if (!await_counts(sh, place)) return static_cast<Status>(sh.status);
+  make_plan(sh, place);
+  record_all(sh, EventKind::k_plan, kNoTile, 0);
+  return pool_rows_needed(sh.tables, sh.shape) > sh.shape.pool_rows ? Status::kOverflow : Status::kOk;
+}
+
+// The last CTA of the rank to leave says how the launch ended and moves the epoch on.
+template <bool kTraced>
+__device__ inline void leave(Shared<kTraced>& sh, const Place& place, Status status) {
+  __syncthreads();
+  const uint64_t aborted =
+      ptx::load_relaxed_sys(place.heap.at<uint64_t>(sh.layout.abort_word));
+  if (status == Status::kOk && aborted != 0) status = static_cast<Status>(aborted);
+  const int lane = led_lane();
+  if (lane >= 0) {
+    sh.actors[lane].end(aborted != 0 ? ActorState::kAborted : ActorState::kDone);
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  __threadfence_system();
+  uint64_t* exits = place.heap.at<uint64_t>(sh.layout.exits);
+  const uint64_t due = static_cast<uint64_t>(sh.shape.chunks) * place.epoch;
+  if (ptx::fetch_add_acq_rel_sys(exits, 1) + 1 != due) return;
+  const uint64_t needed = status == Status::kOverflow ? pool_rows_needed(sh.tables, sh.shape) : 0;
+  *place.heap.at<uint64_t>(sh.layout.status_word) = static_cast<uint64_t>(status) | needed << 32;
+  *place.heap.at<uint64_t>(sh.layout.epoch_word) = place.epoch;
+}
+
+template <class T, bool kGated, bool kTraced>
+__device__ inline void moe_forward(const LaunchArgs& args) {
+  extern __shared__ char dynamic[];
+  // Swizzled stages start at multiples of 1,024 bytes.
+  char* stages = dynamic + (1024 - (ptx::shared_address(dynamic) & 1023) & 1023);
+  Shared<kTraced>& sh =
+      *reinterpret_cast<Shared<kTraced>*>(stages + kStages * kStageBytes + kEpilogueBytes);
+  if (args.fault.never_starts_rank == args.ranks[blockIdx.x / args.shape.chunks].rank) return;
+  const Place place = enter(sh, args);
+  // Abort is sticky: nothing runs until reset().
+  if (threadIdx.x == 0) {
+    sh.status = static_cast<uint32_t>(
+        ptx::load_relaxed_sys(place.heap.at<uint64_t>(sh.layout.abort_word)));
+  }
+  __syncthreads();
+  Status status = static_cast<Status>(sh.status);
+  __syncthreads();
+  if (status == Status::kOk) status = prepare<T>(sh, place, stages);
+  if (status != Status::kOk) {
+    leave(sh, place, status);
+    return;
+  }
+  // The gate wrote its scratch by ordinary stores where the tensor copies will write.
+  ptx::fence_proxy_async();
+  __syncthreads();
+  const uint32_t warp = threadIdx.x / 32;
+  if (warp < kMathWarp) {
+    ptx::registers_decrease<56>();
+    if (warp == kLoadWarp) {
+      if (threadIdx.x % 32 == 0) load_tiles<kGated>(sh, place, stages);
+    } else if (warp == kSchedWarp) {
+      if (threadIdx.x % 32 == 0) schedule_tiles(sh, place);
+    } else {
+      dispatch(sh, place, args.fault, warp - kCommWarp);
+      combine<T, 1>(sh, place,
+                    static_cast<Lane>(static_cast<uint32_t>(Lane::k_comm0) + warp - kCommWarp));
+    }
+    __syncwarp();
+  } else {
+    ptx::registers_increase<224>();
+    const uint32_t group = (warp - kMathWarp) / 4;
+    multiply_tiles<T, kGated>(sh, place, stages, group);
+    combine<T, 4>(sh, place, static_cast<Lane>(static_cast<uint32_t>(Lane::k_math0) + group));
+  }
+  leave(sh, place, Status::kOk);
+}
+
+}  // namespace flashmoe

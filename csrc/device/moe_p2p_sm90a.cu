@@ -1,0 +1,21 @@
+// The fused MoE forward for Hopper, peers reached by pointer.
+//
+// One cubin holds every variant; nothing is compiled per shape.  Entry points are named
+// moe_<dtype>_<expert kind>_<traced>, take one LaunchArgs in device memory, and are launched with
+// local_ranks * chunks blocks of 384 threads, all resident at once.
+#include "device/kernel.h"
+
+#define FLASHMOE_KERNEL(name, type, gated, traced)                                   \
+  extern "C" __global__ void __launch_bounds__(flashmoe::kThreads, 1)                \
+      name(const flashmoe::LaunchArgs* __restrict__ args) {                          \
+    flashmoe::moe_forward<type, gated, traced>(*args);                               \
+  }
+
+FLASHMOE_KERNEL(moe_bf16_gated_untraced, __nv_bfloat16, true, false)
+FLASHMOE_KERNEL(moe_bf16_gated_traced, __nv_bfloat16, true, true)
+FLASHMOE_KERNEL(moe_bf16_plain_untraced, __nv_bfloat16, false, false)
+FLASHMOE_KERNEL(moe_bf16_plain_traced, __nv_bfloat16, false, true)
+FLASHMOE_KERNEL(moe_fp16_gated_untraced, __half, true, false)
+FLASHMOE_KERNEL(moe_fp16_gated_traced, __half, true, true)
+FLASHMOE_KERNEL(moe_fp16_plain_untraced, __half, false, false)
+FLASHMOE_KERNEL(moe_fp16_plain_traced, __half, false, true)

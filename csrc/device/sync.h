@@ -1,0 +1,80 @@
+// The GPU as a platform for core: its clock, its words, its records; and CTA-wide helpers.
+#pragma once
+
+#include <cstdint>
+
+#include "core/actor.h"
+#include "core/records.h"
+#include "device/ptx.h"
+
+namespace flashmoe {
+
+inline constexpr uint32_t kThreads = 384;
+inline constexpr uint32_t kWarps = kThreads / 32;
+
+struct GpuPlatform {
+  static __device__ __forceinline__ uint64_t load(const uint64_t* word) {
+    return ptx::load_acquire_sys(word);
+  }
+  static __device__ __forceinline__ uint64_t now_ns() { return ptx::globaltimer(); }
+  static __device__ __forceinline__ uint64_t cycles() { return clock64(); }
+  static __device__ __forceinline__ void relax() { __nanosleep(20); }
+  static __device__ __forceinline__ void put_record(Record* to, const Record& r) {
+    const uint4* from = reinterpret_cast<const uint4*>(&r);
+    reinterpret_cast<uint4*>(to)[0] = from[0];
+    reinterpret_cast<uint4*>(to)[1] = from[1];
+  }
+  // Volatile: the host reads the slot while the kernel runs.
+  static __device__ __forceinline__ void put_slot(FlightSlot* to, const FlightSlot& s) {
+    const uint4* from = reinterpret_cast<const uint4*>(&s);
+    uint4* words = reinterpret_cast<uint4*>(to);
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {  // the fourth is reserved bytes
+      asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(words + i), "r"(from[i].x),
+                   "r"(from[i].y), "r"(from[i].z), "r"(from[i].w)
+                   : "memory");
+    }
+  }
+};
+
+template <bool kTraced>
+using GpuActor = Actor<GpuPlatform, kTraced>;
+
+// Makes writes of all lanes of this warp visible before a burst of relaxed adds by lane 0: the rows
+// were written by ordinary stores and will be read by the copy engine, maybe of another GPU.
+__device__ __forceinline__ void publish_fence_warp() {
+  ptx::fence_proxy_async();
+  __syncwarp();
+  ptx::fence_acq_rel_sys();
+}
+
+// All threads of the CTA build the plan together.
+struct CtaTeam {
+  __device__ __forceinline__ uint32_t rank() const { return threadIdx.x; }
+  __device__ __forceinline__ uint32_t size() const { return kThreads; }
+  __device__ __forceinline__ void sync() const { __syncthreads(); }
+  // A warp a row; 32 entries at a time, the running sum carried in registers.
+  __device__ __forceinline__ void scan(uint32_t* table, uint32_t rows, uint32_t n) const {
+    const uint32_t lane = threadIdx.x % 32;
+    for (uint32_t row = threadIdx.x / 32; row < rows; row += kWarps) {
+      uint32_t* t = table + static_cast<uint64_t>(row) * (n + 1);
+      uint32_t carry = 0;
+      for (uint32_t base = 0; base < n; base += 32) {
+        const uint32_t i = base + lane;
+        const uint32_t value = i < n ? t[i] : 0;
+        uint32_t sum = value;
+#pragma unroll
+        for (uint32_t d = 1; d < 32; d *= 2) {
+          const uint32_t other = __shfl_up_sync(0xffffffffu, sum, d);
+          if (lane >= d) sum += other;
+        }
+        if (i < n) t[i] = carry + sum - value;
+        carry += __shfl_sync(0xffffffffu, sum, 31);
+      }
+      if (lane == 0) t[n] = carry;
+    }
+    __syncthreads();
+  }
+};
+
+}  // namespace flashmoe
