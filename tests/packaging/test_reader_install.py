@@ -1,0 +1,91 @@
+"""Where flashmoe cannot run, the verbs that read still do: without torch, without an extension."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+#: What the marker in pyproject.toml leaves out elsewhere, and what is not compiled there.
+BLOCKED = ("torch", "cuda", "nvtx", "pynvml", "flashmoe._host")
+
+BLOCKED_MAIN = """
+import json, sys
+
+paths, blocked = json.loads(sys.argv.pop(1))
+sys.path[:] = paths
+
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if any(name == b or name.startswith(b + ".") for b in blocked):
+            raise ImportError(f"{name} is blocked")
+
+
+sys.meta_path.insert(0, Blocker())
+from flashmoe_cli.main import main
+
+main()
+"""
+
+
+def flashmoe(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """``flashmoe ARGUMENTS`` in a new interpreter in which nothing of BLOCKED can be imported."""
+    setting = json.dumps([sys.path, BLOCKED])
+    return subprocess.run(
+        [sys.executable, "-c", BLOCKED_MAIN, setting, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+    )
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small made-up run, for a reader as good as a real one."""
+    path = tmp_path_factory.mktemp("runs") / "made-up.fmoe"
+    script = (
+        "import sys, pathlib\n"
+        "import synthetic\n"
+        "shape = synthetic.Shape(ranks=2, sms=4, tokens=64, hidden=64, intermediate=64)\n"
+        "synthetic.write(pathlib.Path(sys.argv[1]), shape)\n"
+    )
+    setting = json.dumps([str(BENCHMARKS), *sys.path])
+    subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:] = {setting}\n{script}", path], check=True
+    )
+    return path
+
+
+@pytest.mark.parametrize("verb", ["info", "timeline", "traffic"])
+def test_a_verb_that_reads_reads(trace: Path, verb: str) -> None:
+    done = flashmoe(verb, trace, "--json", cwd=trace.parent)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["schema"]
+
+
+@pytest.mark.parametrize("form", ["perfetto", "chrome"])
+def test_export_writes(trace: Path, tmp_path: Path, form: str) -> None:
+    out = tmp_path / "out"
+    done = flashmoe("export", trace, "--format", form, "-o", out, cwd=trace.parent)
+    assert done.returncode == 0, done.stderr
+    assert out.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("arguments", [("--version", "-v"), ("--help",), ("presets",)])
+def test_what_needs_no_run_works(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    done = flashmoe(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_running_says_in_one_line_what_is_missing(tmp_path: Path) -> None:
+    done = flashmoe("run", "tiny", cwd=tmp_path)
+    assert done.returncode not in (0, 2)
+    assert "Traceback" not in done.stderr
+    assert "torch" in done.stderr or "Linux" in done.stderr
