@@ -1,4 +1,4 @@
-"""One run from request to saved result: pick a world, launch, check, gather, write.  Prints nothing.
+"""One run from request to saved result: pick a world, launch, check, gather, write; no printing.
 
 The command line hands over a ``Request`` and a progress callback and draws the ``Result``.
 """
@@ -70,7 +70,7 @@ class Request:
 
 @dataclass
 class Result:
-    """What came of a run.  Times are in ms; ``traffic`` is payload bytes [W, W], from row to column.
+    """What came of a run.  Times in ms; ``traffic`` is payload bytes [W, W], from row to column.
 
     ``check`` holds the verdicts on output and routing (None: not checked), ``device`` what NVML
     said after the last launch (None: no GPU), ``why_world`` why ``auto`` chose as it did.
@@ -161,7 +161,7 @@ def _phase(progress: Progress, name: str) -> Iterator[None]:
 
 @dataclass
 class Record:
-    """What the launches leave: one entry a measured iteration (or the warm-up launch that failed)."""
+    """What the launches leave: an entry a measured one, or the warm-up launch that failed."""
 
     launches: list[Launch] = field(default_factory=list)
     routings: list[Routing] = field(default_factory=list)
@@ -199,8 +199,10 @@ def run(request: Request, progress: Progress, engine_factory: Any = build_engine
     Raises FlashmoeError for what can be known beforehand: bad shapes, too little memory, no GPU,
     an output that exists.  A wrong result or a hang is no exception: see ``Result.exit_code``.
     """
+    from flashmoe.build_info import require_runner
     from flashmoe.inputs import prepare
 
+    require_runner()
     _refuse_existing(request)
     world, why_world = choose_world(request.world, request.device)
     with _phase(progress, "preparing weights and tokens"):

@@ -1,4 +1,4 @@
-"""What leaves the process: text, JSON and errors, and what the terminal on the other end can show."""
+"""What leaves the process: text, JSON and errors, and what the terminal there can show."""
 
 from __future__ import annotations
 

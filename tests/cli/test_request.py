@@ -1,0 +1,92 @@
+"""From flags to a request: overrides, tokens per rank, faults, contradictions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flashmoe.errors import FlashmoeError
+from flashmoe.presets import PRESETS
+from flashmoe.world.base import Fault
+from flashmoe_cli import request
+
+
+def test_a_flag_overrides_the_preset_and_leaves_the_rest() -> None:
+    name, config, tokens = request.shape("mixtral", {"hidden": 64, "top_k": None})
+    mixtral = PRESETS["mixtral"]
+    assert (name, config.hidden, config.intermediate) == ("mixtral", 64, 14336)
+    assert tokens == mixtral.tokens
+
+
+def test_four_sizes_are_a_shape_of_their_own() -> None:
+    given = {"hidden": 64, "intermediate": 32, "experts": 4, "top_k": 2, "dtype": "fp16"}
+    name, config, _ = request.shape(None, given)
+    assert (name, config.experts, config.dtype) == ("custom", 4, "fp16")
+
+
+def test_some_sizes_without_a_preset_name_those_that_lack() -> None:
+    with pytest.raises(FlashmoeError) as caught:
+        request.shape(None, {"hidden": 64, "experts": 4})
+    assert "--intermediate --top-k" in caught.value.hint
+
+
+def test_a_shape_that_cannot_be_is_refused() -> None:
+    with pytest.raises(FlashmoeError) as caught:
+        request.shape("tiny", {"top_k": 9})
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "ranks", "tokens"),
+    [(None, 2, (64, 64)), ("5", 3, (5, 5, 5)), ("0,7", 2, (0, 7)), ("0", 1, (0,))],
+)
+def test_tokens_per_rank(text: str | None, ranks: int, tokens: tuple[int, ...]) -> None:
+    assert request.tokens_per_rank(text, ranks, 64) == tokens
+
+
+@pytest.mark.parametrize("text", ["-1", "x", "1,2,3", "", "1.5"])
+def test_tokens_that_are_none(text: str) -> None:
+    with pytest.raises(FlashmoeError) as caught:
+        request.tokens_per_rank(text, 2, 64)
+    assert caught.value.exit_code == 2
+
+
+def test_faults() -> None:
+    specs = ["never-starts:1", "lost-signal:0:3", "wrong-count:0:1:2", "slow:1:0.25"]
+    assert request.faults(specs, ranks=2) == (
+        Fault("never-starts", 1),
+        Fault("lost-signal", 0, expert=3),
+        Fault("wrong-count", 0, peer=1, expert=2),
+        Fault("slow", 1, seconds=0.25),
+    )
+    assert request.faults(None, ranks=1) == ()
+
+
+@pytest.mark.parametrize("spec", ["gone:1", "slow:1", "never-starts:2", "lost-signal:0:x", "slow"])
+def test_bad_faults_say_how_to_write_them(spec: str) -> None:
+    with pytest.raises(FlashmoeError) as caught:
+        request.faults([spec], ranks=2)
+    assert caught.value.exit_code == 2
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("folder", "layer", "preset", "overrides"),
+    [
+        (None, 3, None, {}),
+        (Path("x"), None, None, {}),
+        (Path("x"), 0, "tiny", {}),
+        (Path("x"), 0, None, {"hidden": 64}),
+    ],
+)
+def test_a_checkpoint_says_its_own_shape(
+    folder: Path | None, layer: int | None, preset: str | None, overrides: dict[str, int]
+) -> None:
+    with pytest.raises(FlashmoeError) as caught:
+        request.checkpoint_args(folder, layer, preset, overrides)
+    assert caught.value.exit_code == 2
+
+
+def test_a_checkpoint_may_be_rounded_to_another_dtype() -> None:
+    request.checkpoint_args(Path("x"), 0, None, {"dtype": "fp16", "hidden": None})

@@ -1,0 +1,55 @@
+"""Rows of states as a terminal gets them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from flashmoe.trace import schema
+from flashmoe_cli.render.palette import EMPTY, INDEX, STATES
+from flashmoe_cli.render.strips import Strip, draw, legend
+from flashmoe_cli.render.text import visible
+
+G1, WAIT, IDLE = INDEX["gemm1"], INDEX["wait:rows"], INDEX["idle"]
+
+
+def test_every_kind_and_every_reason_has_a_state() -> None:
+    kinds = {
+        schema.KIND_NAME[k]
+        for k, c in schema.KIND_CLASS.items()
+        if c in (schema.TimeClass.BUSY, schema.TimeClass.COMM)
+    }
+    assert kinds <= set(INDEX)
+    assert {f"wait:{reason}" for reason in schema.REASONS} <= set(INDEX)
+
+
+def test_letters_and_colours_tell_states_apart() -> None:
+    by_words = {state.words: state for state in STATES}
+    assert len({s.letter for s in by_words.values()}) == len(by_words)
+    assert len({s.colour for s in by_words.values()}) == len(by_words)
+
+
+def test_without_colour_a_cell_is_a_letter() -> None:
+    strips = [Strip("sm 0", [G1, G1, WAIT]), Strip("sm 10", [IDLE, EMPTY, G1])]
+    assert draw(strips, colour=False, blocks=True) == [" sm 0 11r", "sm 10 . 1"]
+
+
+def test_half_blocks_carry_two_strips_a_line() -> None:
+    strips = [Strip(f"sm {i}", [G1, IDLE]) for i in range(3)]
+    lines = draw(strips, colour=True, blocks=True)
+    assert [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines] == ["sm 0-1 ▀▀", "  sm 2 ▀▀"]
+    fore, back = f"38;5;{STATES[G1].colour}m", f"48;5;{STATES[G1].colour}m"
+    assert fore in lines[0]
+    assert back in lines[0]
+    assert "48;5" not in lines[1]
+
+
+@pytest.mark.parametrize(("colour", "blocks"), [(True, True), (True, False), (False, False)])
+def test_the_legend_names_what_is_there_and_fits(colour: bool, blocks: bool) -> None:
+    lines = legend([G1, WAIT, IDLE, EMPTY], colour=colour, blocks=blocks, width=24)
+    text = " ".join(lines)
+    assert "GEMM1" in text
+    assert "wait rows" in text
+    assert "GEMM2" not in text
+    assert all(visible(line) <= 24 for line in lines)
