@@ -6,6 +6,7 @@ heavy.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import dataclass
 from functools import cache
@@ -130,3 +131,12 @@ def build_info() -> BuildInfo:
         cubins=(),
         why_no_cubins=unbuilt,
     )
+
+
+def require_runner() -> None:
+    """Raises FlashmoeError where this installation reads traces but can run nothing."""
+    if importlib.util.find_spec("torch") is None:
+        raise FlashmoeError(
+            "flashmoe cannot run a layer here: torch is not installed",
+            "run on Linux x86_64, where pip brings torch along; a trace from there is read here",
+        )
