@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import flashmoe.trace as trace_package
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 #: What the marker in pyproject.toml leaves out elsewhere, and what is not compiled there.
 BLOCKED = ("torch", "cuda", "nvtx", "pynvml", "flashmoe._host")
 
-BLOCKED_MAIN = """
+WITHOUT = """
 import json, sys
 
 paths, blocked = json.loads(sys.argv.pop(1))
 sys.path[:] = paths
 
 
-class Without:
-    """A finder that looks as if what is blocked were not installed."""
-
+class Without:  # a finder for which what is blocked is not installed
     def __init__(self, finder):
         self.finder = finder
 
@@ -34,21 +35,36 @@ class Without:
 
 
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
-from flashmoe_cli.main import main
-
-main()
 """
 
 
-def flashmoe(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """``flashmoe ARGUMENTS`` in a new interpreter in which nothing of BLOCKED can be imported."""
+def python(script: str, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Runs ``script`` in a new interpreter for which nothing of BLOCKED is installed."""
     setting = json.dumps([sys.path, BLOCKED])
     return subprocess.run(
-        [sys.executable, "-c", BLOCKED_MAIN, setting, *map(str, arguments)],
+        [sys.executable, "-c", WITHOUT + script, setting, *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=cwd,
     )
+
+
+def flashmoe(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """``flashmoe ARGUMENTS`` there."""
+    return python("from flashmoe_cli.main import main\nmain()", *arguments, cwd=cwd)
+
+
+def test_what_is_blocked_looks_as_if_it_were_not_installed(tmp_path: Path) -> None:
+    done = python("import torch", cwd=tmp_path)
+    assert "ModuleNotFoundError: No module named 'torch'" in done.stderr
+
+
+def test_every_trace_module_imports(tmp_path: Path) -> None:
+    names = [m.name for m in pkgutil.walk_packages(trace_package.__path__, "flashmoe.trace.")]
+    assert "flashmoe.trace.schema" in names
+    script = "import importlib\nfor name in sys.argv[1:]: importlib.import_module(name)"
+    done = python(script, *names, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
