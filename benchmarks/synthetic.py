@@ -3,13 +3,14 @@
     python benchmarks/synthetic.py --events 1000000 -o big.fmoe
 
 The routing is consistent: tiles follow from the counts as in csrc/core/plan.h, and the bytes of
-every dispatch and put add up to the rows routed.  The times are random, but no two spans of an actor
-overlap and each lies inside its launch.
+every dispatch and put add up to the rows routed.  The times are random, but no two spans of an
+actor overlap and each lies inside its launch.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ class Shape:
     tile_m: int = 128
     tile_n: int = 256
     waves: int = 4
-    wall_us: float = 2000.0
+    wall_us: float = 3000.0
     skew: float = 0.5
     seed: int = 0
     keep_last: bool = False
@@ -96,8 +97,9 @@ def plan(shape: Shape, counts: np.ndarray) -> np.ndarray:
             order += [(2, e) for e in groups[i - 1]] if i else []
         own = []
         for gemm, e in order:
-            width = 2 * shape.intermediate if gemm == 1 else shape.hidden
-            columns = -(-width // shape.tile_n)
+            width = shape.intermediate if gemm == 1 else shape.hidden
+            step = shape.tile_n // 2 if gemm == 1 else shape.tile_n  # gate and up rows together
+            columns = -(-width // step)
             n = int(row_tiles[e]) * columns
             j, col = np.arange(n) % max(1, row_tiles[e]), np.arange(n) // max(1, row_tiles[e])
             tiles = np.zeros(n, [(name, np.int64) for name in TILE_COLUMNS])
@@ -106,7 +108,7 @@ def plan(shape: Shape, counts: np.ndarray) -> np.ndarray:
             tiles["row_tile_global"] = globally[e] + j
             tiles["col_tile"] = col
             tiles["rows"] = np.minimum(shape.tile_m, rows_of[e] - j * shape.tile_m)
-            tiles["cols"] = np.minimum(shape.tile_n, width - col * shape.tile_n)
+            tiles["cols"] = np.minimum(step, width - col * step)
             tiles["depth"] = shape.hidden if gemm == 1 else shape.intermediate
             tiles["family"] = shape.tile_m
             own.append(tiles)
@@ -338,9 +340,9 @@ def meta(shape: Shape) -> dict[str, Any]:
         "world": {
             "kind": "local", "ranks": shape.ranks, "sms_per_rank": shape.sms,
             "lanes": [schema.LANE_NAME[lane] for lane in Lane],
-            "experts_of_rank": [[a, b] for a, b in zip(edges, edges[1:], strict=False)],
+            "experts_of_rank": [[a, b] for a, b in itertools.pairwise(edges)],
             "tokens": [shape.tokens] * shape.ranks, "row_bytes": shape.hidden * 2,
-            "topology": "shared-gpu",
+            "tile_rows": shape.tile_m, "topology": "shared-gpu",
         },
         "device": None,
         "clock": {"source": "synthetic", "step_ns": 32.0, "record_cost_ns": 90.0, "sm_mhz": MHZ},

@@ -1,4 +1,4 @@
-"""The run directory NAME.fmoe: written whole or not at all, found again, and read with clear errors.
+"""The run directory NAME.fmoe: written whole or not at all, found, and read with clear errors.
 
 run.json (metadata), rings.bin (the evidence), events.parquet (decoded), plan.parquet and
 counts.parquet (what was routed), flight.bin (only where the run hung).  See docs/trace-format.md.
@@ -125,7 +125,7 @@ class RunWriter:
         source, chunk, expert = np.nonzero(counts)
         rows = counts[source, chunk, expert]
         for i in which:
-            own = {"iter": np.full(len(tiles), min(i, 0xFFFF), np.uint16)}
+            own: dict[str, np.ndarray] = {"iter": np.full(len(tiles), min(i, 0xFFFF), np.uint16)}
             own |= {name: tiles[name] for name in PLAN.names[1:]}
             self._plan.append(_table(own, PLAN))
             own = {"iter": np.full(len(rows), min(i, 0xFFFF), np.uint16)}
@@ -362,7 +362,7 @@ class Run:
 
 
 def open_run(path: str | os.PathLike[str] | None = None) -> Run:
-    """Opens a run: a path, a name with or without .fmoe in the runs' folder, or None for the latest.
+    """Opens a run: a path, a name (.fmoe or not) in the runs' folder, or None for the latest.
 
     Raises FlashmoeError where there is none, or it is foreign, newer or damaged.
     """
@@ -394,7 +394,7 @@ def open_run(path: str | os.PathLike[str] | None = None) -> Run:
 
 
 def find_run(path: str | os.PathLike[str] | None) -> Path:
-    """The directory that ``path`` names, or of the latest run; FlashmoeError where none is there."""
+    """The directory that ``path`` names, or the latest run's; FlashmoeError where there is none."""
     folder = runs_folder()
     if path is None:
         link = folder / LATEST

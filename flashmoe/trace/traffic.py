@@ -1,0 +1,180 @@
+"""Who sent how many bytes to whom, and what other ways of moving the rows would have sent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from flashmoe.trace.columns import Events, column
+from flashmoe.trace.rundir import Run
+from flashmoe.trace.schema import EventKind
+
+TRAFFIC_SCHEMA = 1
+CAPACITY_FACTOR = 1.25
+
+
+def traffic_summary(run: Run, iteration: int | None = None, bins: int = 64) -> dict[str, Any]:
+    """Every figure of `flashmoe traffic --json`: bytes are int, rates GB/s (1e9 bytes a second).
+
+    ``iteration`` None: all of the run's; ``bins``: of the rate over time.
+    """
+    events, meta = Events.of(run.events), run.meta
+    world, config = meta.get("world") or {}, meta.get("config") or {}
+    ranks = _ranks(events, world)
+    moves = {
+        "dispatch": _moved(events, EventKind.DISPATCH, iteration),
+        "return": _moved(events, EventKind.PUT, iteration),
+    }
+    matrices = {name: matrix(events, rows, ranks) for name, rows in moves.items()}
+    both = np.sort(np.concatenate(list(moves.values())))
+    crossing = both[events.rank[both] != events.peer[both]]
+    total = matrices["dispatch"] + matrices["return"]
+    payload = int(total.sum() - np.trace(total))
+    start, end = window(events, iteration)
+    row_bytes = world.get("row_bytes")
+    counts = _of_iteration(run.counts, iteration)
+    other = None
+    if row_bytes and len(counts["rows"]):
+        other = alternatives(
+            counts,
+            world["experts_of_rank"],
+            world["tokens"],
+            int(config["experts"]),
+            int(config["top_k"]),
+            int(row_bytes),
+            tile_rows(meta, run.plan),
+        )
+    return {
+        "schema": TRAFFIC_SCHEMA,
+        "run": run.path.name,
+        "world": world.get("kind"),
+        "topology": world.get("topology"),
+        "iteration": iteration,
+        "iterations": 1 if iteration is not None else _iterations(events),
+        "ranks": ranks,
+        "bounds": bool(meta["rings"]["dropped"]),
+        "payload_bytes": payload,
+        "local_bytes": int(np.trace(total)),
+        "matrix_bytes": total.tolist(),
+        "dispatch_bytes": matrices["dispatch"].tolist(),
+        "return_bytes": matrices["return"].tolist(),
+        "counts_bytes": int(events.bytes[_moved(events, EventKind.COUNTS, iteration)].sum()),
+        "span_ns": end - start,
+        "mean_gb_per_s": payload / (end - start) if end > start else None,
+        "rate": rate(events, crossing, start, end, bins),
+        "alternatives": other,
+    }
+
+
+def matrix(events: Events, rows: np.ndarray, ranks: int) -> np.ndarray:
+    """int64 [W, W]: bytes of the events ``rows``, by source (axis 0) and destination."""
+    place = events.rank[rows].astype(np.int64) * ranks + events.peer[rows]
+    # Exact below 2^53 bytes.
+    return np.bincount(place, events.bytes[rows], ranks * ranks).astype(np.int64).reshape(ranks, -1)
+
+
+def rate(events: Events, rows: np.ndarray, start: int, end: int, bins: int) -> dict[str, Any]:
+    """Bytes of the transfers ``rows`` by the time bin in which each ended, and GB/s."""
+    width = max(1, -(-(end - start) // bins))
+    at = (events.t0_ns[rows] + events.dur_ns[rows] - start) // width
+    per_bin = np.bincount(np.clip(at, 0, bins - 1), events.bytes[rows], bins).astype(np.int64)
+    return {
+        "bin_ns": width,
+        "bytes": per_bin.tolist(),
+        "gb_per_s": (per_bin / width).tolist(),
+        "peak_gb_per_s": float(per_bin.max(initial=0) / width),
+    }
+
+
+def alternatives(
+    counts: dict[str, np.ndarray],
+    experts_of_rank: list[list[int]],
+    tokens: list[int],
+    experts: int,
+    top_k: int,
+    row_bytes: int,
+    tile: int,
+) -> dict[str, Any]:
+    """Bytes that would have crossed, both ways, had the rows been moved otherwise.
+
+    ``expected``: exactly the rows routed.  ``padded``: each (source, expert) rounded up to tiles of
+    ``tile`` rows.  ``capacity``: each source sends every expert a buffer of
+    ceil(factor x T x k / E) rows, and drops what does not fit; ``capacity_lossless`` is the smallest
+    such buffer that drops nothing.
+    """
+    ranks, launches = len(tokens), len(np.unique(counts["iter"]))
+    owner = np.zeros(experts, np.int64)
+    for rank, (a, b) in enumerate(experts_of_rank):
+        owner[a:b] = rank
+    which, launch = np.unique(counts["iter"], return_inverse=True)
+    place = (launch * ranks + counts["source"]) * experts + counts["expert"]
+    rows = np.bincount(place, counts["rows"], len(which) * ranks * experts).astype(np.int64)
+    rows = rows.reshape(-1, ranks, experts)
+    crosses = owner[None, :] != np.arange(ranks)[:, None]
+    back_and_forth = 2 * row_bytes
+
+    def bytes_of(sent: np.ndarray) -> int:
+        return int((sent * crosses).sum()) * back_and_forth
+
+    mean = np.array(tokens) * top_k / experts
+    fixed = np.ceil(CAPACITY_FACTOR * mean).astype(np.int64)[:, None]
+    largest = int(rows.max(initial=0))
+    return {
+        "expected": {"bytes": bytes_of(rows)},
+        "padded": {"bytes": bytes_of(-(-rows // tile) * tile), "tile_rows": tile},
+        "capacity": {
+            "bytes": bytes_of(np.broadcast_to(fixed, rows.shape)),
+            "factor": CAPACITY_FACTOR,
+            "rows_per_expert": int(fixed.max()),
+            "rows_dropped": int(np.maximum(rows - fixed, 0).sum()),
+        },
+        "capacity_lossless": {
+            "bytes": int(crosses.sum()) * launches * largest * back_and_forth,
+            "factor": largest / float(mean.max()) if mean.max() else None,
+            "rows_per_expert": largest,
+        },
+    }
+
+
+def tile_rows(meta: dict[str, Any], plan: pa.Table) -> int:
+    """Rows of a full tile: run.json's ``world.tile_rows``, else the tallest tile of the plan."""
+    known = (meta.get("world") or {}).get("tile_rows")
+    return int(known or column(plan, "rows").max(initial=1))
+
+
+def window(events: Events, iteration: int | None) -> tuple[int, int]:
+    """First begin and last end of the run's launches, or of one iteration's, ns; (0, 0) if none."""
+    rows = np.flatnonzero(events.kind == EventKind.LAUNCH)
+    if iteration is not None:
+        rows = rows[events.iter[rows] == iteration]
+    if not len(rows):
+        rows = np.arange(len(events))
+        if iteration is not None:
+            rows = np.flatnonzero(events.iter == iteration)
+    if not len(rows):
+        return 0, 0
+    t0 = events.t0_ns[rows]
+    return int(t0.min()), int((t0 + events.dur_ns[rows]).max())
+
+
+def _moved(events: Events, kind: EventKind, iteration: int | None) -> np.ndarray:
+    rows = np.flatnonzero(events.kind == kind)
+    return rows if iteration is None else rows[events.iter[rows] == iteration]
+
+
+def _ranks(events: Events, world: dict[str, Any]) -> int:
+    return int(world.get("ranks") or int(events.rank.max(initial=0)) + 1)
+
+
+def _iterations(events: Events) -> int:
+    return len(np.unique(events.iter)) if len(events) else 0
+
+
+def _of_iteration(table: pa.Table, iteration: int | None) -> dict[str, np.ndarray]:
+    get = {name: column(table, name).astype(np.int64) for name in table.column_names}
+    if iteration is None:
+        return get
+    mine = get["iter"] == iteration
+    return {name: values[mine] for name, values in get.items()}
