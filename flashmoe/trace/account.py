@@ -66,13 +66,19 @@ class Actors:
             get["rank"][missing] = (place // (schema.N_LANES * sms))[missing]
         else:
             keep = np.flatnonzero(began)
-        cycles = np.where(get["end_ns"] > 0, get["end_cycles"] - get["begin_cycles"], 0)
+        get = {name: values[keep] for name, values in get.items()}
         return cls(
-            *(get[name][keep] for name in ("rank", "sm", "cta", "lane")),
-            began[keep],
-            get["mode"][keep] == schema.RingMode.KEEP_LAST,
-            *(get[name][keep] for name in ("dropped", "count", "begin_ns", "end_ns")),
-            cycles[keep],
+            rank=get["rank"],
+            sm=get["sm"],
+            cta=get["cta"],
+            lane=get["lane"],
+            began=began[keep],
+            keep_last=get["mode"] == schema.RingMode.KEEP_LAST,
+            dropped=get["dropped"],
+            count=get["count"],
+            begin_ns=get["begin_ns"],
+            end_ns=get["end_ns"],
+            cycles=np.where(get["end_ns"] > 0, get["end_cycles"] - get["begin_cycles"], 0),
         )
 
     def __len__(self) -> int:
@@ -108,7 +114,6 @@ class Account:
     begin_ns: np.ndarray
     end_ns: np.ndarray
     bound: np.ndarray
-    records: np.ndarray
     overlap_ns: int
 
     def rank_window(self, rank: int) -> tuple[np.ndarray, np.ndarray]:
@@ -132,7 +137,7 @@ def account(events: Events, actors: Actors) -> Account:
     iterations = int(events.iter.max(initial=0)) + 1 if len(events) else 1
     cells = len(actors) * iterations
     runs = _runs(events, actors, iterations)
-    sums, stalls, records = _sums(events, runs, cells)
+    sums, stalls = _sums(events, runs, cells)
     begin, end, ended = _ends(events, actors, runs, iterations)
     shape = (len(actors), iterations)
     begin, end, ended = begin.reshape(shape), end.reshape(shape), ended.reshape(shape)
@@ -170,7 +175,6 @@ def account(events: Events, actors: Actors) -> Account:
         begin,
         end,
         bound.reshape(shape),
-        records.reshape(shape),
         overlap,
     )
 
@@ -201,8 +205,8 @@ def _runs(events: Events, actors: Actors, iterations: int) -> _Runs:
     return _Runs(first, stop, cell, n)
 
 
-def _sums(events: Events, runs: _Runs, cells: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Durations and stalls int64 [cells, kinds], and records int64 [cells]."""
+def _sums(events: Events, runs: _Runs, cells: int) -> tuple[np.ndarray, np.ndarray]:
+    """Durations and stalls, int64 [cells, kinds] each."""
     wide = len(runs.first) * _COLUMNS
     place = _PLACE[events.kind]
     place += np.repeat(np.arange(0, wide, _COLUMNS), runs.stop - runs.first)
@@ -215,9 +219,7 @@ def _sums(events: Events, runs: _Runs, cells: int) -> tuple[np.ndarray, np.ndarr
         total = np.zeros((cells + 1, _COLUMNS), np.int64)  # the last row: actors unknown
         np.add.at(total, runs.cell, values.reshape(-1, _COLUMNS).astype(np.int64))
         out.append(total[:cells, :-1])
-    records = np.zeros(cells + 1, np.int64)
-    np.add.at(records, runs.cell, runs.stop - runs.first)
-    return out[0], out[1], records[:cells]
+    return out[0], out[1]
 
 
 def _ends(

@@ -50,6 +50,9 @@ _IS_BYTES[list(schema.BYTE_KINDS)] = True
 _HAS_STALL = np.zeros(256, bool)
 _HAS_STALL[list(schema.STALL_REASON)] = True
 
+_KIND_BITS = np.uint64(0xFF << 32)
+_OPEN_BIT = np.uint64(RecordFlag.OPEN << 40)
+
 # Records decoded at a time: a block and its columns stay in the second-level cache.
 _BLOCK = 16384
 _THREADS = 2
@@ -160,10 +163,12 @@ def _closed(records: np.ndarray) -> np.ndarray | None:
     opened = (records["flags"] & RecordFlag.OPEN) != 0
     if not opened.any():
         return None
+    # Of a record's four words, t0_ns is the first; the second is dur_ns, kind, flags and peer.
+    words = records.view(np.uint64).reshape(-1, 4)
     at = np.flatnonzero(opened[:-1])
-    one, two = records[at], records[at + 1]
-    closes = (one["kind"] == two["kind"]) & (one["t0_ns"] == two["t0_ns"])
-    closes &= (two["flags"] & RecordFlag.OPEN) == 0
+    one, two = np.take(words, at, axis=0), np.take(words, at + 1, axis=0)
+    closes = (one[:, 0] == two[:, 0]) & ((one[:, 1] ^ two[:, 1]) & _KIND_BITS == 0)
+    closes &= two[:, 1] & _OPEN_BIT == 0
     gone = np.zeros(len(records), bool)
     gone[at[closes]] = True
     return gone

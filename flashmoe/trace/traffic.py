@@ -101,8 +101,8 @@ def alternatives(
 
     ``expected``: exactly the rows routed.  ``padded``: each (source, expert) rounded up to tiles of
     ``tile`` rows.  ``capacity``: each source sends every expert a buffer of
-    ceil(factor x T x k / E) rows, and drops what does not fit; ``capacity_lossless`` is the smallest
-    such buffer that drops nothing.
+    ceil(factor x T x k / E) rows, and drops what does not fit; ``capacity_lossless`` is the
+    smallest such buffer that drops nothing.
     """
     ranks, launches = len(tokens), len(np.unique(counts["iter"]))
     owner = np.zeros(experts, np.int64)
