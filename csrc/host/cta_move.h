@@ -1,0 +1,155 @@
+// The comm lanes: rows to their experts, and results summed where the tokens came from.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "host/cta.h"
+
+namespace flashmoe::host {
+
+template <bool kTraced>
+Status Cta<kTraced>::comm_lane(LaneActor& a) {
+  dispatch(a);
+  return combine(a);
+}
+
+// Units (wave, owner) of the own chunk: experts due first go first, and each rank starts with itself.
+template <bool kTraced>
+void Cta<kTraced>::dispatch(LaneActor& a) {
+  const uint32_t waves = ceil_div(max_owned_experts(s_), s_.wave_experts);
+  for (;;) {
+    const uint32_t unit = next_unit_.fetch_add(1, std::memory_order_relaxed);
+    if (unit >= waves * s_.world) return;
+    const uint32_t wave = unit / s_.world;
+    const uint32_t owner = (rank_ + unit % s_.world) % s_.world;
+    const uint32_t owned = owned_experts(s_, owner);
+    const uint32_t base = first_expert(s_, owner);
+    const uint32_t first = base + min_u32(wave * s_.wave_experts, owned);
+    const uint32_t last = base + min_u32((wave + 1) * s_.wave_experts, owned);
+    if (tables_.chunk_order[last] == tables_.chunk_order[first]) continue;
+    a.doing(EventKind::k_dispatch, static_cast<uint16_t>(owner), static_cast<uint16_t>(first), cta_);
+    slow_down();
+    const uint64_t bytes = send_rows(owner, first, last);
+    a.span(EventKind::k_dispatch, static_cast<uint16_t>(owner), static_cast<uint16_t>(first), cta_,
+           bytes);
+  }
+}
+
+// Copies the chunk's rows for experts [first, last) to their places in the owner's pool, then
+// publishes them; the bytes moved.
+template <bool kTraced>
+uint64_t Cta<kTraced>::send_rows(uint32_t owner, uint32_t first, uint32_t last) {
+  const Heap& there = m_.heaps[owner];
+  const uint32_t* sorted =
+      heap_.at<uint32_t>(l_.sorted) + static_cast<uint64_t>(token_begin_) * s_.top_k;
+  const uint16_t* x = m_.inputs[rank_].x;
+  auto first_row = [&](uint32_t e) {
+    return source_start(tables_, s_, rank_, e) + tables_.chunk_prefix[e];
+  };
+  for (uint32_t e = first; e < last; ++e) {
+    const uint32_t from = tables_.chunk_order[e], to = tables_.chunk_order[e + 1];
+    uint16_t* row = there.at<uint16_t>(l_.pool) +
+                    static_cast<uint64_t>(pool_row(tables_, s_, e, first_row(e))) * s_.hidden;
+    for (uint32_t i = from; i < to; ++i, row += s_.hidden) {
+      std::memcpy(row, x + static_cast<uint64_t>(sorted[i] / s_.top_k) * s_.hidden,
+                  2ull * s_.hidden);
+    }
+  }
+  for (uint32_t e = first; e < last; ++e) {
+    if (lost_signal_ && lost_signal_->expert == e) continue;
+    uint32_t row = first_row(e);
+    const uint32_t end = row + tables_.chunk_order[e + 1] - tables_.chunk_order[e];
+    while (row < end) {
+      const uint32_t tile = row / s_.tile_m;
+      const uint32_t next = min_u32((tile + 1) * s_.tile_m, end);
+      HostPlatform::add(
+          tile_counter(there, l_.rows_ready, s_, epoch_, pool_tile(tables_, s_, e, tile)),
+          next - row);
+      row = next;
+    }
+  }
+  return 2ull * s_.hidden * (tables_.chunk_order[last] - tables_.chunk_order[first]);
+}
+
+// Sums the own chunk's tokens, a block at a time, whichever lane is free.  A span ends where a wait
+// begins, so that the time spent summing is not part of the wait.
+template <bool kTraced>
+Status Cta<kTraced>::combine(LaneActor& a) {
+  std::vector<float> sum(s_.hidden);
+  uint32_t summed = 0;
+  auto record = [&] {
+    if (summed > 0) a.span(EventKind::k_combine, kNoPeer, kNoExpert, cta_, summed);
+    summed = 0;
+  };
+  const uint32_t* ids = heap_.at<uint32_t>(l_.ids);
+  const uint32_t* slots = heap_.at<uint32_t>(l_.slots);
+  a.skip();
+  for (;;) {
+    const uint32_t block = next_block_.fetch_add(1, std::memory_order_relaxed);
+    const uint64_t begin = token_begin_ + uint64_t{block} * kCombineBlock;
+    if (begin >= token_end_) break;
+    const uint32_t end = min_u32(static_cast<uint32_t>(begin) + kCombineBlock, token_end_);
+    for (uint32_t t = static_cast<uint32_t>(begin); t < end; ++t) {
+      for (uint32_t j = 0; j < s_.top_k; ++j) {
+        const uint64_t at = static_cast<uint64_t>(t) * s_.top_k + j;
+        const uint32_t e = ids[at];
+        const uint32_t row =
+            source_start(tables_, s_, rank_, e) + tables_.chunk_prefix[e] + slots[at];
+        const uint32_t tile = global_tile(tables_, s_, e, row / s_.tile_m);
+        uint64_t* word = heap_.at<uint64_t>(l_.returned) + tile;
+        if (HostPlatform::load(word) >= epoch_) continue;
+        record();
+        const Awaited what{EventKind::k_wait_return, static_cast<uint16_t>(owner_of(s_, e)),
+                           static_cast<uint16_t>(e), tile};
+        const Status status = settle(a.wait(what, word, Until::kAtLeast, epoch_, 1));
+        if (status != Status::kOk) return status;
+        a.doing(EventKind::k_combine, kNoPeer, kNoExpert, cta_);
+      }
+      sum_token(t, sum.data());
+      ++summed;
+    }
+  }
+  record();
+  return Status::kOk;
+}
+
+// y = sum over k, in order, of weight times the result row; rounded once.
+template <bool kTraced>
+void Cta<kTraced>::sum_token(uint32_t token, float* sum) {
+  const uint32_t* ids = heap_.at<uint32_t>(l_.ids);
+  const uint32_t* slots = heap_.at<uint32_t>(l_.slots);
+  const float* weights = heap_.at<float>(l_.weights);
+  std::vector<float> row(s_.hidden);
+  std::fill_n(sum, s_.hidden, 0.0f);
+  for (uint32_t j = 0; j < s_.top_k; ++j) {
+    const uint64_t at = static_cast<uint64_t>(token) * s_.top_k + j;
+    const uint32_t e = ids[at];
+    const uint32_t place =
+        return_row(tables_, s_, rank_, e, tables_.chunk_prefix[e] + slots[at]);
+    widen(m_.config.dtype,
+          heap_.at<uint16_t>(l_.ret) + static_cast<uint64_t>(place) * s_.hidden, row.data(),
+          s_.hidden);
+    const float weight = weights[at];
+    for (uint32_t i = 0; i < s_.hidden; ++i) sum[i] += weight * row[i];
+  }
+  narrow(m_.config.dtype, sum, m_.y[rank_].data() + static_cast<uint64_t>(token) * s_.hidden,
+         s_.hidden);
+}
+
+// This CTA's share of the counters that the next launch will use.
+template <bool kTraced>
+void Cta<kTraced>::clear_idle_set() {
+  const uint32_t idle = epoch_ + 1;
+  const uint32_t tiles = max_pool_tiles(s_);
+  const uint32_t begin = static_cast<uint32_t>(uint64_t{cta_} * tiles / s_.chunks);
+  const uint32_t end = static_cast<uint32_t>(uint64_t{cta_ + 1} * tiles / s_.chunks);
+  for (const uint64_t section : {l_.rows_ready, l_.h_ready, l_.y_ready}) {
+    for (uint32_t tile = begin; tile < end; ++tile) {
+      HostPlatform::store_relaxed(tile_counter(heap_, section, s_, idle, tile), 0);
+    }
+  }
+  if (cta_ == 0) HostPlatform::store_relaxed(next_tile_word(heap_, l_, idle), 0);
+}
+
+}  // namespace flashmoe::host
