@@ -16,11 +16,12 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Terminal:
-    """What a stream can show: ``width`` in columns, colour, and characters beyond ASCII."""
+    """What a stream can show: columns, colour, characters beyond ASCII, lines (0: unknown)."""
 
     width: int
     colour: bool
     unicode: bool
+    height: int = 0
 
 
 def terminal(stream: TextIO | None = None) -> Terminal:
@@ -33,12 +34,11 @@ def terminal(stream: TextIO | None = None) -> Terminal:
     if os.environ.get("NO_COLOR"):
         colour = False
     columns = os.environ.get("COLUMNS", "")
-    if columns.isdigit() and int(columns) > 0:
-        width = int(columns)
-    else:
-        width = shutil.get_terminal_size((100, 24)).columns if tty else 100
+    size = shutil.get_terminal_size((100, 24))
+    width = int(columns) if columns.isdigit() and int(columns) > 0 else size.columns if tty else 100
     encoding = (getattr(stream, "encoding", None) or "ascii").lower().replace("-", "")
-    return Terminal(max(width, 20), colour, encoding.startswith("utf"))
+    height = size.lines if tty else 0
+    return Terminal(max(width, 20), colour, encoding.startswith("utf"), height)
 
 
 def emit(what: str | Iterable[str] | Mapping[str, Any]) -> None:

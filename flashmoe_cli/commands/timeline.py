@@ -56,20 +56,18 @@ def timeline(
     Under the picture: busy, communication, waiting and idle of each rank, which add up to the wall
     time; how much of the communication was hidden under computation; tile fill; rows per expert.
     """
-    from flashmoe_cli.reading import (
-        INCOMPLETE,
-        View,
-        is_incomplete,
-        timeline_json,
-        timeline_text,
-    )
+    from flashmoe_cli import reading
     from flashmoe_cli.selection import parse_sms, parse_window
 
     lane_name = None if lane is None else lane.value
-    view = View(parse_sms(sm), parse_window(window), lane_name, iteration, rank)
+    view = reading.View(parse_sms(sm), parse_window(window), lane_name, iteration, rank)
+    source = reading.open_traced(run)
     if as_json:
-        emit(timeline_json(run, view))
+        emit(reading.timeline_json(source, view))
     else:
-        emit(timeline_text(run, terminal(), view))
-    if strict and is_incomplete(run):
-        raise typer.Exit(INCOMPLETE)
+        from flashmoe_cli.render.info import title
+
+        where = terminal()
+        emit([title(source.path, source.meta), *reading.timeline_text(source, where, view)])
+    if strict and reading.is_incomplete(source):
+        raise typer.Exit(reading.INCOMPLETE)

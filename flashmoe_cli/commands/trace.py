@@ -46,21 +46,21 @@ def trace(
     the GPU if there is one, else on the host engine, and says which.
     """
     given = dict(locals())
+    from flashmoe_cli.reading import open_traced, timeline_json, timeline_text
     from flashmoe_cli.recording import record, result_json
     from flashmoe_cli.render.result import next_lines, result_lines
 
     result = record(given, traced=True)
     where = terminal()
     if as_json:
-        from flashmoe_cli.reading import timeline_json
-
-        emit(result_json("trace", result) | {"timeline": timeline_json(result.path)})
+        whole = result_json("trace", result)
+        if result.hang is None:
+            whole["timeline"] = timeline_json(open_traced(result.path))
+        emit(whole)
     else:
-        from flashmoe_cli.reading import timeline_text
-
         lines = result_lines(result, where, verbose=verbose)
         if result.hang is None:
-            lines += ["", *timeline_text(result.path, where)]
+            lines += ["", *timeline_text(open_traced(result.path), where)]
         if not quiet:
             lines += ["", *next_lines(result)]
         emit(lines)

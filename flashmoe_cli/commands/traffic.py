@@ -25,11 +25,17 @@ def traffic(
 
     Payload is rows of real tokens that cross from one rank to another; padding never does.
     """
-    from flashmoe_cli.reading import INCOMPLETE, is_incomplete, traffic_json, traffic_text
+    from flashmoe_cli import reading
 
+    source = reading.open_traced(run)
+    figures = reading.traffic_figures(source, iteration)
     if as_json:
-        emit(traffic_json(run, iteration))
+        emit(figures)
     else:
-        emit(traffic_text(run, iteration, terminal()))
-    if strict and is_incomplete(run):
-        raise typer.Exit(INCOMPLETE)
+        from flashmoe_cli.render.info import title
+        from flashmoe_cli.render.traffic import traffic_lines
+
+        where = terminal()
+        emit([title(source.path, source.meta), *traffic_lines(figures, where)])
+    if strict and reading.is_incomplete(source):
+        raise typer.Exit(reading.INCOMPLETE)

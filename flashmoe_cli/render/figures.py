@@ -1,0 +1,173 @@
+"""The figures under a timeline: where each rank's time went, and what holds for the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from flashmoe_cli.output import Terminal
+from flashmoe_cli.render.text import clip, count_text, paint, percent, table, time_text
+
+if TYPE_CHECKING:
+    from flashmoe.trace.rundir import Run
+
+CLASSES = ("busy", "comm", "wait", "idle", "unrecorded")
+_MOST_LAUNCHES = 12
+
+
+def shares(values: Sequence[int], whole: int) -> list[str]:
+    """``values`` as per cent of ``whole``, in tenths that add up to 100.0 where the values do.
+
+    Each is rounded down; the tenths that lack go to the largest remainders.
+    """
+    if whole <= 0:
+        return ["-"] * len(values)
+    tenths = [v * 1000 // whole for v in values]
+    lacking = round(sum(values) * 1000 / whole) - sum(tenths)
+    by_rest = sorted(range(len(values)), key=lambda i: -(values[i] * 1000 % whole))
+    for i in by_rest[: max(lacking, 0)]:
+        tenths[i] += 1
+    return [f"{t / 10:.1f}%" for t in tenths]
+
+
+def figure_lines(summary: dict[str, Any], run: Run, iteration: int, where: Terminal) -> list[str]:
+    """Every figure below the picture, for the launch that is drawn and, if several, for each."""
+    of_launch = [e for e in summary["iterations"] if e["iter"] == iteration]
+    lines = [_heading("where the time of each rank's actors went", where)]
+    lines += _rank_table(of_launch, run, iteration, where)
+    lines += ["", _heading("of that, waiting for", where), *_wait_table(of_launch, where)]
+    launches = sorted({e["iter"] for e in summary["iterations"]})
+    if len(launches) > 1:
+        lines += ["", _heading("every launch, all ranks together", where)]
+        lines += _launch_table(summary["iterations"], launches, where)
+    return [*lines, "", *_remarks(summary, where)]
+
+
+def _heading(text: str, where: Terminal) -> str:
+    return paint(text, "1", where.colour)
+
+
+def _classes(entries: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """The classes to show: ``unrecorded`` only where there is some."""
+    lost = any(e["unrecorded_ns"] for e in entries)
+    return CLASSES if lost else CLASSES[:-1]
+
+
+def _bound(entry: dict[str, Any], cells: list[str]) -> list[str]:
+    """Shares of a launch with dropped records are lower bounds, but for what is unrecorded."""
+    if not entry["bounds"]:
+        return cells
+    if len(cells) < len(CLASSES):
+        return cells
+    return [*(f">={c}" for c in cells[:-1]), f"<={cells[-1]}"]
+
+
+def _rank_table(
+    entries: Sequence[dict[str, Any]], run: Run, iteration: int, where: Terminal
+) -> list[str]:
+    classes = _classes(entries)
+    fills, rows = _of_ranks(run, iteration)
+    rates = any(e["tensor"]["useful_share"] is not None for e in entries)
+    head = ["rank", "wall", *classes, "comm hidden", "tile fill", "rows/expert"]
+    if rates:
+        head.insert(-2, "tensor use")
+    body = []
+    for e in entries:
+        ns = [e[f"{name}_ns"] for name in classes]
+        cells = [str(e["rank"]), time_text(e["wall_ns"])]
+        cells += _bound(e, shares(ns, e["actor_ns"])) + [percent(e["hidden"]["share"])]
+        if rates:
+            cells.append(percent(e["tensor"]["useful_share"]))
+        cells += [percent(fills.get(e["rank"])), rows.get(e["rank"], "-")]
+        body.append(cells)
+    return table(head, body, [True] * len(head), where.width, "  ")
+
+
+def _of_ranks(run: Run, iteration: int) -> tuple[dict[int, float], dict[int, str]]:
+    """By rank: real rows over rows of its row tiles, and rows per expert as a range."""
+    import numpy as np
+
+    from flashmoe.trace.columns import column
+    from flashmoe.trace.traffic import tile_rows
+
+    plan = {n: column(run.plan, n) for n in ("iter", "rank", "gemm", "col_tile", "rows")}
+    first = (plan["iter"] == iteration) & (plan["gemm"] == 1) & (plan["col_tile"] == 0)
+    ranks, real = plan["rank"][first], plan["rows"][first].astype(np.int64)
+    tall = tile_rows(run.meta, run.plan)
+    fills = {
+        int(r): float(real[ranks == r].sum() / (tall * (ranks == r).sum()))
+        for r in np.unique(ranks)
+    }
+    counts = {n: column(run.counts, n) for n in ("iter", "expert", "rows")}
+    mine = counts["iter"] == iteration
+    per_expert = np.bincount(
+        counts["expert"][mine], counts["rows"][mine], run.meta["config"]["experts"]
+    )
+    spread = {}
+    for rank, (a, b) in enumerate(run.meta["world"]["experts_of_rank"]):
+        own = per_expert[a:b]
+        if len(own):
+            spread[rank] = f"{own.min()}-{own.max()}"
+        else:
+            spread[rank] = "none"
+    return fills, spread
+
+
+def _wait_table(entries: Sequence[dict[str, Any]], where: Terminal) -> list[str]:
+    reasons = [r for r in entries[0]["waits_ns"] if any(e["waits_ns"][r] for e in entries)]
+    if not reasons:
+        return ["  nothing"]
+    head = ["rank", *reasons]
+    body = []
+    for e in entries:
+        ns = [e["waits_ns"][r] for r in reasons]
+        body.append([str(e["rank"]), *shares(ns, e["actor_ns"])])
+    return table(head, body, [True] * len(head), where.width, "  ")
+
+
+def _launch_table(
+    entries: Sequence[dict[str, Any]], launches: Sequence[int], where: Terminal
+) -> list[str]:
+    classes = _classes(entries)
+    head = ["launch", "slowest rank", *classes, "comm hidden"]
+    body = []
+    shown = launches if len(launches) <= _MOST_LAUNCHES else launches[:_MOST_LAUNCHES]
+    for launch in shown:
+        mine = [e for e in entries if e["iter"] == launch]
+        slow = max(mine, key=lambda e: e["wall_ns"])
+        ns = [sum(e[f"{name}_ns"] for e in mine) for name in classes]
+        comm = sum(e["hidden"]["comm_ns"] for e in mine)
+        hidden = sum(e["hidden"]["hidden_ns"] for e in mine)
+        slowest = f"{time_text(slow['wall_ns'])} (rank {slow['rank']})"
+        cells = shares(ns, sum(e["actor_ns"] for e in mine))
+        body.append([str(launch), slowest, *cells, percent(hidden / comm if comm else None)])
+    lines = table(head, body, [True] * len(head), where.width, "  ")
+    if len(shown) < len(launches):
+        lines.append(f"  ... {len(launches) - len(shown)} more; --json has them all")
+    return lines
+
+
+def _remarks(summary: dict[str, Any], where: Terminal) -> list[str]:
+    rings, clock, tracer = summary["rings"], summary["clock"], summary["tracer"]
+    lines = []
+    if rings["dropped"]:
+        text = (
+            f"{count_text(rings['dropped'])} records dropped in {rings['with_drops']} of "
+            f"{rings['n']} rings ({rings['mode']}): figures with <= or >= are bounds; "
+            f"a larger --ring-capacity keeps all"
+        )
+        lines.append(paint(text, "33", where.colour))
+    records = f"{count_text(tracer['records'])} records, "
+    records += "none dropped" if not rings["dropped"] else f"{count_text(rings['records'])} kept"
+    if rings["never_began"]:
+        records += f"; {rings['never_began']} actors never began"
+    if clock.get("source"):
+        records += f"; clock {clock['source']}, step {clock['step_ns']:.0f} ns"
+    if tracer["share"] is not None:
+        records += f"; tracing took {percent(tracer['share'], 2)} of the actors' time"
+    lines.append(clip(records, where.width))
+    if summary["overlap_ns"]:
+        lines.append(f"{time_text(summary['overlap_ns'])} claimed by two records, counted once")
+    if summary["topology"] == "shared-gpu":
+        lines.append("topology: shared-gpu; no transfer rate here is a link rate")
+    return lines

@@ -1,0 +1,86 @@
+"""The traffic between ranks: the matrix, what other ways would have sent, the rate over time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flashmoe_cli.output import Terminal
+from flashmoe_cli.render.text import bytes_text, clip, paint, percent, plural, table, time_text
+
+_SPARK = " ▁▂▃▄▅▆▇█"
+_SPARK_ASCII = " .:-=+*#@"
+_MOST_RANKS = 16
+
+
+def traffic_lines(figures: dict[str, Any], where: Terminal) -> list[str]:
+    """The report of ``flashmoe traffic``."""
+    launches = plural(figures["iterations"], "launch", "launches")
+    if figures["iteration"] is not None:
+        launches = f"launch {figures['iteration']}"
+    if figures["ranks"] == 1:
+        rows = bytes_text(figures["local_bytes"])
+        return [f"one rank: no row crosses ({rows} of rows moved within it, {launches})"]
+    lines = [
+        paint(f"payload bytes from (row) to (column), {launches}", "1", where.colour),
+        *_matrix(figures, where),
+        "",
+        f"  crossed        {bytes_text(figures['payload_bytes'])} of real rows, none of padding; "
+        f"{bytes_text(figures['counts_bytes'])} of counts",
+        f"  stayed         {bytes_text(figures['local_bytes'])}",
+    ]
+    if figures["mean_gb_per_s"] is not None:
+        lines.append(
+            f"  rate           {figures['mean_gb_per_s']:.3g} GB/s on average over "
+            f"{time_text(figures['span_ns'])}, {figures['rate']['peak_gb_per_s']:.3g} at most in "
+            f"{time_text(figures['rate']['bin_ns'])}{_not_a_link(figures)}"
+        )
+        lines.append(f"  over time      |{_spark(figures['rate']['bytes'], where)}|")
+    lines += _alternatives(figures)
+    if figures["bounds"]:
+        lines.append(paint("  records were dropped: these are lower bounds", "33", where.colour))
+    return [clip(line, where.width) for line in lines]
+
+
+def _not_a_link(figures: dict[str, Any]) -> str:
+    return " (threads of one host: no link)" if figures["world"] == "host" else " (within one GPU)"
+
+
+def _matrix(figures: dict[str, Any], where: Terminal) -> list[str]:
+    matrix, ranks = figures["matrix_bytes"], figures["ranks"]
+    shown = min(ranks, _MOST_RANKS)
+    head = ["", *(f"to {c}" for c in range(shown)), "sent"]
+    rows = []
+    for source in range(shown):
+        cells = ["." if c == source else bytes_text(matrix[source][c]) for c in range(shown)]
+        sent = sum(n for c, n in enumerate(matrix[source]) if c != source)
+        rows.append([f"from {source}", *cells, bytes_text(sent)])
+    received = [bytes_text(sum(matrix[s][c] for s in range(ranks) if s != c)) for c in range(shown)]
+    rows.append(["received", *received, bytes_text(figures["payload_bytes"])])
+    return table(head, rows, [False] + [True] * (shown + 1), where.width, "  ")
+
+
+def _spark(values: list[int], where: Terminal) -> str:
+    signs = _SPARK if where.unicode else _SPARK_ASCII
+    top = max(values, default=0) or 1
+    return "".join(signs[-(-v * (len(signs) - 1) // top)] for v in values)
+
+
+def _alternatives(figures: dict[str, Any]) -> list[str]:
+    other = figures["alternatives"]
+    if other is None:
+        return []
+    sent = figures["payload_bytes"]
+
+    def beside(n: int) -> str:
+        more = percent(n / sent - 1, 0) if sent else "-"
+        return f"{bytes_text(n)} ({'+' if not more.startswith('-') else ''}{more})"
+
+    capacity, lossless = other["capacity"], other["capacity_lossless"]
+    return [
+        f"  if padded      {beside(other['padded']['bytes'])} with each (source, expert) filled "
+        f"to tiles of {other['padded']['tile_rows']} rows",
+        f"  if capacity    {beside(capacity['bytes'])} with a capacity factor of "
+        f"{capacity['factor']}, and {plural(capacity['rows_dropped'], 'row')} dropped",
+        f"  if lossless    {beside(lossless['bytes'])} with a capacity of "
+        f"{plural(lossless['rows_per_expert'], 'row')}, which drops none",
+    ]
