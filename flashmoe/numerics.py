@@ -47,7 +47,7 @@ ACTIVATION_UNIT = 2.0**-16
 # Largest slopes: of silu at 2.40, of both gelus at 1.41.
 _SLOPE = {"swiglu": 1.0999, "silu": 1.0999, "geglu": 1.1291, "gelu": 1.1291, "relu": 1.0}
 
-_ROWS_AT_ONCE = 8192
+_TOKENS_AT_ONCE = 16384
 
 
 def confidence(elements: int) -> float:
@@ -80,11 +80,14 @@ class _Rows:
 def _expert_rows(
     x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, config: MoEConfig, lam: float
 ) -> _Rows:
-    """GEMM1, activation and GEMM2 of float32 x [n, H] with their error widths."""
+    """GEMM1, activation and GEMM2 of float32 x [n, H] with their error widths.
+
+    Destroys ``up`` and ``down``: copies of a wide expert's matrices are most of the memory taken.
+    """
     unit, spacing = UNIT[config.dtype], SPACING_BELOW_NORMAL[config.dtype]
     activation, slope = ACTIVATIONS[config.activation], _SLOPE[config.activation]
     projected = x @ up.T
-    projected_width = sum_width(x.abs() @ up.abs().T, config.hidden)
+    projected_width = sum_width(x.abs() @ up.abs_().T, config.hidden)
     if config.gated:
         gate, factor = projected.split(config.intermediate, dim=1)
         gate_width, factor_width = projected_width.split(config.intermediate, dim=1)
@@ -103,10 +106,10 @@ def _expert_rows(
     width = torch.hypot(width, unit * most + spacing / 2)
 
     rows = hidden @ down.T
+    from_sum = sum_width(most @ down.abs_().T, config.intermediate)
     # Squares of small widths would leave float32's range: scaled by each row's largest.
     largest = width.amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    from_hidden = ((width / largest).square() @ down.square().T).sqrt() * largest
-    from_sum = sum_width(most @ down.abs().T, config.intermediate)
+    from_hidden = ((width / largest).square() @ down.square_().T).sqrt() * largest
     return _Rows(rows, torch.hypot(from_hidden, from_sum), overflows)
 
 
@@ -120,33 +123,46 @@ def output_bound(
     """Bound on |kernel - reference| of each element of y: float32 [T, H].
 
     Arguments as in ``reference.moe``.  Infinite where the dtype may overflow on the way.  About two
-    and a half times the reference's work; one expert and 8192 rows at a time.
+    and a half times the reference's work; one expert and 16384 tokens at a time.
     """
     tokens, k = ids.shape
+    lam = confidence(tokens * (config.hidden + k * (config.hidden + 3 * config.intermediate)))
+    bound = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    with full_float32():
+        for at in range(0, tokens, _TOKENS_AT_ONCE):
+            part = slice(at, at + _TOKENS_AT_ONCE)
+            bound[part] = _bound(x[part], weights, config, ids[part], routing_weights[part], lam)
+    return bound
+
+
+def _bound(
+    x: torch.Tensor,
+    weights: MoEWeights,
+    config: MoEConfig,
+    ids: torch.Tensor,
+    routing_weights: torch.Tensor,
+    lam: float,
+) -> torch.Tensor:
     unit, spacing = UNIT[config.dtype], SPACING_BELOW_NORMAL[config.dtype]
     largest = torch.finfo(torch_dtype(config)).max
-    lam = confidence(tokens * (config.hidden + k * (config.hidden + 3 * config.intermediate)))
     y, variance, worst, magnitude = (
         torch.zeros(x.shape, dtype=torch.float32, device=x.device) for _ in range(4)
     )
-    with full_float32():
-        for expert in ids.unique().tolist():
-            token, slot = torch.where(ids == expert)
-            up, down = weights.up[expert].float(), weights.down[expert].float()
-            for part in range(0, len(token), _ROWS_AT_ONCE):
-                at = token[part : part + _ROWS_AT_ONCE]
-                share = routing_weights[at, slot[part : part + _ROWS_AT_ONCE], None].float()
-                rows = _expert_rows(x[at].float(), up, down, config, lam)
-                most = rows.value.abs() + lam * rows.width
-                rounding = unit * most + spacing / 2
-                rounding[(most > largest) | rows.overflows[:, None]] = torch.inf
-                y.index_add_(0, at, rows.value * share)
-                variance.index_add_(0, at, (rows.width * share).square())
-                worst.index_add_(0, at, rounding * share.abs())
-                magnitude.index_add_(0, at, most * share.abs())
+    for expert in ids.unique().tolist():
+        token, slot = torch.where(ids == expert)
+        share = routing_weights[token, slot, None].float()
+        up, down = (m[expert].to(torch.float32, copy=True) for m in (weights.up, weights.down))
+        rows = _expert_rows(x[token].float(), up, down, config, lam)
+        most = rows.value.abs() + lam * rows.width
+        rounding = unit * most + spacing / 2
+        rounding[(most > largest) | rows.overflows[:, None]] = torch.inf
+        y.index_add_(0, token, rows.value * share)
+        variance.index_add_(0, token, (rows.width * share).square())
+        worst.index_add_(0, token, rounding * share.abs())
+        magnitude.index_add_(0, token, most * share.abs())
     before_last = lam * variance.sqrt() + worst
     # The combine of kernel and reference: k products and k sums each.
-    before_last += (k + 1) * (_KERNEL_UNIT + FLOAT32_UNIT) * magnitude
+    before_last += (config.top_k + 1) * (_KERNEL_UNIT + FLOAT32_UNIT) * magnitude
     most = y.abs() + before_last
     bound = before_last + unit * most + spacing / 2
     return bound.masked_fill_(most > largest, torch.inf)

@@ -52,8 +52,8 @@ def random_tokens(
     With ``skew`` s > 0 the tokens are moved so that the layer's own gate (``gate`` [E, H]) routes
     them unevenly: expert e is the first choice with the probability of ``zipf_shares``, and the
     others follow without replacement (Plackett-Luce).  To that end the logits are set to
-    ln(share) + Gumbel noise, by the smallest change of each token that does so; exact where
-    H >= E and the gate has full rank, up to the rounding to the dtype.  A correction bias and
+    ln(share) + a constant + Gumbel noise, by the smallest change of each token that does so; exact
+    where H >= E and the gate has full rank, up to the rounding to the dtype.  A correction bias and
     expert groups act on top of it.
 
     Raises FlashmoeError where the skew is not a finite number >= 0, or has no gate to act on.
@@ -73,19 +73,22 @@ def random_tokens(
                 "pass the layer's gate, or give the expert ids instead of a skew",
                 exit_code=2,
             )
-        x = _steered(x, gate, zipf_shares(config.experts, skew, seed), generator)
+        wanted = zipf_shares(config.experts, skew, seed).log()
+        # Softmax ranks alike whatever is added to all logits: mean 0 moves tokens least.  Sigmoids
+        # of large logits are all 1, so there the best expert's logit stays at about 0.
+        wanted -= wanted.max() if config.routing.kind == "sigmoid" else wanted.mean()
+        x = _steered(x, gate, wanted, generator)
     return list(x.to(torch_dtype(config)).split(list(tokens)))
 
 
 def _steered(
-    x: torch.Tensor, gate: torch.Tensor, shares: torch.Tensor, generator: torch.Generator
+    x: torch.Tensor, gate: torch.Tensor, wanted: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """x [T, H] moved to the nearest tokens whose logits are ln(shares) + Gumbel noise."""
+    """x [T, H] moved to the nearest tokens whose logits are ``wanted`` [E] + Gumbel noise."""
     router = gate.detach().cpu().double()
-    uniform = torch.rand(x.shape[0], shares.numel(), dtype=torch.float64, generator=generator)
+    uniform = torch.rand(x.shape[0], wanted.numel(), dtype=torch.float64, generator=generator)
     gumbel = -torch.log(-torch.log(uniform.clamp_min(1e-300)))
-    wanted = shares.log() - shares.log().max() + gumbel
-    lacking = wanted - x.double() @ router.T
+    lacking = wanted + gumbel - x.double() @ router.T
     return (x.double() + lacking @ torch.linalg.pinv(router).T).float()
 
 
