@@ -19,3 +19,32 @@ FLASHMOE_KERNEL(moe_fp16_gated_untraced, __half, true, false)
 FLASHMOE_KERNEL(moe_fp16_gated_traced, __half, true, true)
 FLASHMOE_KERNEL(moe_fp16_plain_untraced, __half, false, false)
 FLASHMOE_KERNEL(moe_fp16_plain_traced, __half, false, true)
+
+// Measures the clock and the tracer: out = {step of %globaltimer in ns, ns and SM cycles that writing
+// `records` spans took, records}.  One thread; scratch holds a RingHeader and 256 records.
+extern "C" __global__ void flashmoe_clock_probe(uint64_t* out, char* scratch, flashmoe::FlightSlot* slot) {
+  using namespace flashmoe;
+  constexpr uint32_t kRecords = 256;
+  uint64_t step = ~0ull, last = ptx::globaltimer();
+  for (int i = 0; i < 4096; ++i) {
+    const uint64_t now = ptx::globaltimer();
+    if (now != last && now - last < step) step = now - last;
+    last = now;
+  }
+  const uint64_t never = 0;
+  GpuActor<true> actor{};
+  actor.slot = slot;
+  actor.ring = reinterpret_cast<RingHeader*>(scratch);
+  actor.records = reinterpret_cast<Record*>(scratch + sizeof(RingHeader) * 2);
+  actor.abort_word = &never;
+  actor.capacity = kRecords;
+  actor.begin(1, 0);
+  actor.count = 0;
+  const uint64_t begin_ns = ptx::globaltimer(), begin_cycles = clock64();
+  for (uint32_t i = 0; i < kRecords; ++i) actor.span(EventKind::k_gemm1, kNoPeer, 0, i, i);
+  const uint64_t cycles = clock64() - begin_cycles;
+  out[0] = step;
+  out[1] = ptx::globaltimer() - begin_ns;
+  out[2] = cycles;
+  out[3] = kRecords;
+}

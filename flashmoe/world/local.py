@@ -1,0 +1,509 @@
+"""The ``local`` world: W virtual ranks on one GPU, all of the protocol in one launch."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from flashmoe import kernels
+from flashmoe.errors import FlashmoeError
+from flashmoe.trace import schema
+from flashmoe.world.base import (
+    ClockInfo,
+    EngineOptions,
+    Launch,
+    RankOutput,
+    RingDump,
+    Routing,
+    Status,
+    WorldKind,
+)
+from flashmoe.world.tensor_maps import encode_tensor_map
+
+if TYPE_CHECKING:
+    from flashmoe.config import MoEConfig, MoEWeights
+
+LANES = len(schema.Lane)
+THREADS = 384
+SHARED_BYTES = 4 * 48 * 1024 + 16 * 1024 + 3 * 1024 + 1024
+"""Dynamic shared memory of a block, as csrc/device/cta.h sums it up (kSharedBytes)."""
+
+TILE_ROWS = 128
+TILE_WEIGHT_ROWS = 256
+TILE_DEPTH = 64
+FAMILY = "sm90-128x256"
+
+MAX_RANKS = 8
+MAX_EXPERTS = 1024
+WAVES = 4
+"""Waves of experts per owner: the order of tiles, not their arithmetic."""
+
+LAUNCHES_PER_RING = 16
+NO_RANK = 0xFFFFFFFF
+
+_TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _check(result: tuple[Any, ...], what: str) -> Any:
+    """The value of a driver call; FlashmoeError where it failed."""
+    error, *values = result
+    if int(error) != 0:
+        raise FlashmoeError(f"{what} failed: {error.name}", "see `flashmoe doctor`")
+    return values[0] if len(values) == 1 else values
+
+
+class LocalEngine:
+    """W virtual ranks on GPU ``options.device``, each with its own arena and its own SMs.
+
+    ``tokens``: T of each rank.  ``pool_rows`` overrides the pool's capacity (None: the worst case,
+    in which nothing can overflow).  Implements :class:`flashmoe.world.base.Engine`.  Raises
+    FlashmoeError for a shape that the kernel does not take, and before allocating where the
+    device's memory does not hold it, with the bytes needed.
+    """
+
+    world: WorldKind = "local"
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        weights: MoEWeights,
+        tokens: list[int],
+        options: EngineOptions,
+        pool_rows: int | None = None,
+    ) -> None:
+        config.validate()
+        if config.experts > MAX_EXPERTS:
+            raise FlashmoeError(
+                f"{config.experts} experts: the GPU kernel takes {MAX_EXPERTS}",
+                f"use --experts {MAX_EXPERTS} or less, or --world host",
+                2,
+            )
+        if not 1 <= options.ranks <= MAX_RANKS or len(tokens) != options.ranks:
+            raise FlashmoeError(
+                f"{options.ranks} virtual ranks: one GPU takes 1 to {MAX_RANKS}",
+                f"use --ranks 1 to {MAX_RANKS}",
+                2,
+            )
+        self.config = config
+        self.options = options
+        self.tokens = tuple(tokens)
+        self.device = torch.device("cuda", options.device)
+        code = kernels.load(options.device)
+        properties = torch.cuda.get_device_properties(self.device)
+        self.sms_per_rank = options.sms_per_rank or properties.multi_processor_count // options.ranks
+        if self.sms_per_rank * options.ranks > properties.multi_processor_count:
+            raise FlashmoeError(
+                f"{options.ranks} ranks of {self.sms_per_rank} SMs need more than the "
+                f"{properties.multi_processor_count} of this GPU",
+                "give fewer ranks, or fewer SMs a rank",
+                2,
+            )
+        self._shape = self._make_shape(pool_rows)
+        self._layout = _host().heap_layout(self._shape)
+        self.ring_capacity = options.ring_capacity or self._default_ring_capacity()
+        self._check_memory(weights)
+        self._weights = self._place_weights(weights)
+        self._allocate()
+        kind = "gated" if config.gated else "plain"
+        traced = "traced" if options.traced else "untraced"
+        self._function = self._get_function(code, f"moe_{config.dtype}_{kind}_{traced}", SHARED_BYTES)
+        self._probe = self._get_function(code, "flashmoe_clock_probe", 0)
+        self._iteration_base = 0
+        self._launches = 0
+        self._write_args()
+        self._clock: ClockInfo | None = None
+
+    # -- construction ---------------------------------------------------------------------------
+
+    def _make_shape(self, pool_rows: int | None) -> dict[str, Any]:
+        config, routing = self.config, self.config.routing
+        owned = -(-config.experts // self.options.ranks)
+        shape: dict[str, Any] = {
+            "world": self.options.ranks,
+            "experts": config.experts,
+            "top_k": config.top_k,
+            "hidden": config.hidden,
+            "inter": config.intermediate,
+            "max_tokens": max(self.tokens),
+            "pool_rows": 0,
+            "chunks": self.sms_per_rank,
+            "tile_m": TILE_ROWS,
+            "tile_n1": TILE_WEIGHT_ROWS // 2 if config.gated else TILE_WEIGHT_ROWS,
+            "tile_n2": TILE_WEIGHT_ROWS,
+            "wave_experts": -(-owned // WAVES),
+            "activation": config.activation,
+            "routing": routing.kind,
+            "renormalize": routing.renormalize,
+            "scale": routing.scale,
+            "groups": routing.groups,
+            "top_groups": routing.top_groups,
+        }
+        worst = _host().heap_layout(shape)["worst_pool_rows"]
+        shape["pool_rows"] = max(8, worst if pool_rows is None else pool_rows)
+        return shape
+
+    def _default_ring_capacity(self) -> int:
+        """Records an actor may write in LAUNCHES_PER_RING launches, were all rows of one rank."""
+        shape, config = self._shape, self.config
+        rows = sum(self.tokens) * config.top_k
+        row_tiles = rows // TILE_ROWS + config.experts
+        columns = -(-config.intermediate // shape["tile_n1"]) + -(-config.hidden // shape["tile_n2"])
+        tiles = 2 * row_tiles * columns // self.sms_per_rank
+        own = -(-max(self.tokens) // self.sms_per_rank)
+        records = 64 + 2 * WAVES * self.options.ranks + (3 + self.options.ranks) * tiles
+        records += 2 * min(own * config.top_k, 512)
+        return int(min(records * LAUNCHES_PER_RING, 1 << 16))
+
+    def _bytes_needed(self) -> int:
+        arenas = self._layout["bytes"] * self.options.ranks
+        rings = self.options.traced * self.options.ranks * self.sms_per_rank * LANES
+        rings *= self.ring_capacity * schema.RECORD.itemsize + schema.RING_HEADER.itemsize
+        rows = 2 * sum(self.tokens) * self.config.row_bytes
+        return int(arenas + rings + rows)
+
+    def _check_memory(self, weights: MoEWeights) -> None:
+        on_device = weights.up.device == self.device
+        tensors = (weights.gate, weights.up, weights.down)
+        moved = 0 if on_device else sum(t.numel() * t.element_size() for t in tensors)
+        needed = self._bytes_needed() + moved
+        free, _ = torch.cuda.mem_get_info(self.device)
+        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        if needed > free:
+            raise FlashmoeError(
+                f"this run needs {needed / 1e9:.1f} GB on the GPU and {free / 1e9:.1f} GB are free",
+                "use fewer tokens (-T) or a smaller layer",
+                1,
+            )
+
+    def _place_weights(self, weights: MoEWeights) -> MoEWeights:
+        from flashmoe.config import MoEWeights as Weights
+
+        dtype = _TORCH_DTYPE[self.config.dtype]
+
+        def put(tensor: torch.Tensor, to: torch.dtype) -> torch.Tensor:
+            return tensor.to(self.device, to).contiguous()
+
+        bias = None if weights.bias is None else put(weights.bias, torch.float32)
+        return Weights(
+            gate=put(weights.gate, dtype),
+            bias=bias,
+            up=put(weights.up, dtype),
+            down=put(weights.down, dtype),
+        )
+
+    def _allocate(self) -> None:
+        ranks, config = self.options.ranks, self.config
+        dtype = _TORCH_DTYPE[config.dtype]
+        actors = ranks * self.sms_per_rank * LANES
+        empty: dict[str, Any] = {"device": self.device}
+        # What the kernel must not rely on is poison, not zeros: 0xff.. is NaN in both dtypes.
+        self._heaps = [
+            torch.full((self._layout["bytes"],), 0xFF, dtype=torch.uint8, **empty)
+            for _ in range(ranks)
+        ]
+        self._x = [torch.empty(t, config.hidden, dtype=dtype, **empty) for t in self.tokens]
+        self._y = [torch.empty(t, config.hidden, dtype=dtype, **empty) for t in self.tokens]
+        external = config.routing.kind == "external"
+        shape = [(t, config.top_k) for t in self.tokens]
+        self._ids = [torch.empty(s, dtype=torch.int32, **empty) for s in shape] if external else None
+        self._routing_weights = (
+            [torch.empty(s, dtype=torch.float32, **empty) for s in shape] if external else None
+        )
+        self._slots = torch.zeros(actors, schema.FLIGHT_SLOT.itemsize, dtype=torch.uint8).pin_memory()
+        traced = self.options.traced
+        self._rings = torch.zeros(
+            actors if traced else 0, schema.RING_HEADER.itemsize, dtype=torch.uint8, **empty
+        )
+        self._records = torch.empty(
+            (actors if traced else 0, self.ring_capacity, schema.RECORD.itemsize),
+            dtype=torch.uint8,
+            **empty,
+        )
+        self._args = torch.empty(0, dtype=torch.uint8, **empty)
+        self.reset()
+
+    def _get_function(self, code: Any, name: str, shared_bytes: int) -> Any:
+        from cuda.bindings import driver
+
+        with torch.cuda.device(self.device):
+            torch.cuda.current_stream().synchronize()  # makes torch's context the current one
+            kernel = code.get_kernel(name)
+            function = _check(driver.cuKernelGetFunction(kernel.handle), "finding the kernel")
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _check(driver.cuFuncSetAttribute(function, attribute, shared_bytes), "sizing the kernel")
+        return function
+
+    def _maps_of(self, rank: int) -> dict[str, bytes]:
+        """The four tensor maps of a rank: its pool, its h and its experts' weights."""
+        config, rows = self.config, self._shape["pool_rows"]
+        hidden, inter = config.hidden, config.intermediate
+        first = rank * config.experts // self.options.ranks
+        owned = (rank + 1) * config.experts // self.options.ranks - first
+        if owned == 0:  # such a rank gets no tiles; the maps only have to be valid
+            first, owned = 0, 1
+        heap, up, down = self._heaps[rank].data_ptr(), self._weights.up, self._weights.down
+
+        def encode(address: int, dims: list[int], box: list[int], strides: list[int]) -> bytes:
+            return encode_tensor_map(address, dims, box, strides, config.dtype)
+
+        row, box = [hidden * 2], [TILE_DEPTH, TILE_ROWS]
+        if config.gated:
+            map_up = encode(
+                up[first].data_ptr(),
+                [hidden, 8, 2, inter // 8, owned],
+                [TILE_DEPTH, 8, 2, TILE_WEIGHT_ROWS // 16, 1],
+                [hidden * 2, inter * hidden * 2, 8 * hidden * 2, 2 * inter * hidden * 2],
+            )
+        else:
+            map_up = encode(
+                up[first].data_ptr(),
+                [hidden, inter, owned],
+                [TILE_DEPTH, TILE_WEIGHT_ROWS, 1],
+                [hidden * 2, inter * hidden * 2],
+            )
+        return {
+            "map_pool": encode(heap + self._layout["pool"], [hidden, rows], box, row),
+            "map_h": encode(heap + self._layout["h"], [inter, rows], box, [inter * 2]),
+            "map_up": map_up,
+            "map_down": encode(
+                down[first].data_ptr(),
+                [inter, hidden, owned],
+                [TILE_DEPTH, TILE_WEIGHT_ROWS, 1],
+                [inter * 2, hidden * inter * 2],
+            ),
+        }
+
+    def _fault_args(self) -> tuple[int, int, int]:
+        lost_rank, lost_expert, never = NO_RANK, NO_RANK, NO_RANK
+        for fault in self.options.faults:
+            if fault.kind == "lost-signal":
+                lost_rank, lost_expert = fault.rank, fault.expert
+            elif fault.kind == "never-starts":
+                never = fault.rank
+            else:
+                raise FlashmoeError(
+                    f"the fault '{fault.kind}' exists on the host engine only", "use --world host", 2
+                )
+        return lost_rank, lost_expert, never
+
+    def _write_args(self) -> None:
+        first = self.options.first_deadline_s or 4 * self.options.deadline_s
+        bias = self._weights.bias
+        ranks = [
+            {
+                **self._maps_of(rank),
+                "x": self._x[rank].data_ptr(),
+                "gate": self._weights.gate.data_ptr(),
+                "bias": 0 if bias is None else bias.data_ptr(),
+                "y": self._y[rank].data_ptr(),
+                "ids": self._ids[rank].data_ptr() if self._ids else 0,
+                "weights": self._routing_weights[rank].data_ptr() if self._routing_weights else 0,
+                "rank": rank,
+                "tokens": self.tokens[rank],
+            }
+            for rank in range(self.options.ranks)
+        ]
+        args = _host().launch_args(
+            self._shape,
+            [heap.data_ptr() for heap in self._heaps],
+            ranks,
+            self.options.ranks,
+            self.ring_capacity,
+            self.options.ring_mode == "keep-last",
+            self._iteration_base,
+            int(self.options.deadline_s * 1e9),
+            int(first * 1e9),
+            self._slots.data_ptr(),
+            self._rings.data_ptr() if self.options.traced else 0,
+            self._records.data_ptr() if self.options.traced else 0,
+            self._fault_args(),
+        )
+        self._args = torch.frombuffer(bytearray(args), dtype=torch.uint8).to(self.device)
+
+    # -- running --------------------------------------------------------------------------------
+
+    def load(
+        self,
+        tokens: list[torch.Tensor],
+        ids: list[torch.Tensor] | None = None,
+        routing_weights: list[torch.Tensor] | None = None,
+    ) -> None:
+        """Sets each rank's input; see :class:`flashmoe.world.base.Engine`."""
+        if (ids is None or routing_weights is None) and self._ids is not None:
+            raise FlashmoeError("external routing needs ids and weights", "give both to load()", 2)
+        for rank, x in enumerate(tokens):
+            self._x[rank].copy_(x)
+            if self._ids is not None and self._routing_weights is not None:
+                assert ids is not None and routing_weights is not None
+                self._ids[rank].copy_(ids[rank])
+                self._routing_weights[rank].copy_(routing_weights[rank])
+
+    def enqueue(self) -> None:
+        """One launch on torch's current stream, without waiting for it."""
+        from cuda.bindings import driver
+
+        grid = self.options.ranks * self.sms_per_rank
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        # Cooperative: the driver refuses a grid that is not resident as a whole.
+        _check(
+            driver.cuLaunchCooperativeKernel(
+                self._function, grid, 1, 1, THREADS, 1, 1, SHARED_BYTES, stream,
+                ((self._args.data_ptr(),), (ctypes.c_void_p,)),
+            ),
+            "launching the kernel",
+        )  # fmt: skip
+        self._launches += 1
+
+    def launch(self) -> Launch:
+        """Runs one forward of all ranks and waits for it."""
+        with torch.cuda.device(self.device):
+            begin = torch.cuda.Event(enable_timing=True)
+            end = torch.cuda.Event(enable_timing=True)
+            begin.record()
+            self.enqueue()
+            end.record()
+            end.synchronize()
+        words = [self._word(rank, "status_word") for rank in range(self.options.ranks)]
+        aborts = [self._word(rank, "abort_word") for rank in range(self.options.ranks)]
+        # A rank whose CTAs never started leaves no status; its abort word tells.
+        status = max((w & 0xFFFFFFFF for w in (*words, *aborts)), default=0)
+        if Status.HANG in aborts:
+            status = Status.HANG
+        return Launch(
+            status=Status(status),
+            elapsed_ms=begin.elapsed_time(end),
+            iteration=self._launches - 1 - self._iteration_base,
+            rows_needed=max(w >> 32 for w in words),
+        )
+
+    def outputs(self) -> list[RankOutput]:
+        """Results of the last launch, one a rank, on the CPU."""
+        k = self.config.top_k
+        result = []
+        for rank, tokens in enumerate(self.tokens):
+            ids = self._section(rank, "ids", 4 * tokens * k).view(torch.int32).reshape(tokens, k)
+            weights = self._section(rank, "weights", 4 * tokens * k).view(torch.float32)
+            result.append(RankOutput(self._y[rank].cpu(), ids, weights.reshape(tokens, k)))
+        return result
+
+    def routing(self) -> Routing:
+        """Counts and tile plan of the last launch."""
+        experts = self.config.experts
+        size = 4 * self.sms_per_rank * experts
+        counts = np.stack(
+            [
+                self._section(rank, "histogram", size)
+                .numpy()
+                .view(np.uint32)
+                .reshape(self.sms_per_rank, experts)
+                for rank in range(self.options.ranks)
+            ]
+        )
+        return Routing(chunk_counts=counts, tiles=tile_plan(self._shape, counts, FAMILY))
+
+    def rings(self) -> RingDump:
+        """Every actor's ring since construction or ``reset_rings``."""
+        headers = self._rings.cpu().numpy().reshape(-1).view(schema.RING_HEADER)
+        stored = int(min(self.ring_capacity, headers["count"].max(initial=0)))
+        records = self._records[:, :stored].contiguous().cpu().numpy()
+        shape = (len(headers), stored)
+        return RingDump(headers, records.reshape(-1).view(schema.RECORD).reshape(shape))
+
+    def reset_rings(self) -> None:
+        """Empties the rings; iterations restart at 0."""
+        self._rings.zero_()
+        self._iteration_base = self._launches
+        self._write_args()
+
+    def flight(self) -> np.ndarray:
+        """Flight-recorder slots, also while hung."""
+        return self._slots.numpy().reshape(-1).view(schema.FLIGHT_SLOT).copy()
+
+    def counts_seen(self) -> np.ndarray:
+        """Counts as each rank holds them, uint32 [W, W, E]: [holder, source, expert]."""
+        ranks, experts = self.options.ranks, self.config.experts
+        seen = np.zeros((ranks, ranks, experts), np.uint32)
+        for rank in range(ranks):
+            words = self._section(rank, "counts", 16 * ranks * experts).numpy().view(np.uint64)
+            epoch = self._launches
+            both = words.reshape(2, ranks, experts)[epoch & 1]
+            seen[rank] = np.where(both >> np.uint64(32) == epoch, both & np.uint64(0xFFFFFFFF), 0)
+        return seen
+
+    def clock(self) -> ClockInfo:
+        """The GPU's global timer: its step, one record's cost and the SM clock, measured once."""
+        if self._clock is None:
+            self._clock = self._measure_clock()
+        return self._clock
+
+    def _measure_clock(self) -> ClockInfo:
+        from cuda.bindings import driver
+
+        out = torch.zeros(4, dtype=torch.int64, device=self.device)
+        scratch = torch.zeros(256 * 32 + 256, dtype=torch.uint8, device=self.device)
+        slot = torch.zeros(64, dtype=torch.uint8).pin_memory()
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        pointers = (out.data_ptr(), scratch.data_ptr(), slot.data_ptr())
+        for _ in range(2):  # the first one fetches instructions
+            _check(
+                driver.cuLaunchKernel(
+                    self._probe, 1, 1, 1, 1, 1, 1, 0, stream, (pointers, (ctypes.c_void_p,) * 3), 0
+                ),
+                "measuring the clock",
+            )
+        step, nanoseconds, cycles, records = out.cpu().tolist()
+        mhz = cycles / nanoseconds * 1e3
+        return ClockInfo("globaltimer", step, cycles / records / mhz * 1e3, mhz)
+
+    def reset(self) -> None:
+        """Clears a sticky abort: signals zero, epoch 0."""
+        for heap in self._heaps:
+            heap[: self._layout["pool"]].zero_()
+        self._slots.zero_()
+        self._launches = 0
+        self._iteration_base = 0
+        if self._args.numel():
+            self._write_args()
+
+    def close(self) -> None:
+        """Frees everything; safe to call twice."""
+        for name in ("_heaps", "_x", "_y", "_ids", "_routing_weights", "_rings", "_records"):
+            setattr(self, name, [])
+        self.__dict__.pop("_weights", None)
+
+    def _section(self, rank: int, name: str, size: int) -> torch.Tensor:
+        at = self._layout[name]
+        return self._heaps[rank][at : at + size].cpu()
+
+    def _word(self, rank: int, name: str) -> int:
+        return int(self._section(rank, name, 8).view(torch.int64).item())
+
+
+def tile_plan(shape: dict[str, Any], chunk_counts: np.ndarray, family: str) -> np.ndarray:
+    """The tiles of all ranks in order, columns as in plan.parquet but ``iter``.
+
+    ``chunk_counts``: uint32 [W, chunks, E].
+    """
+    columns = _host().plan(shape, np.ascontiguousarray(chunk_counts, np.uint32))
+    names = list(columns)
+    dtype = [(name, np.uint32) for name in names] + [("family", f"U{len(family)}")]
+    tiles = np.empty(len(columns[names[0]]), dtype)
+    for name in names:
+        tiles[name] = columns[name]
+    tiles["family"] = family
+    return tiles
+
+
+def _host() -> Any:
+    """The extension, which derives layouts and plans through the same headers as the kernel."""
+    try:
+        from flashmoe import _host as module
+    except ImportError as exc:
+        raise FlashmoeError(
+            "this installation holds no compiled extension",
+            "reinstall flashmoe on Linux with a C++ compiler",
+        ) from exc
+    return module
