@@ -15,7 +15,7 @@ help: ## This list
 
 .PHONY: dev
 dev: ## Build the host engine and the cubins into this tree (then PYTHONPATH=. works)
-	$(CMAKE) -S . -B build/dev -DPython_EXECUTABLE=$(PYTHON_PATH) -DCMAKE_BUILD_TYPE=Release
+	$(CMAKE) -S . -B build/dev -DPython_EXECUTABLE=$(PYTHON_PATH) -DFLASHMOE_LINEINFO=ON
 	$(CMAKE) --build build/dev --parallel $(JOBS)
 	$(CMAKE) --install build/dev --prefix .
 

@@ -2,6 +2,8 @@
 #
 # Sets FLASHMOE_CUBINS (the files), FLASHMOE_NVCC_VERSION, and FLASHMOE_NO_CUBINS_WHY where there are
 # none.  Needs no GPU and no driver.
+option(FLASHMOE_LINEINFO "Source lines in the cubins, for ncu and compute-sanitizer" OFF)
+
 file(GLOB device_sources CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/csrc/device/*_sm90a.cu")
 file(GLOB nvcc_probe_source "${CMAKE_CURRENT_SOURCE_DIR}/cmake/probe.cu")
 
@@ -86,7 +88,7 @@ if(nvcc)
       OUTPUT "${cubin}"
       COMMAND
         "${CMAKE_COMMAND}" "-DNVCC=${nvcc}" "-DSOURCE=${source}" "-DCUBIN=${cubin}"
-        "-DINCLUDE=${CMAKE_CURRENT_SOURCE_DIR}/csrc"
+        "-DINCLUDE=${CMAKE_CURRENT_SOURCE_DIR}/csrc" "-DFLAGS=$<$<BOOL:${FLASHMOE_LINEINFO}>:-lineinfo>"
         -P "${CMAKE_CURRENT_SOURCE_DIR}/cmake/compile_cubin.cmake"
       DEPENDS "${source}" "${CMAKE_CURRENT_SOURCE_DIR}/cmake/compile_cubin.cmake"
       DEPFILE "${cubin}.d"
