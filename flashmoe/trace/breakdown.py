@@ -1,4 +1,4 @@
-"""An account added up over groups of actors: the entries that make up `flashmoe timeline --json`."""
+"""An account added up over groups of actors: the entries of `flashmoe timeline --json`."""
 
 from __future__ import annotations
 

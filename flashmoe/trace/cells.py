@@ -1,289 +1,279 @@
-"""A launch as a grid: what each SM, or each lane, did in each stretch of time.
-
-The picture of ``flashmoe timeline``.  Rows are SMs (or neighbouring SMs together) or single lanes,
-columns equal stretches of the window; a cell holds the time spent in each state, and one state
-stands for it (``dominant``).
-"""
+"""The timeline as a grid: for each row of SMs and each bin of time, what it was mostly doing."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from enum import IntEnum
 
 import numpy as np
 
 from flashmoe.errors import FlashmoeError
 from flashmoe.trace import schema
-from flashmoe.trace.account import Actors
+from flashmoe.trace.account import Account, Actors, account
 from flashmoe.trace.columns import Events
-from flashmoe.trace.schema import EventKind, TimeClass
+from flashmoe.trace.rundir import Run
+from flashmoe.trace.schema import EventKind
 
-_SPAN_KINDS = [
-    kind
-    for kind, cls in schema.KIND_CLASS.items()
-    if cls is not TimeClass.NONE and kind is not EventKind.PUT
-]
-#: Names of the states: kinds of work and moving, ``wait:REASON``, ``idle``, ``unrecorded``.
-STATES: tuple[str, ...] = (
-    *(schema.KIND_NAME[k] for k in _SPAN_KINDS if k not in schema.WAIT_REASON),
-    *(f"wait:{reason}" for reason in schema.REASONS),
-    "idle",
-    "unrecorded",
-)
-IDLE, UNRECORDED = len(STATES) - 2, len(STATES) - 1
 
-# Of each kind's byte: the state of its span, and of the stall inside it; -1: none.
-_STATE_OF = np.full(256, -1, np.int64)
-_STALL_STATE_OF = np.full(256, -1, np.int64)
-for _kind in _SPAN_KINDS:
-    _reason = schema.WAIT_REASON.get(_kind)
-    _name = schema.KIND_NAME[_kind] if _reason is None else f"wait:{_reason}"
-    _STATE_OF[_kind] = STATES.index(_name)
-for _kind, _reason in schema.STALL_REASON.items():
-    _STALL_STATE_OF[_kind] = STATES.index(f"wait:{_reason}")
+class State(IntEnum):
+    """What a cell can show beside the kinds of events, whose values it keeps."""
 
-# What stands for a cell of several lanes: the first of these groups that fills half a lane.
-_TELLING = (
-    ("gemm1", "gemm2", "gate", "combine"),
-    ("dispatch", "give_back", "counts", "plan"),
-    tuple(name for name in STATES if name.startswith("wait:")),
-    ("load", "schedule"),
-)
-_ENOUGH = 0.5
+    IDLE = 0
+    WAIT_OPERANDS = 48
+    WAIT_STAGE = 49
+    UNRECORDED = 50
+    OUTSIDE = 51  # no launch of the rank at that time
+
+
+N_STATES = max(State) + 1
+STATE_NAME: dict[int, str] = {
+    **{int(kind): name for kind, name in schema.KIND_NAME.items() if kind > EventKind.LAUNCH},
+    **{int(state): state.name.lower() for state in State},
+}
+STATE_CLASS: dict[int, str] = {
+    **{int(k): c.name.lower() for k, c in schema.KIND_CLASS.items() if k > EventKind.LAUNCH},
+    State.IDLE: "idle",
+    State.WAIT_OPERANDS: "wait",
+    State.WAIT_STAGE: "wait",
+    State.UNRECORDED: "unrecorded",
+    State.OUTSIDE: "outside",
+}
+_STALL_STATE = {"operands": State.WAIT_OPERANDS, "stage": State.WAIT_STAGE}
+_DOING = np.array([s for s, c in STATE_CLASS.items() if c in ("busy", "comm")])
+_WAITING = np.array([s for s, c in STATE_CLASS.items() if c == "wait"])
+_NOTHING = np.array([State.IDLE, State.UNRECORDED, State.OUTSIDE])
+_RECORDED = np.concatenate([_DOING, _WAITING])
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the grid: SMs ``first_sm`` to ``last_sm`` of a rank; ``lane`` None: all chosen."""
+
+    rank: int
+    first_sm: int
+    last_sm: int
+    sms: int
+    lane: str | None
 
 
 @dataclass(frozen=True)
 class Cells:
-    """The grid of one launch.
+    """``states`` uint8 [rows, columns]: the dominant state; ``share`` float32 [rows, columns]: its
+    share of the time of the row's actors.
 
-    ``rank`` [R]; ``sms`` [R]: first and last SM of the row; ``lane`` [R]: name, or None for all;
-    ``state`` int8 [R, C]: index into ``STATES``; ``present``: the states that occur.  Column c
-    spans ``begin_ns + c * column_ns`` onward; ``begin_ns``, ``end_ns`` from the launch's start.
+    Column c covers begin_ns + [c, c + 1) x bin_ns, both from ``start_ns``, the begin of the run or
+    of the chosen iteration.
     """
 
-    iteration: int
-    rank: list[int]
-    sms: list[tuple[int, int]]
-    lane: list[str | None]
-    state: np.ndarray
-    begin_ns: float
-    end_ns: float
-    launch_ns: int
-    sms_per_row: int
+    states: np.ndarray
+    share: np.ndarray
+    rows: list[Row]
+    start_ns: int
+    begin_ns: int
+    end_ns: int
 
     @property
-    def column_ns(self) -> float:
-        """Time of one column."""
-        return (self.end_ns - self.begin_ns) / max(self.state.shape[1], 1)
+    def bin_ns(self) -> float:
+        """Width of a column."""
+        return (self.end_ns - self.begin_ns) / max(1, self.states.shape[1])
 
 
 def timeline_cells(
-    events: Events,
-    meta: dict[str, Any],
-    *,
-    iteration: int,
+    run: Run,
+    rows: int,
     columns: int,
-    max_rows: int | None = None,
-    sms: Sequence[int] | None = None,
+    lanes: Sequence[str] | None = None,
+    sm: Sequence[int] | None = None,
+    window: tuple[int, int | None] | None = None,
+    iteration: int | None = None,
     rank: int | None = None,
-    lane: str | None = None,
-    window_ns: tuple[float, float | None] | None = None,
+    split_lanes: bool = False,
 ) -> Cells:
-    """The grid of launch ``iteration``, ``columns`` wide.
+    """At most about ``rows`` rows of ``columns`` cells, SMs of one rank grouped where too many.
 
-    ``sms`` and ``rank`` leave out others; ``lane`` None makes a row of an SM, ``all`` a row of each
-    lane, a name a row of that lane in each SM.  Where that gives more than ``max_rows`` rows,
-    neighbouring SMs of a rank share one.  Raises FlashmoeError (exit code 2) where nothing is left.
+    ``window`` in ns from the start; ``lanes``, ``sm`` (as the SM numbers of the events) and
+    ``rank`` choose actors, None all; ``split_lanes`` gives each lane a row of its own.
+
+    In a row of one lane a cell shows the state that took most of its time.  In a row of several it
+    shows the largest of busy and communication if these together fill at least half of the SMs'
+    time, else the largest wait if the waits do, else whether it was idle.  Raises FlashmoeError
+    where nothing is chosen.
     """
-    actors = Actors.of(meta)
-    mine = np.flatnonzero(events.iter == iteration)
-    if not len(mine):
-        raise _nothing(f"the run has no launch {iteration}", _launches(events))
-    t0 = events.t0_ns[mine]
-    start = int(t0.min())
-    launch_ns = int((t0 + events.dur_ns[mine]).max()) - start
-    begin, end = _window(window_ns, launch_ns)
-    chosen = _choose(actors, sms, rank, lane)
-    row_of, rows, per_row = _rows(actors, chosen, lane, max_rows)
-    actor = actors.index(events.rank[mine], events.cta[mine], events.lane[mine])
-    row = np.where(actor >= 0, row_of[actor], -1)
-    spans = (row >= 0) & (_STATE_OF[events.kind[mine]] >= 0) & (events.dur_ns[mine] > 0)
-    mine, row = mine[spans], row[spans]
+    events = Events.of(run.events)
+    spent = account(events, Actors.of(run.meta))
+    chosen = _chosen(spent.actors, lanes, sm, rank)
+    row_of, described = _rows(spent.actors, chosen, rows, split_lanes)
+    start, begin, end = _window(spent, window, iteration)
     scale = columns / (end - begin)
-    a = (events.t0_ns[mine] - start - begin) * scale
-    b = a + events.dur_ns[mine] * scale
-    weight = _fill(events, mine, row, a, b, len(rows), columns)
-    lanes = np.bincount(row_of[row_of >= 0], minlength=len(rows))
-    rest = np.maximum(lanes[:, None] - weight.sum(axis=2), 0)
-    lossy = _lossy(events, actors, iteration, row_of, len(rows))
-    weight[:, :, IDLE] = np.where(lossy[:, None], 0, rest)
-    weight[:, :, UNRECORDED] = np.where(lossy[:, None], rest, 0)
-    alone = lane is not None and per_row == 1
-    state = weight.argmax(axis=2) if alone else _dominant(weight, per_row)
-    return Cells(
-        iteration,
-        [int(r[0]) for r in rows],
-        [(r[1], r[2]) for r in rows],
-        [r[3] for r in rows],
-        state.astype(np.int8),
-        begin,
-        end,
-        launch_ns,
-        per_row,
-    )
+    time = np.zeros((len(described), N_STATES, columns))
+    in_row = np.bincount(row_of[chosen], minlength=len(described))
+
+    index = spent.actors.index(events.rank, events.cta, events.lane)
+    row = np.where(index >= 0, row_of[index], -1)
+    t0 = events.t0_ns - (start + begin)
+    seen = (row >= 0) & (t0 < end - begin) & (t0 + events.dur_ns > 0)
+    seen &= (events.dur_ns > 0) & (events.kind != EventKind.LAUNCH)
+    if iteration is not None:
+        seen &= events.iter == iteration
+    at = np.flatnonzero(seen)
+    row, kind = row[at], events.kind[at].astype(np.int64)
+    a, b = t0[at] * scale, (t0[at] + events.dur_ns[at]) * scale
+    stalled = events.stall_ns[at] / events.dur_ns[at]
+    _add(time, row, kind, a, b, 1 - stalled)
+    some = np.flatnonzero(stalled > 0)
+    stall_state = np.zeros(256, np.int64)
+    for which, reason in schema.STALL_REASON.items():
+        stall_state[which] = _STALL_STATE[reason]
+    _add(time, row[some], stall_state[kind[some]], a[some], b[some], stalled[some])
+    _fill_rest(time, spent, chosen, row_of, start + begin, scale, iteration)
+    sms = np.array([r.sms for r in described])
+    states, share = _dominant(time, in_row, sms)
+    return Cells(states, share, described, start, begin, end)
 
 
-def _nothing(message: str, hint: str) -> FlashmoeError:
-    return FlashmoeError(message, hint, exit_code=2)
-
-
-def _launches(events: Events) -> str:
-    known = np.unique(events.iter)
-    return f"its launches are {known[0]} to {known[-1]}" if len(known) else "it holds no event"
-
-
-def _window(window_ns: tuple[float, float | None] | None, launch_ns: int) -> tuple[float, float]:
-    begin, end = (0.0, None) if window_ns is None else window_ns
-    end = float(launch_ns) if end is None else end
-    if begin >= launch_ns or end <= begin:
-        raise _nothing(
-            f"the window begins at {begin:.0f} ns, and the launch lasted {launch_ns} ns",
-            "choose one inside it",
-        )
-    return begin, end
-
-
-def _choose(
-    actors: Actors, sms: Sequence[int] | None, rank: int | None, lane: str | None
+def _chosen(
+    actors: Actors, lanes: Sequence[str] | None, sm: Sequence[int] | None, rank: int | None
 ) -> np.ndarray:
-    """Indices of the actors to draw."""
+    """Indices of the chosen actors."""
     keep = np.ones(len(actors), bool)
+    if lanes is not None:
+        keep &= np.isin(actors.lane, [k for k, name in schema.LANE_NAME.items() if name in lanes])
+    if sm is not None:
+        keep &= np.isin(actors.sm, list(sm))
     if rank is not None:
         keep &= actors.rank == rank
-        if not keep.any():
-            raise _nothing(f"the run has no rank {rank}", _span("ranks", actors.rank))
-    if sms is not None:
-        known = actors.sm[keep]
-        keep &= np.isin(actors.sm, np.asarray(sms))
-        if not keep.any():
-            raise _nothing(f"the run has none of SM {_brief(sms)}", _span("SMs", known))
-    if lane not in (None, "all"):
-        keep &= actors.lane == [*schema.LANE_NAME.values()].index(lane or "")
-        if not keep.any():
-            raise _nothing(f"the run has no lane {lane}", "leave --lane out to see all")
-    return np.flatnonzero(keep)
-
-
-def _span(what: str, values: np.ndarray) -> str:
-    return f"its {what} are {values.min()} to {values.max()}" if len(values) else "it is empty"
-
-
-def _brief(sms: Sequence[int]) -> str:
-    return f"{sms[0]}" if len(sms) == 1 else f"{sms[0]} to {sms[-1]}"
+    chosen = np.flatnonzero(keep)
+    if not len(chosen):
+        there = f"ranks 0-{actors.rank.max(initial=0)}, SMs 0-{actors.sm.max(initial=0)}"
+        raise FlashmoeError("The run has no such SM, lane or rank.", f"It has {there}.", 2)
+    return chosen
 
 
 def _rows(
-    actors: Actors, chosen: np.ndarray, lane: str | None, max_rows: int | None
-) -> tuple[np.ndarray, list[tuple[int, int, int, str | None]], int]:
-    """(row of each actor or -1, (rank, first SM, last SM, lane) of each row, SMs a row)."""
-    by_lane = lane is not None
-    order = chosen[np.lexsort((actors.lane[chosen], actors.sm[chosen], actors.rank[chosen]))]
-    places: dict[int, list[int]] = {}
-    for r, sm in zip(actors.rank[order].tolist(), actors.sm[order].tolist(), strict=True):
-        of_rank = places.setdefault(r, [])
-        if not of_rank or of_rank[-1] != sm:
-            of_rank.append(sm)
-    lanes = len(np.unique(actors.lane[order])) if by_lane else 1
-    most = max(len(s) for s in places.values())
-    per_row = 1
-    while max_rows and per_row < most:
-        total = sum(-(-len(s) // per_row) for s in places.values()) * lanes
-        if total <= max_rows:
-            break
-        per_row += 1
-    rows: dict[tuple[int, int, int], int] = {}
-    labels: list[tuple[int, int, int, str | None]] = []
+    actors: Actors, chosen: np.ndarray, rows: int, split_lanes: bool
+) -> tuple[np.ndarray, list[Row]]:
+    """The row of each actor [A], -1 where not chosen, and what each row is."""
+    wide = int(actors.cta.max(initial=0)) + 1
+    key = (actors.rank * (int(actors.sm.max(initial=0)) + 1) + actors.sm) * wide + actors.cta
+    _, first, place = np.unique(key[chosen], return_index=True, return_inverse=True)
+    rank, sm = actors.rank[chosen][first], actors.sm[chosen][first]
+    lanes = np.unique(actors.lane[chosen]) if split_lanes else np.zeros(1, np.int64)
+    per_rank = np.bincount(rank)
+    group = 1
+    while (-(-per_rank // group)).sum() * len(lanes) > max(rows, len(lanes)) and (
+        group < per_rank.max()
+    ):
+        group += 1
+    within = np.arange(len(rank)) - np.searchsorted(rank, rank)
+    before = np.cumsum(-(-per_rank // group)) - -(-per_rank // group)
+    of_sm = before[rank] + within // group
+    described = [
+        Row(
+            int(rank[mine[0]]),
+            int(sm[mine[0]]),
+            int(sm[mine[-1]]),
+            len(mine),
+            schema.LANE_NAME[schema.Lane(int(lane))] if split_lanes else None,
+        )
+        for mine in np.split(np.arange(len(rank)), np.flatnonzero(np.diff(of_sm)) + 1)
+        for lane in lanes
+    ]
     row_of = np.full(len(actors), -1)
-    index = {r: {sm: i for i, sm in enumerate(s)} for r, s in places.items()}
-    names = [*schema.LANE_NAME.values()]
-    for i in order.tolist():
-        r, sm, code = int(actors.rank[i]), int(actors.sm[i]), int(actors.lane[i])
-        group = index[r][sm] // per_row
-        key = (r, group, code if by_lane else -1)
-        if key not in rows:
-            members = places[r][group * per_row : (group + 1) * per_row]
-            rows[key] = len(labels)
-            labels.append((r, members[0], members[-1], names[code] if by_lane else None))
-        row_of[i] = rows[key]
-    return row_of, labels, per_row
+    offset = np.searchsorted(lanes, actors.lane[chosen]) if split_lanes else 0
+    row_of[chosen] = of_sm[place] * len(lanes) + offset
+    return row_of, described
 
 
-def _fill(
-    events: Events,
-    mine: np.ndarray,
-    row: np.ndarray,
-    a: np.ndarray,
-    b: np.ndarray,
-    rows: int,
-    columns: int,
-) -> np.ndarray:
-    """float64 [rows, columns, states]: lanes in each state, on average over the cell."""
-    inside = (b > 0) & (a < columns)
-    mine, row = mine[inside], row[inside]
-    a, b = np.clip(a[inside], 0, columns), np.clip(b[inside], 0, columns)
-    kind = events.kind[mine]
-    dur, stall = events.dur_ns[mine], events.stall_ns[mine]
-    stalled = np.where(_STALL_STATE_OF[kind] >= 0, stall / np.maximum(dur, 1), 0.0)
-    states, wide = len(STATES), columns + 1
-    whole = np.zeros(rows * states * wide)
-    part = np.zeros_like(whole)
-
-    def add(state: np.ndarray, share: np.ndarray, at: np.ndarray) -> None:
-        base = (row[at] * states + state) * wide
-        for edge, sign in ((a[at], share), (b[at], -share)):
-            column = edge.astype(np.int64)
-            whole[:] += np.bincount(base + column, sign, len(whole))
-            part[:] += np.bincount(base + column, -sign * (edge - column), len(whole))
-
-    every = np.arange(len(mine))
-    add(_STATE_OF[kind], 1 - stalled, every)
-    some = np.flatnonzero(stalled > 0)
-    add(_STALL_STATE_OF[kind[some]], stalled[some], some)
-    whole = whole.reshape(rows, states, wide).cumsum(axis=2) + part.reshape(rows, states, wide)
-    return np.maximum(whole[:, :, :columns], 0).transpose(0, 2, 1).copy()
+def _window(
+    spent: Account, window: tuple[int, int | None] | None, iteration: int | None
+) -> tuple[int, int, int]:
+    """Start of the run or iteration, absolute; begin and end of the window, from there.  All ns."""
+    at = slice(None) if iteration is None else slice(iteration, iteration + 1)
+    begins, ends = spent.begin_ns[:, at], spent.end_ns[:, at]
+    if not (begins > 0).any():
+        what = "the run" if iteration is None else f"iteration {iteration}"
+        raise FlashmoeError(
+            f"There are no events in {what}.",
+            f"The run has {len(spent.iterations)} iterations, counted from 0.",
+            2,
+        )
+    start, end = int(begins[begins > 0].min()), int(ends.max())
+    begin, stop = window or (0, None)
+    if begin >= end - start:
+        raise FlashmoeError(
+            f"The window begins at {begin / 1000:g} us, after the end of the run.",
+            f"The run ends at {(end - start) / 1000:g} us.",
+            2,
+        )
+    return start, begin, max(begin + 1, end - start if stop is None else stop)
 
 
-def _lossy(
-    events: Events, actors: Actors, iteration: int, row_of: np.ndarray, rows: int
-) -> np.ndarray:
-    """bool [rows]: some actor of the row lost records of this launch."""
-    lossy = np.zeros(rows, bool)
-    lost = actors.dropped > 0
-    if not lost.any():
-        return lossy
-    ends = np.flatnonzero((events.kind == EventKind.LAUNCH) & (events.iter == iteration))
-    whole = np.zeros(len(actors), bool)
-    whole[actors.index(events.rank[ends], events.cta[ends], events.lane[ends])] = True
-    # keep-first loses a launch's last record first: where that is there, nothing is lost.
-    lost &= actors.keep_last | ~whole
-    hit = row_of[lost & (row_of >= 0)]
-    lossy[hit] = True
-    return lossy
+def _add(
+    time: np.ndarray, row: np.ndarray, state: np.ndarray, a: np.ndarray, b: np.ndarray,
+    weight: np.ndarray | float,
+) -> None:  # fmt: skip
+    """Adds spans [a, b), in columns, to ``time`` [rows, states, columns], weighted."""
+    columns = time.shape[2]
+    a, b = np.clip(a, 0, columns), np.clip(b, 0, columns)
+    weight = np.broadcast_to(weight, a.shape)
+    low, high = a.astype(np.int64), b.astype(np.int64)
+    line = (row * time.shape[1] + state) * (columns + 1)
+    one = low == high
+    size = time.shape[0] * time.shape[1] * (columns + 1)
+    # Parts of the first and of the last column, then whole columns between, by their ends.
+    first = np.where(one, b - a, low + 1 - a)
+    parts = np.bincount(line + low, first * weight, size)
+    parts += np.bincount(line + high, np.where(one, 0, b - high) * weight, size)
+    many = np.flatnonzero(high > low + 1)
+    steps = np.bincount(line[many] + low[many] + 1, weight[many], size)
+    steps -= np.bincount(line[many] + high[many], weight[many], size)
+    shape = (*time.shape[:2], columns + 1)
+    whole = np.cumsum(steps.reshape(shape), axis=2)
+    time += (parts.reshape(shape) + whole)[:, :, :columns]
 
 
-def _dominant(weight: np.ndarray, per_row: int) -> np.ndarray:
-    """The state that stands for each cell [R, C] of several lanes.
+def _fill_rest(
+    time: np.ndarray, spent: Account, chosen: np.ndarray, row_of: np.ndarray,
+    origin: int, scale: float, iteration: int | None,
+) -> None:  # fmt: skip
+    """Fills in what no event covers: idle, unrecorded, or outside of any launch."""
+    rows, columns = time.shape[0], time.shape[2]
+    covered = time[:, _RECORDED].sum(axis=1)
+    inside = np.zeros((rows, 2, columns))  # by whether the launch's records are complete
+    for rank in np.unique(spent.actors.rank[chosen]):
+        first, last = spent.rank_window(int(rank))
+        mine = chosen[spent.actors.rank[chosen] == rank]
+        ran = last > first
+        if iteration is not None:
+            ran &= spent.iterations == iteration
+        actor, launch = np.meshgrid(mine, np.flatnonzero(ran), indexing="ij")
+        actor, launch = actor.ravel(), launch.ravel()
+        a, b = (first[launch] - origin) * scale, (last[launch] - origin) * scale
+        _add(inside, row_of[actor], spent.bound[actor, launch].astype(np.int64), a, b, 1.0)
+    total = np.bincount(row_of[chosen], minlength=rows)[:, None]
+    rest = np.maximum(inside.sum(axis=1) - covered, 0)
+    # In a row where some actors' records are incomplete, what is lacking is first put down to them.
+    lost = np.minimum(rest, inside[:, 1])
+    time[:, State.UNRECORDED] = lost
+    time[:, State.IDLE] = rest - lost
+    time[:, State.OUTSIDE] = np.maximum(total - inside.sum(axis=1), 0)
 
-    Computing is shown before moving, moving before waiting, waiting before housekeeping, each where
-    it fills at least half a lane of each SM; else whatever most time went to.
-    """
-    state = np.where(weight[:, :, UNRECORDED] > 0, UNRECORDED, IDLE)
-    undecided = np.ones(state.shape, bool)
-    for names in _TELLING:
-        of = np.array([STATES.index(name) for name in names])
-        group = weight[:, :, of]
-        here = undecided & (group.sum(axis=2) >= _ENOUGH * per_row)
-        state[here] = of[group.argmax(axis=2)][here]
-        undecided &= ~here
-    return state
+
+def _dominant(
+    time: np.ndarray, actors: np.ndarray, sms: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """State and its share, both [rows, columns]; see ``timeline_cells`` for the rule."""
+
+    def largest(states: np.ndarray) -> np.ndarray:
+        return states[np.argmax(time[:, states], axis=1)]
+
+    half = (sms / 2)[:, None]
+    doing, waiting = time[:, _DOING].sum(axis=1) >= half, time[:, _WAITING].sum(axis=1) >= half
+    several = np.where(
+        doing, largest(_DOING), np.where(waiting, largest(_WAITING), largest(_NOTHING))
+    )
+    single = np.argmax(time, axis=1)
+    states = np.where((actors == sms)[:, None], single, several).astype(np.uint8)
+    share = np.take_along_axis(time, states[:, None, :].astype(np.int64), axis=1)[:, 0]
+    return states, (share / actors[:, None]).astype(np.float32)

@@ -41,7 +41,8 @@ def union(begin: np.ndarray, end: np.ndarray) -> Union:
         begin, end = begin[some], end[some]
     if not len(begin):
         return Union(np.zeros(0, np.int64), np.zeros(0, np.int64))
-    starts, stops = np.sort(begin), np.sort(end)
+    # Events come as one ascending run an actor, which a merge sort is fastest at.
+    starts, stops = np.sort(begin, kind="stable"), np.sort(end, kind="stable")
     fresh = np.flatnonzero(starts[1:] > stops[:-1])
     return Union(
         starts[np.concatenate([[0], fresh + 1])],

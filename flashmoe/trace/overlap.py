@@ -38,7 +38,7 @@ def hidden_communication(events: Events, spent: Account) -> dict[int, Hidden]:
     Where inside a tile's span its stalls lie is not recorded: a span counts as a whole.
     """
     rows = {
-        name: np.flatnonzero(np.isin(events.kind, kinds))
+        name: np.flatnonzero(schema.among(events.kind, kinds))
         for name, kinds in (("comm", schema.COMM_KINDS), ("tensor", schema.TENSOR_KINDS))
     }
     found = {}

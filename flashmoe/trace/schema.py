@@ -208,3 +208,11 @@ FILE_HEADER: Final = np.dtype(
         ("reserved", "<u8"),
     ]
 )
+
+
+def among(kind: np.ndarray, kinds: tuple[EventKind, ...]) -> np.ndarray:
+    """bool [n]: which of ``kind`` uint8 [n] are one of ``kinds``; faster than ``np.isin`` for few."""
+    found = kind == kinds[0]
+    for other in kinds[1:]:
+        found |= kind == other
+    return found

@@ -87,7 +87,7 @@ def _ran(plan: dict[str, np.ndarray], events: Events) -> np.ndarray:
     ranks, tiles = int(plan["rank"].max()) + 1, int(plan["tile"].max()) + 1
     iterations = int(plan["iter"].max()) + 1
     seen = np.zeros(iterations * ranks * tiles, bool)
-    rows = np.flatnonzero(np.isin(events.kind, schema.TENSOR_KINDS))
+    rows = np.flatnonzero(schema.among(events.kind, schema.TENSOR_KINDS))
     i, r, t = (getattr(events, name)[rows].astype(np.int64) for name in ("iter", "rank", "tile"))
     known = (i < iterations) & (r < ranks) & (t < tiles)
     seen[((i * ranks + r) * tiles + t)[known]] = True
