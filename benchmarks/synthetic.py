@@ -23,9 +23,13 @@ from flashmoe.trace.rundir import RunWriter
 from flashmoe.trace.schema import EventKind as K
 from flashmoe.trace.schema import Lane, RecordFlag
 
-TILE_COLUMNS = (
-    "rank", "tile", "gemm", "expert", "row_tile", "row_tile_global",
-    "col_tile", "rows", "cols", "depth", "family",
+TILE = np.dtype(
+    [
+        (name, np.int64)
+        for name in ("rank", "tile", "gemm", "expert", "row_tile", "row_tile_global", "col_tile",
+                     "rows", "cols", "depth")
+    ]
+    + [("family", "U16")]
 )  # fmt: skip
 MHZ = 1755
 
@@ -102,7 +106,7 @@ def plan(shape: Shape, counts: np.ndarray) -> np.ndarray:
             columns = -(-width // step)
             n = int(row_tiles[e]) * columns
             j, col = np.arange(n) % max(1, row_tiles[e]), np.arange(n) // max(1, row_tiles[e])
-            tiles = np.zeros(n, [(name, np.int64) for name in TILE_COLUMNS])
+            tiles = np.zeros(n, TILE)
             tiles["rank"], tiles["gemm"], tiles["expert"] = rank, gemm, e
             tiles["row_tile"] = globally[e] - globally[first] + j
             tiles["row_tile_global"] = globally[e] + j
@@ -110,9 +114,9 @@ def plan(shape: Shape, counts: np.ndarray) -> np.ndarray:
             tiles["rows"] = np.minimum(shape.tile_m, rows_of[e] - j * shape.tile_m)
             tiles["cols"] = np.minimum(step, width - col * step)
             tiles["depth"] = shape.hidden if gemm == 1 else shape.intermediate
-            tiles["family"] = shape.tile_m
+            tiles["family"] = f"{shape.tile_m}x{step}"
             own.append(tiles)
-        joined = np.concatenate(own) if own else np.zeros(0, [(n, np.int64) for n in TILE_COLUMNS])
+        joined = np.concatenate(own) if own else np.zeros(0, TILE)
         joined["tile"] = np.arange(len(joined))
         parts.append(joined)
     return np.concatenate(parts)

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from flashmoe.trace import schema
 from flashmoe.trace.rings import Rings, held
-from flashmoe.trace.schema import RecordFlag, RingMode
+from flashmoe.trace.schema import EventKind, RecordFlag, RingMode
 
 _NAMES = pa.dictionary(pa.uint8(), pa.string())
 
@@ -98,7 +98,8 @@ def decode(rings: Rings) -> pa.Table:
 
     A wait's opening record is left out where its closing record follows it.  One that never closed
     keeps ``RecordFlag.OPEN`` and lasts until its actor's end or, where the actor never ended, until
-    the last time seen in the trace.
+    the last time seen in the trace.  A span whose duration is past the record's 32 bits lasts until
+    what its actor did next.
     """
     with ThreadPoolExecutor(_THREADS) as pool:
         blocks = [b for found in pool.map(lambda i: _blocks(rings, i), _live(rings)) for b in found]
@@ -115,7 +116,7 @@ def decode(rings: Rings) -> pa.Table:
         columns["kind"] = np.empty(rows, np.uint8)
         list(pool.map(lambda b: _fill(rings, b, columns), blocks))
     columns["flow"] = np.zeros(rows, np.uint32)
-    _close_open_waits(rings, columns)
+    _mend_durations(rings, columns)
     return to_table(columns)
 
 
@@ -207,16 +208,31 @@ def stall_ns(dur_ns: np.ndarray, stall_cycles: np.ndarray, cycles: np.ndarray) -
     return np.rint(dur_ns * np.minimum(share, 1.0)).astype(np.uint32)
 
 
-def _close_open_waits(rings: Rings, columns: dict[str, np.ndarray]) -> None:
-    at = np.flatnonzero(columns["flags"] & RecordFlag.OPEN)
+def _mend_durations(rings: Rings, columns: dict[str, np.ndarray]) -> None:
+    """Gives open waits and saturated spans the duration that their record could not hold."""
+    t0, dur = columns["t0_ns"], columns["dur_ns"]
+    unknown = RecordFlag.OPEN | RecordFlag.SATURATED
+    at = np.flatnonzero(columns["flags"] & unknown)
     if not len(at):
         return
-    last = int((columns["t0_ns"] + columns["dur_ns"]).max())
-    last = max(last, int(rings.headers["end_ns"][rings.began].max(initial=0)))
-    ends = {}
-    for header in rings.headers[rings.began]:
-        ends[int(header["rank"]), int(header["cta"]), int(header["lane"])] = int(header["end_ns"])
-    keys = zip(*(columns[name][at].tolist() for name in ("rank", "cta", "lane")), strict=True)
-    end = np.array([ends[key] or last for key in keys], np.int64)
-    t0 = columns["t0_ns"][at]
-    columns["dur_ns"][at] = np.where(end >= t0, end, last) - t0
+    alive = rings.headers[rings.began]
+    ends = {
+        (int(h["rank"]), int(h["cta"]), int(h["lane"])): (int(h["begin_ns"]), int(h["end_ns"]))
+        for h in alive
+    }
+    last = max(int((t0 + dur).max()), int(alive["end_ns"].max(initial=0)))
+    # From the back, so that what follows a span is mended before it; such spans are few.
+    for i in at[::-1].tolist():
+        actor = tuple(int(columns[name][i]) for name in ("rank", "cta", "lane"))
+        begin, end = ends[actor]
+        own = begin <= t0[i]  # the header knows the end of the last launch only
+        if columns["kind"][i] == EventKind.LAUNCH:
+            stop = end if own else int(t0[i] + dur[i])
+        elif i + 1 < len(t0) and actor == tuple(
+            int(columns[name][i + 1]) for name in ("rank", "cta", "lane")
+        ):
+            outer = columns["kind"][i + 1] == EventKind.LAUNCH
+            stop = int(t0[i + 1] + dur[i + 1]) if outer else int(t0[i + 1])
+        else:
+            stop = end if own and end else last
+        dur[i] = max(int(dur[i]), stop - int(t0[i]))

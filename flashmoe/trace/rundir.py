@@ -44,7 +44,7 @@ PLAN = pa.schema(
         ("rows", pa.uint32()),
         ("cols", pa.uint32()),
         ("depth", pa.uint32()),
-        ("family", pa.uint16()),
+        ("family", pa.string()),
     ]
 )
 COUNTS = pa.schema(
@@ -261,7 +261,11 @@ def describe_rings(rings: Rings) -> dict[str, Any]:
 
 
 def _table(columns: dict[str, np.ndarray], of: pa.Schema) -> pa.Table:
-    arrays = [pa.array(np.ascontiguousarray(columns[f.name], f.type.to_pandas_dtype())) for f in of]
+    arrays = []
+    for field in of:
+        text = pa.types.is_string(field.type)
+        values = np.asarray(columns[field.name])
+        arrays.append(pa.array(values.astype(str if text else field.type.to_pandas_dtype())))
     return pa.Table.from_arrays(arrays, schema=of)
 
 

@@ -15,6 +15,7 @@ from flashmoe.trace.traffic import tile_rows
 # Dense bf16 or fp16 of one Hopper SM: 4 tensor cores x 512 multiply-adds x 2.
 FLOP_PER_CYCLE = 4096
 GATED = ("swiglu", "geglu")
+_COLUMNS = ("iter", "rank", "tile", "gemm", "col_tile", "rows", "cols", "depth")
 
 
 class TensorWork:
@@ -22,7 +23,7 @@ class TensorWork:
 
     def __init__(self, run: Run, events: Events, spent: Account) -> None:
         actors, meta = spent.actors, run.meta
-        plan = {name: column(run.plan, name).astype(np.int64) for name in run.plan.column_names}
+        plan = {name: column(run.plan, name).astype(np.int64) for name in _COLUMNS}
         inside = np.isin(plan["iter"], spent.iterations)
         ran = inside & _ran(plan, events)
         self.planned, self.ran = int(inside.sum()), int(ran.sum())

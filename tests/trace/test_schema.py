@@ -39,9 +39,7 @@ def snake(name: str) -> str:
 
 def c_struct(name: str) -> tuple[list[tuple[str, int, int]], int]:
     """Fields as (name, bytes of one element, elements), and the struct's alignment."""
-    found = re.search(
-        rf"struct alignas\((\d+)\) {name} {{(.*?)\n}};", RECORDS, re.DOTALL
-    )
+    found = re.search(rf"struct alignas\((\d+)\) {name} {{(.*?)\n}};", RECORDS, re.DOTALL)
     assert found is not None
     fields = [
         (field, C_TYPES[ctype], int(count or 1))
@@ -68,12 +66,8 @@ def test_kinds_are_those_of_the_header() -> None:
 
 
 def test_kinds_that_move_bytes_are_those_the_header_says() -> None:
-    rows = re.findall(
-        r"X\((\w+), (\d+), k\w+,\s+\"([^\"]*)\"\)", macro("FLASHMOE_EVENT_KINDS")
-    )
-    assert {int(v) for _, v, aux in rows if aux.startswith("bytes")} == set(
-        schema.BYTE_KINDS
-    )
+    rows = re.findall(r"X\((\w+), (\d+), k\w+,\s+\"([^\"]*)\"\)", macro("FLASHMOE_EVENT_KINDS"))
+    assert {int(v) for _, v, aux in rows if aux.startswith("bytes")} == set(schema.BYTE_KINDS)
     spans = {int(v) for name, v, aux in rows if "cycles of the span" in aux}
     assert spans == set(schema.STALL_REASON)
 
@@ -101,9 +95,7 @@ def test_enums_are_those_of_the_header(c_name: str, mirror: type, prefix: str) -
 def test_ring_modes_and_sentinels_are_those_of_the_header() -> None:
     found = re.search(r"enum class RingMode[^{]*{([^}]*)}", RECORDS)
     assert found is not None
-    header = {
-        snake(n): int(v) for n, v in re.findall(r"k(\w+) = (\d+)", found.group(1))
-    }
+    header = {snake(n): int(v) for n, v in re.findall(r"k(\w+) = (\d+)", found.group(1))}
     assert header == {name: int(v) for name, v in schema.RingMode.__members__.items()}
     words = {
         name: int(value, 16)
