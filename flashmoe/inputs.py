@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 from dataclasses import dataclass, field
@@ -39,14 +38,15 @@ def prepare(request: Request, device: str) -> Inputs:
     from flashmoe.tokens import random_tokens, read_tokens
     from flashmoe.weights import nbytes, random_weights
 
-    name, shared, remarks = request.name, None, []
+    shared, remarks = None, list[str]()
     if request.checkpoint is not None:
-        from flashmoe.checkpoint import load_layer
+        from flashmoe.checkpoint import layer_config, load_layer
 
         assert request.layer is not None
+        _fits(nbytes(layer_config(request.checkpoint, request.layer, request.dtype)), device)
         layer = load_layer(request.checkpoint, request.layer, dtype=request.dtype, device=device)
         config, weights, shared = layer.config, layer.weights, layer.shared
-        name = f"{request.checkpoint.resolve().name}-layer{request.layer}"
+        remarks += [layer.source, *layer.remarks]
     else:
         assert request.config is not None
         config = request.config
@@ -59,12 +59,7 @@ def prepare(request: Request, device: str) -> Inputs:
     else:
         gate = weights.gate if request.skew > 0 else None
         x = random_tokens(request.tokens, config, request.seed, request.skew, gate)
-    return Inputs(name, config, weights, x, tuple(len(t) for t in x), shared, remarks)
-
-
-def with_dtype(config: MoEConfig, dtype: str | None) -> MoEConfig:
-    """``config`` in another dtype, or as it is."""
-    return config if dtype is None else dataclasses.replace(config, dtype=dtype)  # type: ignore[arg-type]
+    return Inputs(request.name, config, weights, x, tuple(len(t) for t in x), shared, remarks)
 
 
 def _split(x: torch.Tensor, ranks: int) -> list[torch.Tensor]:

@@ -26,7 +26,8 @@ def save_run(
         for i, routing in enumerate(record.routings):
             writer.add_routing(i, routing)
         if result.hang is not None:
-            writer.add_flight(engine.flight())
+            assert result.flight is not None
+            writer.add_flight(result.flight)
     return path
 
 
@@ -74,7 +75,7 @@ def metadata(
         "timing": {"launch_ms": result.launch_ms},
         "check": result.check,
         "status": {"code": result.exit_code, "message": status_text(result)},
-        "hang": None if result.hang is None else hang_dict(result.hang),
+        "hang": None if result.hang is None else result.hang.as_dict(),
     }
 
 
@@ -85,9 +86,3 @@ def status_text(result: Result) -> str:
     if result.check is not None and not result.check["ok"]:
         return "wrong result"
     return "ok" if result.check is not None else "ok, not checked"
-
-
-def hang_dict(report: Any) -> dict[str, Any]:
-    """The hang report as JSON values."""
-    found: dict[str, Any] = report.to_dict()
-    return found

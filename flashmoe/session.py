@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 #: Called with the phase's name, steps done and steps in all (0, 0 where it has no steps).
 Progress = Callable[[str, int, int], None]
 
+#: The first launch may take longer: a peer may still be loading.
+FIRST_DEADLINE = 4
+
 EXIT_WRONG = 1
 EXIT_NO_GPU = 5
 EXIT_HANG = 124
@@ -92,6 +95,7 @@ class Result:
     path: Path | None
     saved_output: Path | None
     hang: HangReport | None
+    flight: np.ndarray | None
     shared_expert: bool
     exit_code: int
     remarks: list[str] = field(default_factory=list)
@@ -135,6 +139,7 @@ def build_engine(world: str, request: Request, inputs: Inputs) -> Engine:
         sms_per_rank=request.sms_per_rank,
         traced=request.traced,
         deadline_s=request.deadline_s,
+        first_deadline_s=FIRST_DEADLINE * request.deadline_s,
         ring_capacity=request.ring_capacity,
         ring_mode=request.ring_mode,
         device=request.device,
@@ -143,10 +148,10 @@ def build_engine(world: str, request: Request, inputs: Inputs) -> Engine:
     if world == "host":
         from flashmoe.world.host import HostEngine
 
-        return HostEngine(inputs.config, inputs.weights, inputs.tokens, options)
+        return HostEngine(inputs.config, inputs.weights, list(inputs.tokens), options)
     from flashmoe.world.local import LocalEngine
 
-    return LocalEngine(inputs.config, inputs.weights, inputs.tokens, options)
+    return LocalEngine(inputs.config, inputs.weights, list(inputs.tokens), options)
 
 
 @contextlib.contextmanager
@@ -230,11 +235,12 @@ def _finish(
     from flashmoe.gpu import snapshot
 
     device = snapshot(request.device) if engine.world != "host" else None
-    hang = None
+    hang, flight = None, None
     outputs: list[RankOutput] = []
     if record.status is Status.HANG:
         with _phase(progress, "diagnosing the hang"):
-            hang = verdict.diagnose_hang(engine, request)
+            flight = engine.flight()
+            hang = verdict.diagnose_hang(engine, flight)
     elif record.status is Status.OK:
         outputs = engine.outputs()
     else:
@@ -269,6 +275,7 @@ def _finish(
         path=None,
         saved_output=saved_output,
         hang=hang,
+        flight=flight,
         shared_expert=inputs.shared is not None,
         exit_code=exit_code,
         remarks=list(inputs.remarks),

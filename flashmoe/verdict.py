@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from flashmoe.config import MoEConfig
     from flashmoe.inputs import Inputs
     from flashmoe.session import Progress, Request
+    from flashmoe.trace.diagnosis import HangReport
     from flashmoe.world.base import Engine, RankOutput, Routing
 
 
@@ -108,6 +110,29 @@ def traffic_of(
         payload[owner, :] += there
     np.fill_diagonal(payload, 0)
     return counts.sum(axis=0), payload
+
+
+def diagnose_hang(engine: Engine, slots: np.ndarray) -> HangReport:
+    """Why the engine's last launch did not end, from its flight recorder's ``slots``."""
+    from flashmoe.trace.diagnosis import diagnose
+
+    options = engine.options
+    first = int(slots["epoch"].max(initial=0)) <= 1 and options.first_deadline_s is not None
+    deadline_s = options.first_deadline_s if first else options.deadline_s
+    # The host engine stamps by CLOCK_MONOTONIC; a GPU's clock cannot be read from here, and the
+    # launch has just ended, so that its last change of state is now.
+    on_host = engine.world == "host"
+    now_ns = time.monotonic_ns() if on_host else int(slots["since_ns"].max(initial=0))
+    routing = engine.routing()
+    return diagnose(
+        slots,
+        ranks=options.ranks,
+        deadline_s=deadline_s or options.deadline_s,
+        now_ns=now_ns,
+        counts_seen=engine.counts_seen(),
+        chunk_counts=routing.chunk_counts,
+        tiles=routing.tiles,
+    )
 
 
 def clock_dict(engine: Engine) -> dict[str, Any]:

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 #: Exit code of ``--strict`` where records were dropped or the run ended early.
 INCOMPLETE = 4
 
-#: Lines that the picture may take where nobody says how high the terminal is.
-_LINES = 33
-#: Lines left to what stands above and below the picture.
-_AROUND = 26
+#: Lines that the picture takes at least, and where nobody says how high the terminal is.
+_FEWEST, _LINES = 12, 33
+#: More rows than any run has: nothing is grouped.
+_EVERY_ROW = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -64,20 +64,18 @@ def timeline_json(run: Run, view: View | None = None) -> dict[str, Any]:
     _known_iteration(run, view.iteration)
     whole = {"schema": SCHEMA, "verb": "timeline"} | timeline_summary(run, view.iteration)
     if view.zoomed or view.window_ns is not None or view.rank is not None:
-        from flashmoe.trace.cells import STATES
+        from flashmoe.trace.cells import STATE_NAME
 
-        cells = _cells(run, view, columns=100, max_rows=None)
+        cells = _cells(run, view, columns=100, rows=_EVERY_ROW)
         whole["picture"] = {
-            "iteration": cells.iteration,
+            "iteration": _drawn(run, view),
             "begin_ns": cells.begin_ns,
             "end_ns": cells.end_ns,
-            "column_ns": cells.column_ns,
-            "states": STATES,
+            "bin_ns": cells.bin_ns,
+            "state_names": STATE_NAME,
             "rows": [
-                {"rank": r, "sm": sm[0], "lane": lane, "state": state.tolist()}
-                for r, sm, lane, state in zip(
-                    cells.rank, cells.sms, cells.lane, cells.state, strict=True
-                )
+                {"rank": row.rank, "sm": row.first_sm, "lane": row.lane, "states": states.tolist()}
+                for row, states in zip(cells.rows, cells.states, strict=True)
             ],
         }
     return whole
@@ -86,39 +84,52 @@ def timeline_json(run: Run, view: View | None = None) -> dict[str, Any]:
 def timeline_text(run: Run, where: Terminal, view: View | None = None) -> list[str]:
     """The picture and the figures below it."""
     from flashmoe.trace.analysis import timeline_summary
-    from flashmoe_cli.render.figures import figure_lines
+    from flashmoe_cli.render.figures import figure_lines, lines_around
     from flashmoe_cli.render.timeline import label_width, picture_lines
 
     view = view or View()
     _known_iteration(run, view.iteration)
     columns = max(where.width - label_width(run.meta, view.lane) - 1, 10)
     half = 2 if where.colour and where.unicode else 1
-    lines = max((where.height or _LINES + _AROUND) - _AROUND, 12)
-    cells = _cells(run, view, columns, None if view.zoomed else lines * half)
-    summary = timeline_summary(run)
+    ranks, launches = run.meta["world"]["ranks"], int(run.meta.get("iterations") or 1)
+    around = lines_around(ranks, launches)
+    lines = max(where.height - around, _FEWEST) if where.height else _LINES
+    rows = _EVERY_ROW if view.zoomed else lines * half
+    cells = _cells(run, view, columns, rows)
+    iteration = _drawn(run, view)
     return [
-        *picture_lines(cells, run.meta, where),
+        *picture_lines(cells, run.meta, iteration, view.lane, where),
         "",
-        *figure_lines(summary, run, cells.iteration, where),
+        *figure_lines(timeline_summary(run), run, iteration, where),
     ]
 
 
-def _cells(run: Run, view: View, columns: int, max_rows: int | None) -> Cells:
-    from flashmoe.trace.cells import timeline_cells
-    from flashmoe.trace.columns import Events
+def _drawn(run: Run, view: View) -> int:
+    """The launch to draw: the one asked for, else the last of which there are events."""
+    if view.iteration is not None:
+        return view.iteration
+    from flashmoe.trace.columns import column
 
-    events = Events.of(run.events)
-    iteration = view.iteration
+    return int(column(run.events, "iter").max())
+
+
+def _cells(run: Run, view: View, columns: int, rows: int) -> Cells:
+    from flashmoe.trace.cells import timeline_cells
+
+    window = None
+    if view.window_ns is not None:
+        begin, end = view.window_ns
+        window = (round(begin), None if end is None else round(end))
     return timeline_cells(
-        events,
-        run.meta,
-        iteration=int(events.iter.max()) if iteration is None else iteration,
-        columns=columns,
-        max_rows=max_rows,
-        sms=view.sms,
+        run,
+        rows,
+        columns,
+        lanes=None if view.lane in (None, "all") else [view.lane],
+        sm=view.sms,
+        window=window,
+        iteration=_drawn(run, view),
         rank=view.rank,
-        lane=view.lane,
-        window_ns=view.window_ns,
+        split_lanes=view.lane is not None,
     )
 
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from flashmoe.config import MoEConfig
 from flashmoe.session import Request, Result, run
 from flashmoe_cli import request as parse
 from flashmoe_cli.completion import SUFFIX, runs_folder
@@ -39,8 +40,11 @@ def make_request(options: dict[str, Any], *, traced: bool) -> Request:
     }
     parse.checkpoint_args(get("checkpoint"), get("layer"), get("preset"), overrides)
     ranks = options["ranks"]
-    if get("checkpoint") is not None:
-        name, config, default_tokens = Path(get("checkpoint")).resolve().name, None, 512
+    checkpoint: Path | None = get("checkpoint")
+    name: str
+    config: MoEConfig | None
+    if checkpoint is not None:
+        name, config, default_tokens = f"{checkpoint.resolve().name}-layer{get('layer')}", None, 512
     else:
         name, config, default_tokens = parse.shape(get("preset"), overrides)
     tokens = parse.tokens_per_rank(get("tokens_per_rank"), ranks, default_tokens)
@@ -69,7 +73,7 @@ def make_request(options: dict[str, Any], *, traced: bool) -> Request:
         ring_capacity=get("ring_capacity"),
         ring_mode=options["ring_mode"].value if traced else "keep-first",
         check=not options["no_check"],
-        checkpoint=get("checkpoint"),
+        checkpoint=checkpoint,
         layer=get("layer"),
         dtype=overrides["dtype"],
         tokens_file=get("tokens_file"),
@@ -91,7 +95,7 @@ def record(options: dict[str, Any], *, traced: bool) -> Result:
 
 def result_json(verb: str, result: Result) -> dict[str, Any]:
     """A result as the object that ``--json`` prints."""
-    from flashmoe.saving import hang_dict, status_text
+    from flashmoe.saving import status_text
 
     times = result.launch_ms
     return {
@@ -115,7 +119,7 @@ def result_json(verb: str, result: Result) -> dict[str, Any]:
         "clock": result.clock,
         "run": None if result.path is None else str(result.path),
         "saved_output": None if result.saved_output is None else str(result.saved_output),
-        "hang": None if result.hang is None else hang_dict(result.hang),
+        "hang": None if result.hang is None else result.hang.as_dict(),
         "status": {"code": result.exit_code, "message": status_text(result)},
     }
 

@@ -12,7 +12,12 @@ if TYPE_CHECKING:
     from flashmoe.trace.rundir import Run
 
 CLASSES = ("busy", "comm", "wait", "idle", "unrecorded")
-_MOST_LAUNCHES = 12
+MOST_LAUNCHES = 12
+
+
+def lines_around(ranks: int, launches: int) -> int:
+    """Lines that stand above and below a picture, for a terminal that should hold it all."""
+    return 16 + 3 * ranks + (min(launches, MOST_LAUNCHES) + 3 if launches > 1 else 0)
 
 
 def shares(values: Sequence[int], whole: int) -> list[str]:
@@ -75,7 +80,7 @@ def _rank_table(
     for e in entries:
         ns = [e[f"{name}_ns"] for name in classes]
         cells = [str(e["rank"]), time_text(e["wall_ns"])]
-        cells += _bound(e, shares(ns, e["actor_ns"])) + [percent(e["hidden"]["share"])]
+        cells += [*_bound(e, shares(ns, e["actor_ns"])), percent(e["hidden"]["share"])]
         if rates:
             cells.append(percent(e["tensor"]["useful_share"]))
         cells += [percent(fills.get(e["rank"])), rows.get(e["rank"], "-")]
@@ -100,9 +105,8 @@ def _of_ranks(run: Run, iteration: int) -> tuple[dict[int, float], dict[int, str
     }
     counts = {n: column(run.counts, n) for n in ("iter", "expert", "rows")}
     mine = counts["iter"] == iteration
-    per_expert = np.bincount(
-        counts["expert"][mine], counts["rows"][mine], run.meta["config"]["experts"]
-    )
+    per_expert = np.zeros(run.meta["config"]["experts"], np.int64)
+    np.add.at(per_expert, counts["expert"][mine], counts["rows"][mine])
     spread = {}
     for rank, (a, b) in enumerate(run.meta["world"]["experts_of_rank"]):
         own = per_expert[a:b]
@@ -131,7 +135,7 @@ def _launch_table(
     classes = _classes(entries)
     head = ["launch", "slowest rank", *classes, "comm hidden"]
     body = []
-    shown = launches if len(launches) <= _MOST_LAUNCHES else launches[:_MOST_LAUNCHES]
+    shown = launches if len(launches) <= MOST_LAUNCHES else launches[:MOST_LAUNCHES]
     for launch in shown:
         mine = [e for e in entries if e["iter"] == launch]
         slow = max(mine, key=lambda e: e["wall_ns"])

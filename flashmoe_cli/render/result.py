@@ -120,7 +120,7 @@ def _verbose(result: Result) -> list[str]:
 def hang_lines(result: Result) -> list[str]:
     """The hang report as the diagnosis words it."""
     assert result.hang is not None
-    return list(result.hang.lines())
+    return list(result.hang.text)
 
 
 def next_lines(result: Result) -> list[str]:

@@ -21,15 +21,16 @@ class Strip:
     states: Sequence[int]
 
 
-def draw(strips: Sequence[Strip], *, colour: bool, blocks: bool) -> list[str]:
-    """The strips under each other, labels right-aligned.
+def draw(strips: Sequence[Strip], *, colour: bool, blocks: bool, label_width: int = 0) -> list[str]:
+    """The strips under each other, labels right-aligned in ``label_width`` columns or more.
 
     With ``colour`` and ``blocks`` two strips share a line, the first above the second; with
     ``colour`` alone each cell is a letter on its colour; else a letter.
     """
     if colour and blocks:
-        return _half_blocks(strips)
+        return _half_blocks(strips, label_width)
     width = max((len(s.label) for s in strips), default=0)
+    width = max(width, label_width)
     cells = _on_colour if colour else _letters
     return [f"{s.label:>{width}} {cells(s.states)}" for s in strips]
 
@@ -69,9 +70,9 @@ def _on_colour(states: Sequence[int]) -> str:
     return "".join(parts) + _RESET
 
 
-def _half_blocks(strips: Sequence[Strip]) -> list[str]:
+def _half_blocks(strips: Sequence[Strip], label_width: int) -> list[str]:
     labels = [_pair_label(strips[i : i + 2]) for i in range(0, len(strips), 2)]
-    width = max((len(label) for label in labels), default=0)
+    width = max(label_width, *map(len, labels)) if labels else 0
     lines = []
     for label, i in zip(labels, range(0, len(strips), 2), strict=True):
         upper = strips[i].states

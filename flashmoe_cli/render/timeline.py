@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from flashmoe_cli.output import Terminal
-from flashmoe_cli.render.palette import INDEX
+from flashmoe_cli.render.palette import EMPTY, INDEX
 from flashmoe_cli.render.strips import Strip, draw, legend
 from flashmoe_cli.render.text import clip, paint, plural, time_text
 
 if TYPE_CHECKING:
-    from flashmoe.trace.cells import Cells
+    from flashmoe.trace.cells import Cells, Row
 
 
 def label_width(meta: dict[str, Any], lane: str | None) -> int:
@@ -20,73 +20,66 @@ def label_width(meta: dict[str, Any], lane: str | None) -> int:
     return len(label) + (6 if lane == "all" else 0)
 
 
-def picture_lines(cells: Cells, meta: dict[str, Any], where: Terminal) -> list[str]:
-    """The launch as a picture, with what a row and a column are, and the legend."""
-    from flashmoe.trace.cells import STATES
+def picture_lines(
+    cells: Cells, meta: dict[str, Any], iteration: int, lane: str | None, where: Terminal
+) -> list[str]:
+    """The launch as a picture, with what a row and a column are, and the legend.
 
-    to_palette = [INDEX[name] for name in STATES]
+    ``lane`` is the one chosen, ``all`` for a row a lane, None for a row an SM.
+    """
+    from flashmoe.trace.cells import STATE_NAME
+
+    to_palette = {value: INDEX.get(name, EMPTY) for value, name in STATE_NAME.items()}
     blocks = where.unicode
-    width = label_width(meta, next((lane for lane in cells.lane if lane), None))
-    if None not in cells.lane and len(set(cells.lane)) > 1:
-        width = label_width(meta, "all")
-    lines = [clip(_caption(cells, meta, where), where.width)]
+    width = label_width(meta, lane)
+    lines = [clip(_caption(cells, meta, iteration, lane, where), where.width)]
     seen: set[int] = set()
-    for rank in dict.fromkeys(cells.rank):
+    for rank in dict.fromkeys(row.rank for row in cells.rows):
         strips = []
-        for i, of_rank in enumerate(cells.rank):
-            if of_rank == rank:
-                states = [to_palette[s] for s in cells.state[i].tolist()]
+        for row, values in zip(cells.rows, cells.states.tolist(), strict=True):
+            if row.rank == rank:
+                states = [to_palette[value] for value in values]
                 seen.update(states)
-                strips.append(Strip(_label(cells, i).rjust(width), states))
-        if len(set(cells.rank)) > 1 or meta["world"]["ranks"] > 1:
+                strips.append(Strip(_label(row, lane), states))
+        if meta["world"]["ranks"] > 1:
             lines.append(paint(f"rank {rank}", "1", where.colour))
-        lines += draw(_trimmed(strips, where), colour=where.colour, blocks=blocks)
-    lines.append(_axis(cells, width, cells.state.shape[1]))
+        lines += draw(strips, colour=where.colour, blocks=blocks, label_width=width)
+    lines.append(_axis(cells, width, cells.states.shape[1]))
     return lines + legend(seen, colour=where.colour, blocks=blocks, width=where.width)
 
 
-def _trimmed(strips: list[Strip], where: Terminal) -> list[Strip]:
-    """Half-block lines join two labels, which must not carry the padding of one."""
-    if where.colour and where.unicode:
-        width = max(len(s.label) for s in strips)
-        return [Strip(s.label.strip(), s.states) for s in strips] if width else strips
-    return strips
-
-
-def _caption(cells: Cells, meta: dict[str, Any], where: Terminal) -> str:
+def _caption(
+    cells: Cells, meta: dict[str, Any], iteration: int, lane: str | None, where: Terminal
+) -> str:
     launches = int(meta.get("iterations") or 1)
-    which = f"launch {cells.iteration} of {launches} (0 to {launches - 1}), "
-    if launches == 1:
-        which = ""
-    lane = f"{plural(cells.sms_per_row, 'SM')}, {cells.lane[0]}"
-    if cells.lane[0] is None:
-        lane = plural(cells.sms_per_row, "SM")
-    elif len(set(cells.lane)) > 1:
-        lane = "one lane of an SM"
-    per_line = "half a line" if where.colour and where.unicode else "a row"
+    which = f"launch {iteration} of 0 to {launches - 1}: " if launches > 1 else ""
+    row = plural(max(row.sms for row in cells.rows), "SM")
+    if lane == "all":
+        row = "one lane of " + row
+    elif lane is not None:
+        row = f"{lane} of {row}"
+    per_line = "half a line" if where.colour and where.unicode else "a line"
     return (
-        f"{which}{time_text(cells.begin_ns)} to {time_text(cells.end_ns)} "
-        f"of {time_text(cells.launch_ns)}; a column is {time_text(cells.column_ns)}, "
-        f"{per_line} {lane}"
+        f"{which}{time_text(cells.begin_ns)} to {time_text(cells.end_ns)}; "
+        f"a column is {time_text(cells.bin_ns)}, {per_line} is {row}"
     )
 
 
-def _label(cells: Cells, i: int) -> str:
-    first, last = cells.sms[i]
-    sm = f"sm {first}" if first == last else f"sm {first}-{last}"
-    if len(set(cells.lane)) > 1:
-        return f"{sm} {cells.lane[i] or '':<5}"
-    return sm
+def _label(row: Row, lane: str | None) -> str:
+    sm = f"sm {row.first_sm}"
+    if row.last_sm != row.first_sm:
+        sm += f"-{row.last_sm}"
+    return f"{sm} {row.lane:<5}" if lane == "all" else sm
 
 
 def _axis(cells: Cells, indent: int, columns: int) -> str:
-    """Times under the picture: begin, end, and round places between where there is room."""
+    """Times under the picture: begin, end, and equal steps between where there is room."""
     marks = [" "] * columns
     last = time_text(cells.end_ns)
     free = columns - len(last) - 1
     step = max(columns // 5, 12)
     for at in range(0, max(free, 1), step):
-        text = "|" + time_text(cells.begin_ns + at * cells.column_ns)
+        text = "|" + time_text(cells.begin_ns + at * cells.bin_ns)
         if at + len(text) < free:
             marks[at : at + len(text)] = text
     marks[columns - len(last) - 1 :] = last + "|"

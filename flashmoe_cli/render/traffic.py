@@ -56,7 +56,7 @@ def _matrix(figures: dict[str, Any], where: Terminal) -> list[str]:
         rows.append([f"from {source}", *cells, bytes_text(sent)])
     received = [bytes_text(sum(matrix[s][c] for s in range(ranks) if s != c)) for c in range(shown)]
     rows.append(["received", *received, bytes_text(figures["payload_bytes"])])
-    return table(head, rows, [False] + [True] * (shown + 1), where.width, "  ")
+    return table(head, rows, [False, *[True] * (shown + 1)], where.width, "  ")
 
 
 def _spark(values: list[int], where: Terminal) -> str:
