@@ -92,7 +92,7 @@ class Launch:
 
 @dataclass
 class RankOutput:
-    """One rank's results of the last launch: y [T, H] dtype, ids int32 [T, k], weights f32 [T, k]."""
+    """One rank's results: y [T, H] in the dtype, ids int32 [T, k], weights float32 [T, k]."""
 
     y: torch.Tensor
     ids: torch.Tensor
@@ -161,6 +161,12 @@ class Engine(Protocol):
 
     def flight(self) -> np.ndarray:
         """Flight-recorder slots, ``flashmoe.trace.schema.FLIGHT_SLOT`` [n], also while hung."""
+
+    def counts_seen(self) -> np.ndarray:
+        """Counts of the last launch as each rank holds them, uint32 [W, W, E].
+
+        Indices are [holder, source, expert]; 0 where a word has not arrived.
+        """
 
     def clock(self) -> ClockInfo:
         """The clock that stamped the events."""

@@ -93,7 +93,9 @@ class LocalEngine:
         self.device = torch.device("cuda", options.device)
         code = kernels.load(options.device)
         properties = torch.cuda.get_device_properties(self.device)
-        self.sms_per_rank = options.sms_per_rank or properties.multi_processor_count // options.ranks
+        self.sms_per_rank = (
+            options.sms_per_rank or properties.multi_processor_count // options.ranks
+        )
         if self.sms_per_rank * options.ranks > properties.multi_processor_count:
             raise FlashmoeError(
                 f"{options.ranks} ranks of {self.sms_per_rank} SMs need more than the "
@@ -101,7 +103,8 @@ class LocalEngine:
                 "give fewer ranks, or fewer SMs a rank",
                 2,
             )
-        self._shape = self._make_shape(pool_rows)
+        self._fixed_pool = pool_rows is not None
+        self._shape = self._make_shape(pool_rows, properties.total_memory)
         self._layout = _host().heap_layout(self._shape)
         self.ring_capacity = options.ring_capacity or self._default_ring_capacity()
         self._check_memory(weights)
@@ -109,7 +112,9 @@ class LocalEngine:
         self._allocate()
         kind = "gated" if config.gated else "plain"
         traced = "traced" if options.traced else "untraced"
-        self._function = self._get_function(code, f"moe_{config.dtype}_{kind}_{traced}", SHARED_BYTES)
+        self._function = self._get_function(
+            code, f"moe_{config.dtype}_{kind}_{traced}", SHARED_BYTES
+        )
         self._probe = self._get_function(code, "flashmoe_clock_probe", 0)
         self._iteration_base = 0
         self._launches = 0
@@ -118,7 +123,7 @@ class LocalEngine:
 
     # -- construction ---------------------------------------------------------------------------
 
-    def _make_shape(self, pool_rows: int | None) -> dict[str, Any]:
+    def _make_shape(self, pool_rows: int | None, memory: int) -> dict[str, Any]:
         config, routing = self.config, self.config.routing
         owned = -(-config.experts // self.options.ranks)
         shape: dict[str, Any] = {
@@ -141,8 +146,15 @@ class LocalEngine:
             "groups": routing.groups,
             "top_groups": routing.top_groups,
         }
-        worst = _host().heap_layout(shape)["worst_pool_rows"]
-        shape["pool_rows"] = max(8, worst if pool_rows is None else pool_rows)
+        if pool_rows is None:
+            # The worst case while the arenas then take less than a quarter of the memory, else
+            # twice the mean; launch() grows the pools should that overflow.
+            pool_rows = _host().heap_layout(shape)["worst_pool_rows"]
+            arenas = _host().heap_layout({**shape, "pool_rows": pool_rows})["bytes"]
+            if arenas * self.options.ranks > memory // 4:
+                mean = sum(self.tokens) * config.top_k // self.options.ranks
+                pool_rows = min(pool_rows, 2 * mean)
+        shape["pool_rows"] = max(8, pool_rows)
         return shape
 
     def _default_ring_capacity(self) -> int:
@@ -150,7 +162,9 @@ class LocalEngine:
         shape, config = self._shape, self.config
         rows = sum(self.tokens) * config.top_k
         row_tiles = rows // TILE_ROWS + config.experts
-        columns = -(-config.intermediate // shape["tile_n1"]) + -(-config.hidden // shape["tile_n2"])
+        columns = -(-config.intermediate // shape["tile_n1"]) + -(
+            -config.hidden // shape["tile_n2"]
+        )
         tiles = 2 * row_tiles * columns // self.sms_per_rank
         own = -(-max(self.tokens) // self.sms_per_rank)
         records = 64 + 2 * WAVES * self.options.ranks + (3 + self.options.ranks) * tiles
@@ -199,20 +213,20 @@ class LocalEngine:
         dtype = _TORCH_DTYPE[config.dtype]
         actors = ranks * self.sms_per_rank * LANES
         empty: dict[str, Any] = {"device": self.device}
-        # What the kernel must not rely on is poison, not zeros: 0xff.. is NaN in both dtypes.
-        self._heaps = [
-            torch.full((self._layout["bytes"],), 0xFF, dtype=torch.uint8, **empty)
-            for _ in range(ranks)
-        ]
+        self._allocate_heaps()
         self._x = [torch.empty(t, config.hidden, dtype=dtype, **empty) for t in self.tokens]
         self._y = [torch.empty(t, config.hidden, dtype=dtype, **empty) for t in self.tokens]
         external = config.routing.kind == "external"
         shape = [(t, config.top_k) for t in self.tokens]
-        self._ids = [torch.empty(s, dtype=torch.int32, **empty) for s in shape] if external else None
+        self._ids = (
+            [torch.empty(s, dtype=torch.int32, **empty) for s in shape] if external else None
+        )
         self._routing_weights = (
             [torch.empty(s, dtype=torch.float32, **empty) for s in shape] if external else None
         )
-        self._slots = torch.zeros(actors, schema.FLIGHT_SLOT.itemsize, dtype=torch.uint8).pin_memory()
+        self._slots = torch.zeros(
+            actors, schema.FLIGHT_SLOT.itemsize, dtype=torch.uint8
+        ).pin_memory()
         traced = self.options.traced
         self._rings = torch.zeros(
             actors if traced else 0, schema.RING_HEADER.itemsize, dtype=torch.uint8, **empty
@@ -225,6 +239,13 @@ class LocalEngine:
         self._args = torch.empty(0, dtype=torch.uint8, **empty)
         self.reset()
 
+    def _allocate_heaps(self) -> None:
+        # What the kernel must not rely on is poison, not zeros: 0xff.. is NaN in both dtypes.
+        self._heaps = [
+            torch.full((self._layout["bytes"],), 0xFF, dtype=torch.uint8, device=self.device)
+            for _ in range(self.options.ranks)
+        ]
+
     def _get_function(self, code: Any, name: str, shared_bytes: int) -> Any:
         from cuda.bindings import driver
 
@@ -233,7 +254,9 @@ class LocalEngine:
             kernel = code.get_kernel(name)
             function = _check(driver.cuKernelGetFunction(kernel.handle), "finding the kernel")
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _check(driver.cuFuncSetAttribute(function, attribute, shared_bytes), "sizing the kernel")
+            _check(
+                driver.cuFuncSetAttribute(function, attribute, shared_bytes), "sizing the kernel"
+            )
         return function
 
     def _maps_of(self, rank: int) -> dict[str, bytes]:
@@ -285,7 +308,9 @@ class LocalEngine:
                 never = fault.rank
             else:
                 raise FlashmoeError(
-                    f"the fault '{fault.kind}' exists on the host engine only", "use --world host", 2
+                    f"the fault '{fault.kind}' exists on the host engine only",
+                    "use --world host",
+                    2,
                 )
         return lost_rank, lost_expert, never
 
@@ -358,7 +383,38 @@ class LocalEngine:
         self._launches += 1
 
     def launch(self) -> Launch:
-        """Runs one forward of all ranks and waits for it."""
+        """Runs one forward of all ranks and waits for it.
+
+        Grows the pools and runs again where the routed rows did not fit, unless ``pool_rows`` was
+        given.
+        """
+        launch = self._launch_once()
+        if launch.status is Status.OVERFLOW and not self._fixed_pool:
+            self._grow_pools(launch.rows_needed)
+            launch = self._launch_once()
+        return launch
+
+    def _grow_pools(self, rows: int) -> None:
+        """Makes room for ``rows`` rows a pool.  The epoch goes back to 0; iterations go on."""
+        self._shape = {**self._shape, "pool_rows": rows}
+        self._heaps = []
+        self._layout = _host().heap_layout(self._shape)
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(self.device)
+        needed = self._layout["bytes"] * self.options.ranks
+        if needed > free:
+            raise FlashmoeError(
+                f"routing sends {rows} rows to one rank, which needs {needed / 1e9:.1f} GB on "
+                f"the GPU and {free / 1e9:.1f} GB are free",
+                "use fewer tokens (-T)",
+            )
+        iteration = self._launches - 1 - self._iteration_base
+        self._allocate_heaps()
+        self.reset()
+        self._iteration_base = -iteration
+        self._write_args()
+
+    def _launch_once(self) -> Launch:
         with torch.cuda.device(self.device):
             begin = torch.cuda.Event(enable_timing=True)
             end = torch.cuda.Event(enable_timing=True)
@@ -500,7 +556,7 @@ def tile_plan(shape: dict[str, Any], chunk_counts: np.ndarray, family: str) -> n
 def _host() -> Any:
     """The extension, which derives layouts and plans through the same headers as the kernel."""
     try:
-        from flashmoe import _host as module
+        import flashmoe._host as module
     except ImportError as exc:
         raise FlashmoeError(
             "this installation holds no compiled extension",

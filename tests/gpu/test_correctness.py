@@ -1,0 +1,135 @@
+"""The kernel against the float32 reference, over what a layer can be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flashmoe.config import MoEConfig, Routing
+from flashmoe.presets import PRESETS
+from flashmoe.world.base import EngineOptions, Status
+
+from .layers import SMALL, deal, engine_for, forward, hold_to_reference, inputs
+
+LAYERS = {
+    "swiglu": SMALL,
+    "relu": replace(SMALL, activation="relu"),
+    "gelu": replace(SMALL, activation="gelu"),
+    "silu": replace(SMALL, activation="silu"),
+    "geglu-fp16": replace(SMALL, activation="geglu", dtype="fp16"),
+    "relu-fp16": replace(SMALL, activation="relu", dtype="fp16"),
+    "swiglu-fp16": replace(SMALL, dtype="fp16"),
+    "every expert, nothing divides": MoEConfig(hidden=136, intermediate=72, experts=7, top_k=7),
+    "one expert": MoEConfig(hidden=64, intermediate=64, experts=1, top_k=1),
+    "forty of sixty-five": MoEConfig(hidden=64, intermediate=64, experts=65, top_k=40),
+    "not renormalised": replace(SMALL, routing=Routing(renormalize=False)),
+    "deepseek": MoEConfig(256, 192, 64, 6, routing=Routing("sigmoid", True, 2.5, 8, 4)),
+}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_small_layers(layer: str, ranks: int) -> None:
+    config = LAYERS[layer]
+    weights, x = inputs(config, 301)
+    engine = engine_for(config, weights, deal(x, ranks))
+    output, routing = hold_to_reference(forward(engine), x, weights, config)
+    assert output.ok, output
+    assert routing is not None and routing.ok, routing
+
+
+@pytest.mark.parametrize("preset", ["mixtral", "qwen3-30b", "olmoe", "paper"])
+@pytest.mark.parametrize("tokens", [1, 200])
+def test_presets(preset: str, tokens: int) -> None:
+    config = PRESETS[preset].config
+    weights, x = inputs(config, tokens)
+    output, routing = hold_to_reference(
+        forward(engine_for(config, weights, deal(x, 1))), x, weights, config
+    )
+    assert output.ok, output
+    assert routing is not None and routing.ok, routing
+
+
+@pytest.mark.parametrize("tokens", [[0], [5, 0, 300], [0, 0], [1, 1, 1, 1, 1, 1, 1, 600]])
+def test_uneven_tokens(tokens: list[int]) -> None:
+    weights, x = inputs(SMALL, sum(tokens))
+    result = forward(engine_for(SMALL, weights, list(x.split(tokens))))
+    assert result.y.shape == x.shape
+    output, _ = hold_to_reference(result, x, weights, SMALL)
+    assert output.ok, output
+
+
+def test_one_expert_takes_all() -> None:
+    config = replace(SMALL, top_k=1, routing=Routing("external"))
+    weights, x = inputs(config, 1000)
+    parts = deal(x, 2)
+    engine = engine_for(config, weights, parts)
+    ids = [torch.full((len(p), 1), 5, dtype=torch.int32) for p in parts]
+    scale = [torch.rand(len(p), 1) for p in parts]
+    engine.load(parts, ids, scale)
+    result = forward(engine)
+    assert torch.equal(result.ids, torch.cat(ids))
+    output, _ = hold_to_reference(result, x, weights, config)
+    assert output.ok, output
+
+
+@pytest.mark.parametrize("bad", [[0, 8], [-1, 0], [3, 3]])
+def test_bad_ids_move_no_row(bad: list[int]) -> None:
+    config = replace(SMALL, routing=Routing("external"))
+    weights, x = inputs(config, 40)
+    parts = deal(x, 2)
+    engine = engine_for(config, weights, parts)
+    ids = [torch.tensor([[0, 1]], dtype=torch.int32).repeat(len(p), 1) for p in parts]
+    ids[1][7] = torch.tensor(bad, dtype=torch.int32)
+    engine.load(parts, ids, [torch.ones(len(p), 2) for p in parts])
+    assert engine.launch().status is Status.BAD_IDS
+    assert engine.launch().status is Status.BAD_IDS, "abort is sticky until reset()"
+    engine.reset()
+    ids[1][7] = torch.tensor([2, 3], dtype=torch.int32)
+    engine.load(parts, ids, [torch.ones(len(p), 2) for p in parts])
+    output, _ = hold_to_reference(forward(engine), x, weights, config)
+    assert output.ok, output
+
+
+def test_overflow_says_how_many_rows() -> None:
+    config = replace(SMALL, top_k=1, routing=Routing("external"))
+    weights, x = inputs(config, 100)
+    parts = deal(x, 2)
+    ids = [torch.zeros(len(p), 1, dtype=torch.int32) for p in parts]
+    ones = [torch.ones(len(p), 1) for p in parts]
+    engine = engine_for(config, weights, parts, pool_rows=64)
+    engine.load(parts, ids, ones)
+    launch = engine.launch()
+    assert (launch.status, launch.rows_needed) == (Status.OVERFLOW, 100)
+
+
+def test_pools_grow_when_they_overflow() -> None:
+    config = replace(SMALL, top_k=1, routing=Routing("external"))
+    weights, x = inputs(config, 100)
+    parts = deal(x, 2)
+    engine = engine_for(config, weights, parts, pool_rows=64)
+    engine._fixed_pool = False
+    engine.load(
+        parts,
+        [torch.zeros(len(p), 1, dtype=torch.int32) for p in parts],
+        [torch.ones(len(p), 1) for p in parts],
+    )
+    output, _ = hold_to_reference(forward(engine), x, weights, config)
+    assert output.ok, output
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_bits_do_not_depend_on_ranks_runs_or_sms(traced: bool) -> None:
+    config = PRESETS["qwen3-30b"].config
+    weights, x = inputs(config, 777)
+    seen = set()
+    for ranks, sms in [(1, None), (1, 7), (2, None), (4, 9), (8, None)]:
+        options = EngineOptions(ranks=ranks, sms_per_rank=sms, traced=traced, deadline_s=5.0)
+        engine = engine_for(config, weights, deal(x, ranks), options)
+        for _ in range(3):
+            y = forward(engine).y
+            seen.add(y.view(torch.int16).numpy().tobytes())
+        engine.close()
+    assert len(seen) == 1

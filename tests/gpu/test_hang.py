@@ -1,0 +1,52 @@
+"""A launch that cannot end ends by its deadline, and says who holds it up."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from flashmoe.trace import schema
+from flashmoe.world.base import EngineOptions, Fault, Status
+
+from .layers import SMALL, deal, engine_for, inputs
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_withheld_signal(traced: bool) -> None:
+    weights, x = inputs(SMALL, 300)
+    options = EngineOptions(
+        ranks=2,
+        traced=traced,
+        deadline_s=0.5,
+        first_deadline_s=0.5,
+        faults=(Fault("lost-signal", rank=1, expert=2),),
+    )
+    engine = engine_for(SMALL, weights, deal(x, 2), options)
+    began = time.monotonic()
+    assert engine.launch().status is Status.HANG
+    assert time.monotonic() - began < 0.5 + 3
+    slots = engine.flight()
+    gave_up = slots[slots["state"] == schema.ActorState.GAVE_UP]
+    assert len(gave_up) >= 1
+    rows = gave_up[gave_up["kind"] == schema.EventKind.WAIT_ROWS]
+    assert set(rows["expert"]) == {2} and set(rows["rank"]) == {0}
+    assert (rows["seen"] < rows["expected"]).all()
+    engine.reset()
+
+
+def test_rank_that_never_starts() -> None:
+    weights, x = inputs(SMALL, 300)
+    options = EngineOptions(
+        ranks=4,
+        deadline_s=0.5,
+        first_deadline_s=0.5,
+        faults=(Fault("never-starts", rank=2),),
+    )
+    engine = engine_for(SMALL, weights, deal(x, 4), options)
+    assert engine.launch().status is Status.HANG
+    slots = engine.flight()
+    assert (slots[slots["rank"] == 2]["state"] == schema.ActorState.NEVER_STARTED).all()
+    waiting = slots[slots["state"] == schema.ActorState.GAVE_UP]
+    assert set(waiting["kind"]) == {schema.EventKind.WAIT_COUNTS}
+    assert set(waiting["peer"]) == {2}

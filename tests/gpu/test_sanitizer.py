@@ -1,0 +1,40 @@
+"""The kernel under compute-sanitizer, at a small shape on few SMs."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import sys
+sys.path.insert(0, {tests!r})
+from layers import SMALL, deal, engine_for, forward, hold_to_reference, inputs
+from flashmoe.world.base import EngineOptions
+weights, x = inputs(SMALL, 70)
+options = EngineOptions(ranks=2, sms_per_rank=3, traced=True, deadline_s=120.0)
+result = forward(engine_for(SMALL, weights, deal(x, 2), options))
+assert hold_to_reference(result, x, weights, SMALL)[0].ok
+"""
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_clean_under(tool: str) -> None:
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not installed")
+    done = subprocess.run(
+        [
+            *(sanitizer, "--tool", tool, "--error-exitcode", "86"),
+            *("--kernel-name", "kernel_substring=moe_"),
+            *(sys.executable, "-c", PROGRAM.format(tests=str(Path(__file__).parent))),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "0 errors" in done.stdout or "0 hazards" in done.stdout, done.stdout[-2000:]
