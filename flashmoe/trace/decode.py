@@ -216,21 +216,18 @@ def _mend_durations(rings: Rings, columns: dict[str, np.ndarray]) -> None:
     if not len(at):
         return
     alive = rings.headers[rings.began]
-    ends = {
-        (int(h["rank"]), int(h["cta"]), int(h["lane"])): (int(h["begin_ns"]), int(h["end_ns"]))
-        for h in alive
-    }
+    name = ["rank", "cta", "lane"]
+    times = alive[["begin_ns", "end_ns"]].tolist()
+    ends = dict(zip(alive[name].tolist(), times, strict=True))
     last = max(int((t0 + dur).max()), int(alive["end_ns"].max(initial=0)))
     # From the back, so that what follows a span is mended before it; such spans are few.
     for i in at[::-1].tolist():
-        actor = tuple(int(columns[name][i]) for name in ("rank", "cta", "lane"))
+        actor = tuple(int(columns[n][i]) for n in name)
         begin, end = ends[actor]
         own = begin <= t0[i]  # the header knows the end of the last launch only
         if columns["kind"][i] == EventKind.LAUNCH:
             stop = end if own else int(t0[i] + dur[i])
-        elif i + 1 < len(t0) and actor == tuple(
-            int(columns[name][i + 1]) for name in ("rank", "cta", "lane")
-        ):
+        elif i + 1 < len(t0) and actor == tuple(int(columns[n][i + 1]) for n in name):
             outer = columns["kind"][i + 1] == EventKind.LAUNCH
             stop = int(t0[i + 1] + dur[i + 1]) if outer else int(t0[i + 1])
         else:

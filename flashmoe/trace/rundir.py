@@ -6,6 +6,7 @@ counts.parquet (what was routed), flight.bin (only where the run hung).  See doc
 
 from __future__ import annotations
 
+import difflib
 import errno
 import json
 import os
@@ -419,10 +420,9 @@ def find_run(path: str | os.PathLike[str] | None) -> Path:
             return candidate
     if given.exists():
         raise FlashmoeError(f"{given} is a file, not a run directory.", "Give a NAME.fmoe.", 2)
-    import difflib
-
-    close = difflib.get_close_matches(given.name, [run.name for run in list_runs()], 1, 0.5)
-    hint = f"Did you mean {close[0]}?" if close else "Make one by `flashmoe trace`."
+    names = {run.name.removesuffix(SUFFIX): run.name for run in list_runs()}
+    close = difflib.get_close_matches(given.name.removesuffix(SUFFIX), names, 1, 0.5)
+    hint = f"Did you mean {names[close[0]]}?" if close else "Make one by `flashmoe trace`."
     raise FlashmoeError(f"There is no run {given}.", hint, 2)
 
 

@@ -18,9 +18,24 @@ from flashmoe.trace.rings import from_dump
 from flashmoe.trace.rundir import open_run
 from flashmoe.trace.schema import EventKind, RecordFlag
 
-COLUMNS = (
-    "rank sm cta lane kind t0_ns dur_ns peer expert tile aux stall_ns iter flow flags bytes"
-).split()
+COLUMNS = [
+    "rank",
+    "sm",
+    "cta",
+    "lane",
+    "kind",
+    "t0_ns",
+    "dur_ns",
+    "peer",
+    "expert",
+    "tile",
+    "aux",
+    "stall_ns",
+    "iter",
+    "flow",
+    "flags",
+    "bytes",
+]
 
 
 def one_ring(records: np.ndarray, begin: int = 0, end: int = 0, **header: int) -> synthetic.Dump:
@@ -51,18 +66,44 @@ def test_columns_are_those_documented(run_path: Path) -> None:
 
 def test_every_field_reaches_its_column() -> None:
     record = records(
-        dict(t0_ns=2**60 + 3, dur_ns=70, kind=EventKind.DISPATCH, flags=4, peer=3, expert=9,
-             iter=5, tile=11, aux=4096, stall_cycles=6)
-    )  # fmt: skip
+        {
+            "t0_ns": 2**60 + 3,
+            "dur_ns": 70,
+            "kind": EventKind.DISPATCH,
+            "flags": 4,
+            "peer": 3,
+            "expert": 9,
+            "iter": 5,
+            "tile": 11,
+            "aux": 4096,
+            "stall_cycles": 6,
+        }
+    )
     table = decode(from_dump(one_ring(record, rank=1, sm=77, cta=2, lane=schema.Lane.COMM1)))
     assert table.to_pylist() == [
-        dict(rank=1, sm=77, cta=2, lane="comm1", kind="dispatch", t0_ns=2**60 + 3, dur_ns=70,
-             peer=3, expert=9, tile=11, aux=4096, stall_ns=0, iter=5, flow=0, flags=4, bytes=4096)
-    ]  # fmt: skip
+        {
+            "rank": 1,
+            "sm": 77,
+            "cta": 2,
+            "lane": "comm1",
+            "kind": "dispatch",
+            "t0_ns": 2**60 + 3,
+            "dur_ns": 70,
+            "peer": 3,
+            "expert": 9,
+            "tile": 11,
+            "aux": 4096,
+            "stall_ns": 0,
+            "iter": 5,
+            "flow": 0,
+            "flags": 4,
+            "bytes": 4096,
+        }
+    ]
 
 
 def test_only_transfers_have_bytes_and_only_tiles_and_loads_have_stalls() -> None:
-    rows = [dict(kind=k, dur_ns=100, aux=1000, stall_cycles=250) for k in EventKind if k]
+    rows = [{"kind": k, "dur_ns": 100, "aux": 1000, "stall_cycles": 250} for k in EventKind if k]
     table = decode(from_dump(one_ring(records(*rows))))
     for row in table.to_pylist():
         kind = EventKind[row["kind"].upper()]
@@ -82,12 +123,12 @@ def test_a_stall_is_the_rounded_share_of_its_span(dur: int, stall: int, cycles: 
 
 
 def test_an_open_wait_lasts_to_its_actors_end_or_the_last_time_seen() -> None:
-    opening = dict(t0_ns=500, kind=EventKind.WAIT_COUNTS, flags=RecordFlag.OPEN, peer=1)
-    first = dict(t0_ns=100, dur_ns=400, kind=EventKind.GATE)
+    opening = {"t0_ns": 500, "kind": EventKind.WAIT_COUNTS, "flags": RecordFlag.OPEN, "peer": 1}
+    first = {"t0_ns": 100, "dur_ns": 400, "kind": EventKind.GATE}
     ended = decode(from_dump(one_ring(records(first, opening), begin=100, end=10**10)))
     assert ended["dur_ns"].to_pylist() == [400, 10**10 - 500]
     assert ended["flags"].to_pylist() == [0, int(RecordFlag.OPEN)]
-    longer = dict(t0_ns=100, dur_ns=2000, kind=EventKind.GATE)
+    longer = {"t0_ns": 100, "dur_ns": 2000, "kind": EventKind.GATE}
     headers = np.zeros(2, schema.RING_HEADER)
     headers["count"], headers["capacity"], headers["magic"] = [2, 1], 2, schema.RING_MAGIC
     headers["lane"] = [0, 1]
@@ -100,16 +141,23 @@ def test_an_open_wait_lasts_to_its_actors_end_or_the_last_time_seen() -> None:
 def test_a_saturated_duration_lasts_to_what_follows() -> None:
     full = 2**32 - 1
     rows = records(
-        dict(t0_ns=100, dur_ns=full, kind=EventKind.WAIT_ROWS,
-             flags=RecordFlag.SATURATED | RecordFlag.GAVE_UP),
-        dict(t0_ns=9 * 10**9, dur_ns=50, kind=EventKind.GEMM1),
-        dict(t0_ns=9 * 10**9 + 50, dur_ns=full, kind=EventKind.WAIT_H, flags=RecordFlag.SATURATED),
-        dict(t0_ns=100, dur_ns=full, kind=EventKind.LAUNCH, flags=RecordFlag.SATURATED),
-    )  # fmt: skip
+        {
+            "t0_ns": 100,
+            "dur_ns": full,
+            "kind": EventKind.WAIT_ROWS,
+            "flags": RecordFlag.SATURATED | RecordFlag.GAVE_UP,
+        },
+        {"t0_ns": 9 * 10**9, "dur_ns": 50, "kind": EventKind.GEMM1},
+        {
+            "t0_ns": 9 * 10**9 + 50,
+            "dur_ns": full,
+            "kind": EventKind.WAIT_H,
+            "flags": RecordFlag.SATURATED,
+        },
+        {"t0_ns": 100, "dur_ns": full, "kind": EventKind.LAUNCH, "flags": RecordFlag.SATURATED},
+    )
     table = decode(from_dump(one_ring(rows, begin=100, end=20 * 10**9)))
-    assert table["dur_ns"].to_pylist() == [
-        9 * 10**9 - 100, 50, 11 * 10**9 - 50, 20 * 10**9 - 100
-    ]  # fmt: skip
+    assert table["dur_ns"].to_pylist() == [9 * 10**9 - 100, 50, 11 * 10**9 - 50, 20 * 10**9 - 100]
 
 
 def test_codes_survive_another_order_of_names(run_path: Path) -> None:
