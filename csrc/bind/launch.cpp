@@ -1,6 +1,6 @@
 // What a GPU world needs from core on the host's side: the heap's layout, the tile plan, and the
-// bytes of LaunchArgs.  All of it is derived through csrc/core, so that it can't differ from what the
-// kernel derives.
+// bytes of LaunchArgs.  All of it is derived through csrc/core, so that it can't differ from what
+// the kernel derives.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
@@ -85,11 +85,22 @@ nb::dict plan_dict(const nb::dict& shape, const ChunkCounts& chunk_counts) {
   std::vector<uint32_t> storage(table_words(s) + kLine / 4);
   Heap tables_only{reinterpret_cast<char*>(storage.data())};
   const PlanTables p = plan_tables(tables_only, no_layout, s, 0);
-  enum Column { kRank, kTile, kGemm, kExpert, kRowTile, kRowTileGlobal, kColTile, kRows, kCols,
-                kDepth, kColumns };
-  static const char* const kNames[kColumns] = {"rank",     "tile", "gemm", "expert", "row_tile",
-                                               "row_tile_global", "col_tile", "rows", "cols",
-                                               "depth"};
+  enum Column {
+    kRank,
+    kTile,
+    kGemm,
+    kExpert,
+    kRowTile,
+    kRowTileGlobal,
+    kColTile,
+    kRows,
+    kCols,
+    kDepth,
+    kColumns
+  };
+  static const char* const kNames[kColumns] = {
+      "rank",     "tile", "gemm", "expert", "row_tile", "row_tile_global",
+      "col_tile", "rows", "cols", "depth"};
   std::vector<uint32_t> columns[kColumns];
   SerialTeam team;
   for (uint32_t rank = 0; rank < s.world; ++rank) {

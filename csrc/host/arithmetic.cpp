@@ -39,10 +39,10 @@ FLASHMOE_INLINE void all_blocks(const float* a, uint32_t lda, const float* b, ui
   }
 }
 
-#define FLASHMOE_VARIANT(name, attribute)                                                        \
-  attribute void name(const float* a, uint32_t lda, const float* b, uint32_t ldb, float* acc,    \
-                      uint32_t ldc, uint32_t rows, uint32_t cols, uint32_t depth) {              \
-    all_blocks(a, lda, b, ldb, acc, ldc, rows, cols, depth);                                     \
+#define FLASHMOE_VARIANT(name, attribute)                                                     \
+  attribute void name(const float* a, uint32_t lda, const float* b, uint32_t ldb, float* acc, \
+                      uint32_t ldc, uint32_t rows, uint32_t cols, uint32_t depth) {           \
+    all_blocks(a, lda, b, ldb, acc, ldc, rows, cols, depth);                                  \
   }
 FLASHMOE_VARIANT(multiply_add_any, )
 #if defined(__x86_64__)

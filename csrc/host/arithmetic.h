@@ -1,8 +1,8 @@
 // The host engine's arithmetic on float panels.
 //
-// Every element of a product is one chain of multiply, then add, over K in ascending order, whatever
-// the vector width: the same bits on every instruction set, block shape, world size and run.  This
-// file's users are compiled with -ffp-contract=off.
+// Every element of a product is one chain of multiply, then add, over K in ascending order,
+// whatever the vector width: the same bits on every instruction set, block shape, world size and
+// run.  This file's users are compiled with -ffp-contract=off.
 #pragma once
 
 #include <cstdint>

@@ -57,12 +57,22 @@ void Cta<kTraced>::run(Lane lane) {
   a.skip();
   if (status == Status::kOk) {
     switch (lane) {
-      case Lane::k_load: status = load_lane(a); break;
-      case Lane::k_sched: status = sched_lane(a); break;
+      case Lane::k_load:
+        status = load_lane(a);
+        break;
+      case Lane::k_sched:
+        status = sched_lane(a);
+        break;
       case Lane::k_comm0:
-      case Lane::k_comm1: status = comm_lane(a); break;
-      case Lane::k_math0: status = math_lane(a, 0); break;
-      case Lane::k_math1: status = math_lane(a, 1); break;
+      case Lane::k_comm1:
+        status = comm_lane(a);
+        break;
+      case Lane::k_math0:
+        status = math_lane(a, 0);
+        break;
+      case Lane::k_math1:
+        status = math_lane(a, 1);
+        break;
     }
   }
   leave(a, status);

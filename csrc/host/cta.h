@@ -115,7 +115,7 @@ class Cta final : public CtaRun {
   std::atomic<uint32_t> next_block_{0};
   std::atomic<uint32_t> lanes_left_{0};
 
-  Ring<Task, kTaskSlots, 3> tasks_;  // readers: load, math0, math1
+  Ring<Task, kTaskSlots, 3> tasks_;                  // readers: load, math0, math1
   std::unique_ptr<Ring<Stage, kStages, 2>> stages_;  // readers: math0, math1
 };
 

@@ -14,7 +14,8 @@ Status Cta<kTraced>::comm_lane(LaneActor& a) {
   return combine(a);
 }
 
-// Units (wave, owner) of the own chunk: experts due first go first, and each rank starts with itself.
+// Units (wave, owner) of the own chunk: experts due first go first, and each rank starts with
+// itself.
 template <bool kTraced>
 void Cta<kTraced>::dispatch(LaneActor& a) {
   const uint32_t waves = ceil_div(max_owned_experts(s_), s_.wave_experts);
@@ -28,7 +29,8 @@ void Cta<kTraced>::dispatch(LaneActor& a) {
     const uint32_t first = base + min_u32(wave * s_.wave_experts, owned);
     const uint32_t last = base + min_u32((wave + 1) * s_.wave_experts, owned);
     if (tables_.chunk_order[last] == tables_.chunk_order[first]) continue;
-    a.doing(EventKind::k_dispatch, static_cast<uint16_t>(owner), static_cast<uint16_t>(first), cta_);
+    a.doing(EventKind::k_dispatch, static_cast<uint16_t>(owner), static_cast<uint16_t>(first),
+            cta_);
     slow_down();
     const uint64_t bytes = send_rows(owner, first, last);
     a.span(EventKind::k_dispatch, static_cast<uint16_t>(owner), static_cast<uint16_t>(first), cta_,
@@ -125,11 +127,9 @@ void Cta<kTraced>::sum_token(uint32_t token, float* sum) {
   for (uint32_t j = 0; j < s_.top_k; ++j) {
     const uint64_t at = static_cast<uint64_t>(token) * s_.top_k + j;
     const uint32_t e = ids[at];
-    const uint32_t place =
-        return_row(tables_, s_, rank_, e, tables_.chunk_prefix[e] + slots[at]);
-    widen(m_.config.dtype,
-          heap_.at<uint16_t>(l_.ret) + static_cast<uint64_t>(place) * s_.hidden, row.data(),
-          s_.hidden);
+    const uint32_t place = return_row(tables_, s_, rank_, e, tables_.chunk_prefix[e] + slots[at]);
+    widen(m_.config.dtype, heap_.at<uint16_t>(l_.ret) + static_cast<uint64_t>(place) * s_.hidden,
+          row.data(), s_.hidden);
     const float weight = weights[at];
     for (uint32_t i = 0; i < s_.hidden; ++i) sum[i] += weight * row[i];
   }

@@ -78,8 +78,8 @@ Status Cta<kTraced>::prepare(LaneActor& a) {
   uint64_t* barrier = heap_.at<uint64_t>(l_.barrier);
   HostPlatform::add(barrier, 1);
   const Awaited what{EventKind::k_wait_barrier, static_cast<uint16_t>(rank_), kNoExpert, kNoTile};
-  shared_waits_.push_back(await(a, what, barrier, Until::kAtLeast,
-                                static_cast<uint64_t>(epoch_) * s_.chunks, true));
+  shared_waits_.push_back(
+      await(a, what, barrier, Until::kAtLeast, static_cast<uint64_t>(epoch_) * s_.chunks, true));
   if (shared_waits_.back().status != Status::kOk) return shared_waits_.back().status;
   const Status status = exchange_counts(a);
   if (status != Status::kOk) return status;
@@ -88,8 +88,8 @@ Status Cta<kTraced>::prepare(LaneActor& a) {
   return rows_needed_ > s_.pool_rows ? Status::kOverflow : Status::kOk;
 }
 
-// Tells all ranks this rank's rows for its share of the experts (each CTA of the rank has one), then
-// waits for the counts of everyone.
+// Tells all ranks this rank's rows for its share of the experts (each CTA of the rank has one),
+// then waits for the counts of everyone.
 template <bool kTraced>
 Status Cta<kTraced>::exchange_counts(LaneActor& a) {
   const uint32_t* histogram = heap_.at<uint32_t>(l_.histogram);

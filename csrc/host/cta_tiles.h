@@ -61,8 +61,8 @@ Status Cta<kTraced>::sched_lane(LaneActor& a) {
   }
 }
 
-// Brings K steps [k0, k0 + depth) of the tile's operands, as floats; columns beyond the tile's, up to
-// the next multiple of kColumnStep, are zero.
+// Brings K steps [k0, k0 + depth) of the tile's operands, as floats; columns beyond the tile's, up
+// to the next multiple of kColumnStep, are zero.
 template <bool kTraced>
 void Cta<kTraced>::fill(const Tile& tile, uint32_t k0, uint32_t depth, Stage& stage) const {
   const bool up = tile.gemm == 1;
@@ -89,7 +89,8 @@ void Cta<kTraced>::fill(const Tile& tile, uint32_t k0, uint32_t depth, Stage& st
     panel(m_.weights.up + row * width + k0, 0);
     if (gated) panel(m_.weights.up + (row + s_.inter) * width + k0, kTileN1);
   } else {
-    const uint64_t row = static_cast<uint64_t>(tile.expert) * s_.hidden + tile.col_tile * s_.tile_n2;
+    const uint64_t row =
+        static_cast<uint64_t>(tile.expert) * s_.hidden + tile.col_tile * s_.tile_n2;
     panel(m_.weights.down + row * width + k0, 0);
   }
 }
@@ -173,8 +174,8 @@ template <bool kTraced>
 void Cta<kTraced>::store_hidden(const Tile& tile, uint32_t row0, uint32_t rows, const float* sums) {
   const uint32_t columns = tile_columns(tile);
   float activated[kTileN1];
-  uint16_t* h = heap_.at<uint16_t>(l_.h) +
-                static_cast<uint64_t>(tile.pool_row0 + row0) * s_.inter + tile.col_tile * s_.tile_n1;
+  uint16_t* h = heap_.at<uint16_t>(l_.h) + static_cast<uint64_t>(tile.pool_row0 + row0) * s_.inter +
+                tile.col_tile * s_.tile_n1;
   for (uint32_t r = 0; r < rows; ++r) {
     const float* gate = sums + r * kPanelColumns;
     activate(s_.activation, gate, gate + kTileN1, activated, columns);
@@ -182,8 +183,8 @@ void Cta<kTraced>::store_hidden(const Tile& tile, uint32_t row0, uint32_t rows, 
   }
 }
 
-// Stores a GEMM2 tile's rows into their sources' return buffers; whoever completes the row tile tells
-// each source with rows in it.
+// Stores a GEMM2 tile's rows into their sources' return buffers; whoever completes the row tile
+// tells each source with rows in it.
 template <bool kTraced>
 void Cta<kTraced>::give_back(LaneActor& a, const Tile& tile, uint32_t row0, uint32_t rows,
                              const float* sums) {

@@ -92,7 +92,10 @@ Problem make_problem(const Case& c, uint32_t tokens) {
       for (uint32_t j = 0; j < c.top_k; ++j) {
         ids[j] = (t * 5 + j * 3) % c.experts;
         for (uint32_t i = 0; i < j; ++i) {
-          if (ids[i] == ids[j]) { ids[j] = (ids[j] + 1) % c.experts; i = UINT32_MAX; }
+          if (ids[i] == ids[j]) {
+            ids[j] = (ids[j] + 1) % c.experts;
+            i = UINT32_MAX;
+          }
         }
         weights[j] = uniform(random);
       }
@@ -129,9 +132,10 @@ Weights weights_of(const Problem& p) {
 void set_inputs(Engine& engine, const Problem& p, const World& w) {
   size_t token = 0;
   for (uint32_t r = 0; r < w.tokens.size(); ++r) {
-    engine.set_input(r, {p.x.data() + token * p.layer.shape.hidden,
-                         reinterpret_cast<const int32_t*>(p.ids.data()) + token * p.layer.shape.top_k,
-                         p.weights.data() + token * p.layer.shape.top_k});
+    engine.set_input(r,
+                     {p.x.data() + token * p.layer.shape.hidden,
+                      reinterpret_cast<const int32_t*>(p.ids.data()) + token * p.layer.shape.top_k,
+                      p.weights.data() + token * p.layer.shape.top_k});
     token += w.tokens[r];
   }
 }
@@ -157,7 +161,8 @@ void check_output(const Engine& engine, const Problem& p, const World& w, const 
   }
 }
 
-// Spans of an actor lie inside its launch and do not overlap; what was dispatched is what came back.
+// Spans of an actor lie inside its launch and do not overlap; what was dispatched is what came
+// back.
 void check_rings(const Engine& engine, uint32_t launches, const std::string& what) {
   const Machine& m = engine.machine();
   uint64_t dispatched = 0, returned = 0;
@@ -177,11 +182,13 @@ void check_rings(const Engine& engine, uint32_t launches, const std::string& wha
         last_end = r.t0_ns + r.dur_ns;
         ++ended;
       } else if (r.flags & kFlagOpen) {
-        CHECK(i + 1 < ring.count && records[i + 1].t0_ns == r.t0_ns && records[i + 1].kind == r.kind,
-              "%s: an open wait that nothing closes", what.c_str());
+        CHECK(
+            i + 1 < ring.count && records[i + 1].t0_ns == r.t0_ns && records[i + 1].kind == r.kind,
+            "%s: an open wait that nothing closes", what.c_str());
       } else {
-        CHECK(r.t0_ns >= last_end, "%s: ring %u: record %" PRIu64 " (kind %u) overlaps the one before",
-              what.c_str(), a, i, r.kind);
+        CHECK(r.t0_ns >= last_end,
+              "%s: ring %u: record %" PRIu64 " (kind %u) overlaps the one before", what.c_str(), a,
+              i, r.kind);
         last_end = r.t0_ns + r.dur_ns;
       }
     }
@@ -190,9 +197,10 @@ void check_rings(const Engine& engine, uint32_t launches, const std::string& wha
   uint64_t rows = 0;
   for (const uint32_t n : engine.chunk_counts()) rows += n;
   const uint64_t bytes = rows * m.shape.hidden * 2 * launches;
-  CHECK(dispatched == bytes, "%s: %" PRIu64 " bytes dispatched of %" PRIu64, what.c_str(), dispatched,
+  CHECK(dispatched == bytes, "%s: %" PRIu64 " bytes dispatched of %" PRIu64, what.c_str(),
+        dispatched, bytes);
+  CHECK(returned == bytes, "%s: %" PRIu64 " bytes returned of %" PRIu64, what.c_str(), returned,
         bytes);
-  CHECK(returned == bytes, "%s: %" PRIu64 " bytes returned of %" PRIu64, what.c_str(), returned, bytes);
 }
 
 void run_case(const Case& c, const std::vector<World>& worlds, uint32_t launches) {
@@ -227,14 +235,16 @@ bool someone_waits(const Engine& engine, EventKind kind) {
 }
 
 // A fault ends the launch with kHang and names what was awaited; reset() makes the engine whole.
-void run_hang(const char* name, const Problem& p, const World& w, const Fault& fault, EventKind kind) {
+void run_hang(const char* name, const Problem& p, const World& w, const Fault& fault,
+              EventKind kind) {
   EngineConfig config = make_config(p, w);
   config.deadline_ns = config.first_deadline_ns = 700'000'000;
   config.faults = {fault};
   Engine engine(config, weights_of(p));
   set_inputs(engine, p, w);
   const LaunchResult result = engine.launch();
-  CHECK(result.status == Status::kHang, "%s: status %u", name, static_cast<uint32_t>(result.status));
+  CHECK(result.status == Status::kHang, "%s: status %u", name,
+        static_cast<uint32_t>(result.status));
   CHECK(result.elapsed_ns < 30'000'000'000u, "%s: took %" PRIu64 " ns", name, result.elapsed_ns);
   CHECK(someone_waits(engine, kind), "%s: nobody is seen waiting for kind %u", name,
         static_cast<uint32_t>(kind));
@@ -247,7 +257,8 @@ void run_faults(bool quick) {
   const Case c{"faults", 6, 2, 32, 40};
   const World w{{12, 9, 14}, 2};
   Problem p = make_problem(c, 35);
-  run_hang("never-starts", p, w, {FaultKind::kNeverStarts, 1, ~0u, ~0u, 0}, EventKind::k_wait_counts);
+  run_hang("never-starts", p, w, {FaultKind::kNeverStarts, 1, ~0u, ~0u, 0},
+           EventKind::k_wait_counts);
   run_hang("lost-signal", p, w, {FaultKind::kLostSignal, 1, ~0u, p.ids[12 * 2], 0},
            EventKind::k_wait_rows);
   // The last expert, so that the wrong count shifts no other expert's rows.
@@ -283,7 +294,8 @@ void run_bad_ids() {
   set_inputs(engine, p, w);
   for (const uint32_t bad : {5u, ~0u, p.ids[9 * 3]}) {
     p.ids[9 * 3 + 1] = bad;
-    CHECK(engine.launch().status == Status::kBadIds, "id %d must be refused", static_cast<int>(bad));
+    CHECK(engine.launch().status == Status::kBadIds, "id %d must be refused",
+          static_cast<int>(bad));
     CHECK(engine.launch().status == Status::kBadIds, "and stay so until reset");
     engine.reset();
     p.ids[9 * 3 + 1] = good;
@@ -299,7 +311,8 @@ int run(bool quick) {
   run_case({"swiglu-bf16", 8, 2, 64, 96}, {{{37}, 1}, {{10, 27}, 2}, {{5, 0, 21, 11}, 1}}, 3);
   run_case({"sigmoid-groups", 12, 4, 40, 24, A::kSwiglu, Dtype::kBf16, R::kSigmoid, true, 4, 2},
            {{{30}, 2}, {{4, 5, 6, 0, 15}, 1}}, 2);
-  run_case({"external-fp16", 5, 3, 16, 8, A::kGeglu, Dtype::kFp16, R::kExternal}, {{{9, 8, 1}, 2}}, 2);
+  run_case({"external-fp16", 5, 3, 16, 8, A::kGeglu, Dtype::kFp16, R::kExternal}, {{{9, 8, 1}, 2}},
+           2);
   run_case({"no-tokens", 4, 2, 16, 8}, {{{0, 0}, 2}, {{0}, 1}}, 2);
   run_case({"few-experts", 3, 3, 24, 16, A::kGelu}, {{{2, 3, 1, 0, 4, 2, 1, 5}, 1}}, 2);
   if (!quick) {

@@ -21,7 +21,8 @@ inline uint16_t float_to_bf16(float value) {
 }
 
 inline float fp16_to_float(uint16_t bits) {
-  // Shifted into place, the exponent is too small by 112 (subnormals included); 2^112 puts it right.
+  // Shifted into place, the exponent is too small by 112 (subnormals included); 2^112 puts it
+  // right.
   const uint32_t magnitude = static_cast<uint32_t>(bits & 0x7fffu) << 13;
   const float scaled = std::bit_cast<float>(magnitude) * 0x1p112f;
   const uint32_t finite = std::bit_cast<uint32_t>(scaled);

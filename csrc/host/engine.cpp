@@ -85,17 +85,12 @@ Engine::Engine(const EngineConfig& config, const Weights& weights) {
   Machine& m = machine_;
   m.config = config;
   m.shape = config.shape;
-  m.layout = heap_layout(m.shape);
   m.weights = weights;
   m.multiply_add = multiply_add();
   for (uint32_t r = 0; r < m.shape.world; ++r) {
-    void* p = std::aligned_alloc(kHeapAlign, align_up(m.layout.bytes, kHeapAlign));
-    if (p == nullptr) throw std::bad_alloc();
-    heap_memory_.emplace_back(static_cast<char*>(p));
-    m.heaps[r].base = heap_memory_.back().get();
-    std::memset(m.heaps[r].at<char>(m.layout.histogram), 0, 4ull * m.shape.chunks * m.shape.experts);
     m.y[r].assign(static_cast<size_t>(config.tokens[r]) * m.shape.hidden, 0);
   }
+  allocate_heaps();
   m.gate_columns = static_cast<uint32_t>(align_up(m.shape.experts, kColumnStep));
   if (m.shape.routing != RoutingKind::kExternal) {
     m.gate_panel.assign(static_cast<size_t>(m.shape.hidden) * m.gate_columns, 0.0f);
@@ -110,6 +105,21 @@ Engine::Engine(const EngineConfig& config, const Weights& weights) {
     m.records = untouched<Record>(static_cast<uint64_t>(m.actors()) * config.ring_capacity);
   }
   reset();
+}
+
+void Engine::allocate_heaps() {
+  Machine& m = machine_;
+  heap_memory_.clear();
+  m.layout = heap_layout(m.shape);
+  for (uint32_t r = 0; r < m.shape.world; ++r) {
+    void* p = std::aligned_alloc(kHeapAlign, align_up(m.layout.bytes, kHeapAlign));
+    if (p == nullptr) throw std::bad_alloc();
+    heap_memory_.emplace_back(static_cast<char*>(p));
+    m.heaps[r].base = heap_memory_.back().get();
+    // Read by chunk_counts() even of a rank that never started.
+    std::memset(m.heaps[r].at<char>(m.layout.histogram), 0,
+                4ull * m.shape.chunks * m.shape.experts);
+  }
 }
 
 uint64_t Engine::bytes_needed(const EngineConfig& config) {
@@ -127,6 +137,19 @@ void Engine::reset() {
     std::memset(machine_.heaps[r].base, 0, signal_bytes(machine_.layout));
   }
   last_epoch_ = 0;
+}
+
+void Engine::resize_pools(uint32_t pool_rows) {
+  machine_.shape.pool_rows = machine_.config.shape.pool_rows = pool_rows;
+  allocate_heaps();
+  reset();
+  if (machine_.iteration > 0) --machine_.iteration;
+  for (size_t i = 0; i < ring_counts_before_.size(); ++i) {
+    RingHeader& ring = machine_.rings[i];
+    // Where the undone launch overwrote older records, none of the ring can be told from it.
+    const bool wrapped = machine_.config.keep_last && ring.count > ring.capacity;
+    ring.count = wrapped ? 0 : ring_counts_before_[i];
+  }
 }
 
 void Engine::reset_rings() {
@@ -165,6 +188,10 @@ LaunchResult Engine::launch() {
     if (aborted != 0) return {static_cast<Status>(aborted), 0, 0};
   }
   clear_flight();
+  ring_counts_before_.clear();
+  for (uint32_t i = 0; m.rings && i < m.actors(); ++i) {
+    ring_counts_before_.push_back(m.rings[i].count);
+  }
   ++last_epoch_;
 
   std::vector<std::unique_ptr<CtaRun>> ctas;

@@ -40,14 +40,14 @@ struct Fault {
 };
 
 struct EngineConfig {
-  Shape shape;                   // its tile sizes are those above
+  Shape shape;  // its tile sizes are those above
   Dtype dtype;
   std::vector<uint32_t> tokens;  // T of each rank
   bool traced;
-  uint32_t ring_capacity;        // records an actor
+  uint32_t ring_capacity;  // records an actor
   bool keep_last;
   uint64_t deadline_ns;
-  uint64_t first_deadline_ns;    // of the launch with epoch 1
+  uint64_t first_deadline_ns;  // of the launch with epoch 1
   std::vector<Fault> faults;
 };
 
@@ -61,9 +61,9 @@ struct Weights {
 };
 
 struct RankInput {
-  const uint16_t* x = nullptr;       // [T][H] dtype
-  const int32_t* ids = nullptr;      // [T][k], external routing
-  const float* weights = nullptr;    // [T][k], external routing
+  const uint16_t* x = nullptr;     // [T][H] dtype
+  const int32_t* ids = nullptr;    // [T][k], external routing
+  const float* weights = nullptr;  // [T][k], external routing
 };
 
 struct LaunchResult {
@@ -91,10 +91,10 @@ struct Machine {
   std::vector<float> gate_panel;       // [H][gate_columns], the router transposed
   uint32_t gate_columns = 0;           // E, rounded up to kColumnStep
   MultiplyAdd multiply_add = nullptr;
-  Buffer<FlightSlot> slots;            // [W][chunks][lanes]
+  Buffer<FlightSlot> slots;  // [W][chunks][lanes]
   Buffer<RingHeader> rings;
-  Buffer<Record> records;              // [W][chunks][lanes][ring_capacity]
-  uint32_t iteration = 0;              // of the next launch, since reset_rings()
+  Buffer<Record> records;  // [W][chunks][lanes][ring_capacity]
+  uint32_t iteration = 0;  // of the next launch, since reset_rings()
 
   uint32_t actors() const { return shape.world * shape.chunks * kLanes; }
   uint32_t actor(uint32_t rank, uint32_t cta, uint32_t lane) const {
@@ -124,6 +124,9 @@ class Engine {
   void abort() { machine_.raise_abort(Status::kHostAbort); }
   // Signals zero, epoch 0.
   void reset();
+  // Larger (or smaller) pools after kOverflow: the last launch is undone, its records too, and the
+  // signals are reset.
+  void resize_pools(uint32_t pool_rows);
   void reset_rings();
 
   // The counts as each rank holds them for the last launch begun: [holder][source][E];
@@ -140,8 +143,10 @@ class Engine {
 
  private:
   void clear_flight();
+  void allocate_heaps();
 
   Machine machine_;
+  std::vector<uint64_t> ring_counts_before_;  // of the last launch
   uint32_t last_epoch_ = 0;
   std::vector<Buffer<char>> heap_memory_;
 };

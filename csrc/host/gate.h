@@ -16,8 +16,9 @@ struct GateScratch {
   std::vector<uint32_t> group_order;
 };
 
-// The k experts of one token by its logits [E], best first, and their weights.  Ties go to the lower
-// id; NaN ranks last.  `bias` [E] or null.  Softmax and sigmoid routing; see flashmoe/reference.py.
+// The k experts of one token by its logits [E], best first, and their weights.  Ties go to the
+// lower id; NaN ranks last.  `bias` [E] or null.  Softmax and sigmoid routing; see
+// flashmoe/reference.py.
 void choose_experts(const Shape& s, const float* logits, const float* bias, GateScratch& scratch,
                     uint32_t* ids, float* weights);
 

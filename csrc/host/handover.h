@@ -1,7 +1,7 @@
 // How the six lanes of one CTA hand work to each other: a barrier, and rings with one producer.
 //
-// These are the host's mbarriers.  They have no deadline: a lane waits here only for lanes of its own
-// CTA, each of which either finishes the work it began or passes EXIT on.
+// These are the host's mbarriers.  They have no deadline: a lane waits here only for lanes of its
+// own CTA, each of which either finishes the work it began or passes EXIT on.
 #pragma once
 
 #include <array>

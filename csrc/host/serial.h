@@ -1,6 +1,7 @@
-// One MoE layer in plain serial loops, in the order of operations the engine promises: every product
-// one chain over K, h and the result rows rounded to the dtype, the combine in the order of k.  So
-// the engine's output must equal this bit for bit, whatever W and S are.  Only driver.cpp uses it.
+// One MoE layer in plain serial loops, in the order of operations the engine promises: every
+// product one chain over K, h and the result rows rounded to the dtype, the combine in the order of
+// k.  So the engine's output must equal this bit for bit, whatever W and S are.  Only driver.cpp
+// uses it.
 #pragma once
 
 #include <algorithm>
@@ -34,7 +35,8 @@ struct SerialLayer {
   }
 
   // Experts by score, best first, of those that may be chosen.
-  std::vector<uint32_t> ranked(const std::vector<float>& scores, const std::vector<bool>& open) const {
+  std::vector<uint32_t> ranked(const std::vector<float>& scores,
+                               const std::vector<bool>& open) const {
     std::vector<uint32_t> order;
     for (uint32_t e = 0; e < scores.size(); ++e) {
       if (open[e]) order.push_back(e);

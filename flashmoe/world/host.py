@@ -1,0 +1,331 @@
+"""The ``host`` world: W ranks as threads of this process, with the kernel's protocol and events.
+
+For machines without a GPU, for CI and for the sanitizers.  Its times are never compared with a
+GPU's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from flashmoe.errors import FlashmoeError
+from flashmoe.trace import schema
+from flashmoe.world.base import (
+    ClockInfo,
+    EngineOptions,
+    Launch,
+    RankOutput,
+    RingDump,
+    Routing,
+    Status,
+    WorldKind,
+)
+from flashmoe.world.memory import available_bytes
+from flashmoe.world.tiles import extension, tile_plan
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from flashmoe.config import MoEConfig, MoEWeights
+
+DEFAULT_SMS = 2
+"""CTAs of a rank where none are asked for: six threads each."""
+
+RING_LAUNCHES = 8
+"""Launches that a ring of the default capacity holds, were tiles spread evenly."""
+
+RING_MEMORY = 256 << 20
+"""Bytes that all rings of the default capacity take at most, and are touched only as they fill."""
+
+FIRST_DEADLINE_FACTOR = 4
+
+_TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class HostEngine:
+    """``options.ranks`` ranks of ``options.sms_per_rank`` (None: 2) thread groups each.
+
+    ``tokens``: T of each rank.  ``pool_rows``: rows that each rank's pool holds; more needed is
+    Status.OVERFLOW.  None sizes the pool for the worst case while that stays below a quarter of the
+    memory, else for twice the mean, and :meth:`launch` grows it when that overflows.  Implements
+    :class:`flashmoe.world.base.Engine`.  Raises FlashmoeError for a layer or a number of ranks that
+    no host engine runs, and, before allocating, where memory does not suffice.
+    """
+
+    world: WorldKind = "host"
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        weights: MoEWeights,
+        tokens: Sequence[int],
+        options: EngineOptions | None = None,
+        *,
+        pool_rows: int | None = None,
+    ) -> None:
+        options = options or EngineOptions()
+        config.validate()
+        self._host = extension()
+        self.config = config
+        self.options = options
+        self.tokens = tuple(tokens)
+        self.sms_per_rank = DEFAULT_SMS if options.sms_per_rank is None else options.sms_per_rank
+        self._validate()
+        self._grows = pool_rows is None
+        self._shape = self._make_shape(pool_rows)
+        self.ring_capacity = options.ring_capacity or self._default_ring_capacity()
+        settings = self._settings()
+        _require_memory(settings.bytes_needed)
+        self._engine = self._host.Engine(
+            settings,
+            _bits(weights.gate, config),
+            None if weights.bias is None else _array(weights.bias, torch.float32),
+            _bits(weights.up, config),
+            _bits(weights.down, config),
+        )
+        self._clock: ClockInfo | None = None
+
+    def _validate(self) -> None:
+        ranks = self.options.ranks
+        most = self._host.MAX_RANKS
+        if not 1 <= ranks <= most:
+            raise FlashmoeError(
+                f"{ranks} ranks: the host engine runs 1 to {most}",
+                f"use --ranks 1 to {most}",
+                exit_code=2,
+            )
+        if len(self.tokens) != ranks or min(self.tokens) < 0:
+            raise FlashmoeError(
+                f"{len(self.tokens)} numbers of tokens for {ranks} ranks",
+                "give each rank's T, 0 or more",
+                exit_code=2,
+            )
+        if self.sms_per_rank < 1:
+            raise FlashmoeError(
+                f"{self.sms_per_rank} SMs a rank", "give each rank at least one", exit_code=2
+            )
+        for fault in self.options.faults:
+            if not 0 <= fault.rank < ranks:
+                raise FlashmoeError(
+                    f"a fault on rank {fault.rank} of {ranks}", "ranks count from 0", exit_code=2
+                )
+
+    def _make_shape(self, pool_rows: int | None) -> dict[str, Any]:
+        config, routing, ranks = self.config, self.config.routing, self.options.ranks
+        shape: dict[str, Any] = {
+            "world": ranks,
+            "experts": config.experts,
+            "top_k": config.top_k,
+            "hidden": config.hidden,
+            "inter": config.intermediate,
+            "max_tokens": max(self.tokens),
+            "pool_rows": 1,
+            "chunks": self.sms_per_rank,
+            "tile_m": self._host.TILE_M,
+            "tile_n1": self._host.TILE_N1,
+            "tile_n2": self._host.TILE_N2,
+            "wave_experts": self._host.WAVE_EXPERTS,
+            "activation": config.activation,
+            "routing": routing.kind,
+            "renormalize": routing.renormalize,
+            "scale": routing.scale,
+            "groups": routing.groups,
+            "top_groups": routing.top_groups,
+        }
+        worst = max(1, self._host.heap_layout(shape)["worst_pool_rows"])
+        if pool_rows is not None:
+            return shape | {"pool_rows": max(1, pool_rows)}
+        shape["pool_rows"] = worst
+        memory = available_bytes()
+        if memory is not None and ranks * self._host.heap_layout(shape)["bytes"] > memory // 4:
+            owned = -(-config.experts // ranks)
+            twice_the_mean = -(-2 * sum(self.tokens) * config.top_k * owned // config.experts)
+            shape["pool_rows"] = max(1, min(worst, twice_the_mean))
+        return shape
+
+    def _default_ring_capacity(self) -> int:
+        """Records of one actor in RING_LAUNCHES launches in which its SM does twice its share."""
+        config, ranks, host = self.config, self.options.ranks, self._host
+        rows = sum(self.tokens) * config.top_k
+        row_tiles = rows // host.TILE_M + config.experts
+        columns = -(-config.intermediate // host.TILE_N1) + -(-config.hidden // host.TILE_N2)
+        tiles = 2 * row_tiles * columns // (ranks * self.sms_per_rank) + columns
+        own_rows = -(-max(self.tokens) // self.sms_per_rank) * config.top_k
+        waves = -(-config.experts // (ranks * host.WAVE_EXPERTS)) + 1
+        records = 64 + ranks * waves + (4 + ranks) * tiles + 3 * min(own_rows, row_tiles)
+        actors = ranks * self.sms_per_rank * host.LANES
+        most = RING_MEMORY // (actors * schema.RECORD.itemsize)
+        return int(min(max(records * RING_LAUNCHES, 1024), most))
+
+    def _settings(self) -> Any:
+        options = self.options
+        first = options.first_deadline_s
+        if first is None:
+            first = FIRST_DEADLINE_FACTOR * options.deadline_s
+        return self._host.EngineConfig(
+            self._shape,
+            self.config.dtype,
+            list(self.tokens),
+            options.traced,
+            self.ring_capacity,
+            options.ring_mode == "keep-last",
+            int(options.deadline_s * 1e9),
+            int(first * 1e9),
+            [(f.kind, f.rank, f.peer, f.expert, f.seconds) for f in options.faults],
+        )
+
+    def load(
+        self,
+        tokens: list[torch.Tensor],
+        ids: list[torch.Tensor] | None = None,
+        routing_weights: list[torch.Tensor] | None = None,
+    ) -> None:
+        """Sets each rank's input; tensors that already fit are read in place, not copied.
+
+        ``tokens``: x [T, H] of each rank.  With external routing also ``ids`` and
+        ``routing_weights`` [T, k].  Raises FlashmoeError for missing inputs or other shapes.
+        """
+        external = self.config.routing.kind == "external"
+        if external and (ids is None or routing_weights is None):
+            raise FlashmoeError(
+                "external routing needs ids and weights", "give both to load()", exit_code=2
+            )
+        if len(tokens) != len(self.tokens):
+            raise FlashmoeError(
+                f"tokens of {len(tokens)} ranks for {len(self.tokens)}",
+                "give one tensor a rank",
+                exit_code=2,
+            )
+        for rank, x in enumerate(tokens):
+            self._require_shape(f"x of rank {rank}", x, rank, self.config.hidden)
+            chosen = share = None
+            if external:
+                assert ids is not None and routing_weights is not None
+                chosen, share = ids[rank], routing_weights[rank]
+                self._require_shape(f"ids of rank {rank}", chosen, rank, self.config.top_k)
+                self._require_shape(f"weights of rank {rank}", share, rank, self.config.top_k)
+            self._engine.load(
+                rank,
+                _bits(x, self.config),
+                None if chosen is None else _array(chosen, torch.int32),
+                None if share is None else _array(share, torch.float32),
+            )
+
+    def _require_shape(self, what: str, tensor: torch.Tensor, rank: int, width: int) -> None:
+        if tuple(tensor.shape) != (self.tokens[rank], width):
+            raise FlashmoeError(
+                f"{what} has shape {list(tensor.shape)}",
+                f"it must be [{self.tokens[rank]}, {width}]",
+                exit_code=2,
+            )
+
+    def launch(self) -> Launch:
+        """Runs one forward of all ranks.  Ctrl-C ends it; the abort then stays until reset().
+
+        Where ``pool_rows`` was not given, a launch that overflows is undone, the pools grow, and it
+        runs again: the result then is the second's, with ``rows_needed`` set.
+        """
+        launch = self._launch_once()
+        if launch.status is Status.OVERFLOW and self._grows:
+            rows = launch.rows_needed
+            larger = self._shape | {"pool_rows": rows}
+            more = self._host.heap_layout(larger)["bytes"]
+            more -= self._host.heap_layout(self._shape)["bytes"]
+            _require_memory(self.options.ranks * more)
+            self._engine.resize_pools(rows)
+            self._shape = larger
+            launch = replace(self._launch_once(), rows_needed=rows)
+        return launch
+
+    def _launch_once(self) -> Launch:
+        iteration = self._engine.iteration
+        status, elapsed_ns, rows_needed = self._engine.launch()
+        return Launch(Status(status), elapsed_ns / 1e6, iteration, rows_needed)
+
+    def outputs(self) -> list[RankOutput]:
+        """Results of the last launch, one a rank; y is NaN where it did not end well."""
+        dtype = _TORCH_DTYPE[self.config.dtype]
+        return [
+            RankOutput(
+                torch.from_numpy(self._engine.y(rank).copy()).view(dtype),
+                torch.from_numpy(self._engine.ids(rank).copy()),
+                torch.from_numpy(self._engine.weights(rank).copy()),
+            )
+            for rank in range(self.options.ranks)
+        ]
+
+    def routing(self) -> Routing:
+        """Counts and tile plan of the last launch."""
+        counts = self._engine.chunk_counts()
+        return Routing(counts, tile_plan(self._shape, counts, self._host.FAMILY))
+
+    def rings(self) -> RingDump:
+        """Every actor's ring, as a view of the engine's memory: valid until the next launch,
+        ``reset_rings`` or ``close``."""
+        headers = self._engine.rings()
+        records = self._engine.records()
+        n = len(headers)
+        return RingDump(
+            headers.reshape(-1).view(schema.RING_HEADER).reshape(n),
+            records.reshape(-1).view(schema.RECORD).reshape(n, self.ring_capacity),
+        )
+
+    def reset_rings(self) -> None:
+        """Empties the rings; iterations restart at 0."""
+        self._engine.reset_rings()
+
+    def flight(self) -> np.ndarray:
+        """Flight-recorder slots, ``schema.FLIGHT_SLOT`` [n], from any thread, also during a
+        launch."""
+        slots: np.ndarray = self._engine.flight().reshape(-1).view(schema.FLIGHT_SLOT)
+        return slots
+
+    def counts_seen(self) -> np.ndarray:
+        """Rows as each rank holds them: uint32 [W, W, E], entry [p][s][e] what rank p believes that
+        source s sends to expert e in the last launch; 0xffffffff where it had no word of it."""
+        seen: np.ndarray = self._engine.counts_seen()
+        return seen
+
+    def clock(self) -> ClockInfo:
+        """CLOCK_MONOTONIC: its step, one record's cost and the cycle counter's rate, measured."""
+        if self._clock is None:
+            self._clock = ClockInfo(
+                "CLOCK_MONOTONIC",
+                self._host.clock_step_ns(),
+                self._host.record_cost_ns(),
+                self._host.cycles_mhz(),
+            )
+        return self._clock
+
+    def reset(self) -> None:
+        """Clears a sticky abort: signals zero, epoch 0."""
+        self._engine.reset()
+
+    def close(self) -> None:
+        """Frees the heaps and rings (once no array of :meth:`rings` is held); safe to call twice."""
+        self.__dict__.pop("_engine", None)
+
+
+def _array(tensor: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
+    """The tensor's memory on the CPU as an array; a copy only where it lies or is typed otherwise."""
+    return tensor.detach().to("cpu", dtype).contiguous().numpy()
+
+
+def _bits(tensor: torch.Tensor, config: MoEConfig) -> np.ndarray:
+    """A tensor in the layer's dtype as uint16, since NumPy has no bf16."""
+    rows = tensor.detach().to("cpu", _TORCH_DTYPE[config.dtype]).contiguous()
+    return rows.view(torch.uint16).numpy()
+
+
+def _require_memory(needed: int) -> None:
+    """Raises FlashmoeError where the memory left does not hold ``needed`` more bytes."""
+    available = available_bytes()
+    if available is not None and needed > available:
+        raise FlashmoeError(
+            f"this run needs {needed / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are free",
+            "use fewer tokens (-T), a smaller layer or a smaller --ring-capacity",
+        )
