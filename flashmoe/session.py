@@ -198,7 +198,7 @@ def _launch_all(engine: Engine, request: Request, progress: Progress) -> Record:
     return record
 
 
-def run(request: Request, progress: Progress, engine_factory: Any = build_engine) -> Result:
+def run(request: Request, progress: Progress) -> Result:
     """Runs what ``request`` says.
 
     Raises FlashmoeError for what can be known beforehand: bad shapes, too little memory, no GPU,
@@ -213,7 +213,7 @@ def run(request: Request, progress: Progress, engine_factory: Any = build_engine
     with _phase(progress, "preparing weights and tokens"):
         inputs = prepare(request, device=f"cuda:{request.device}" if world == "local" else "cpu")
     with _phase(progress, f"building the {world} engine"):
-        engine = engine_factory(world, request, inputs)
+        engine = build_engine(world, request, inputs)
     try:
         engine.load(inputs.x)
         record = _launch_all(engine, request, progress)

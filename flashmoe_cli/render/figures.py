@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from flashmoe_cli.output import Terminal
@@ -49,7 +50,7 @@ def figure_lines(summary: dict[str, Any], run: Run, iteration: int, where: Termi
 
 
 def _heading(text: str, where: Terminal) -> str:
-    return paint(text, "1", where.colour)
+    return paint(clip(text, where.width), "1", where.colour)
 
 
 def _classes(entries: Sequence[dict[str, Any]]) -> tuple[str, ...]:
@@ -160,7 +161,7 @@ def _remarks(summary: dict[str, Any], where: Terminal) -> list[str]:
             f"{rings['n']} rings ({rings['mode']}): figures with <= or >= are bounds; "
             f"a larger --ring-capacity keeps all"
         )
-        lines.append(paint(text, "33", where.colour))
+        lines += [paint(part, "33", where.colour) for part in wrap(text, where.width)]
     records = f"{count_text(tracer['records'])} records, "
     records += "none dropped" if not rings["dropped"] else f"{count_text(rings['records'])} kept"
     if rings["never_began"]:
@@ -169,9 +170,10 @@ def _remarks(summary: dict[str, Any], where: Terminal) -> list[str]:
         records += f"; clock {clock['source']}, step {clock['step_ns']:.0f} ns"
     if tracer["share"] is not None:
         records += f"; tracing took {percent(tracer['share'], 2)} of the actors' time"
-    lines.append(clip(records, where.width))
+    lines += wrap(records, where.width)
     if summary["overlap_ns"]:
-        lines.append(f"{time_text(summary['overlap_ns'])} claimed by two records, counted once")
+        text = f"{time_text(summary['overlap_ns'])} claimed by two records, counted once"
+        lines += wrap(text, where.width)
     if summary["topology"] == "shared-gpu":
-        lines.append("topology: shared-gpu; no transfer rate here is a link rate")
+        lines += wrap("topology: shared-gpu; no transfer rate here is a link rate", where.width)
     return lines

@@ -1,0 +1,180 @@
+"""timeline, traffic, info and export on saved runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def test_the_timeline_as_a_person_reads_it(made_up: Any, cli: Any, golden: Any) -> None:
+    made_up()
+    done = cli("timeline")
+    assert done.exit_code == 0, done.output
+    golden("timeline.txt", done.stdout)
+
+
+def test_one_sm_lane_by_lane_zoomed_in(made_up: Any, cli: Any, golden: Any) -> None:
+    made_up(iterations=3)
+    zoom = ("--sm", "1", "--lane", "all", "--window", "20..120us", "--iteration", "1")
+    done = cli("timeline", *zoom)
+    assert done.exit_code == 0, done.output
+    golden("timeline-zoom.txt", done.stdout)
+
+
+def test_the_traffic_as_a_person_reads_it(made_up: Any, cli: Any, golden: Any) -> None:
+    made_up(ranks=3)
+    done = cli("traffic")
+    assert done.exit_code == 0, done.output
+    golden("traffic.txt", done.stdout)
+
+
+def test_dropped_records_are_said_and_strict_ends_with_4(made_up: Any, cli: Any) -> None:
+    made_up(iterations=4, capacity=60)
+    done = cli("timeline", "--strict")
+    assert done.exit_code == 4
+    assert "records dropped" in done.stdout
+    assert "unrecorded" in done.stdout
+    assert cli("timeline").exit_code == 0
+    assert cli("traffic", "--strict").exit_code == 4
+
+
+def test_a_whole_run_passes_strict(made_up: Any, cli: Any) -> None:
+    made_up()
+    assert cli("timeline", "--strict").exit_code == 0
+    assert cli("traffic", "--strict").exit_code == 0
+
+
+@pytest.mark.parametrize("verb", ["timeline", "traffic", "info"])
+def test_json_is_one_versioned_object(made_up: Any, cli: Any, verb: str) -> None:
+    path = made_up()
+    done = cli(verb, str(path), "--json")
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["schema"] == 1
+    assert done.stderr == ""
+
+
+def test_classes_add_up_to_the_wall_in_json(made_up: Any, cli: Any) -> None:
+    made_up(iterations=2)
+    figures = json.loads(cli("timeline", "--json").stdout)
+    for entry in [*figures["ranks"], *figures["actors"], *figures["iterations"]]:
+        classes = ("busy", "comm", "wait", "idle", "unrecorded")
+        assert sum(entry[f"{c}_ns"] for c in classes) == entry["actor_ns"]
+
+
+def test_printed_shares_add_up_to_the_whole(made_up: Any, cli: Any) -> None:
+    made_up(ranks=4, iterations=5)
+    tables = cli("timeline").stdout.split("where the time")[1].split("of that")[0]
+    rows = [line for line in tables.splitlines() if re.match(r"\s+\d", line)]
+    assert len(rows) == 4
+    for row in rows:
+        shares = [float(s) for s in re.findall(r"([\d.]+)%", row)[:4]]
+        assert sum(shares) == pytest.approx(100.0, abs=1e-9)
+
+
+def test_a_zoom_in_json_holds_the_grid(made_up: Any, cli: Any) -> None:
+    made_up()
+    done = cli("timeline", "--json", "--sm", "0-1", "--lane", "math0")
+    picture = json.loads(done.stdout)["picture"]
+    assert [(r["sm"], r["lane"]) for r in picture["rows"]] == [(0, "math0"), (1, "math0")]
+    assert all(len(r["states"]) == 100 for r in picture["rows"])
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("--sm", "99"), "no such SM"),
+        (("--iteration", "7"), "no launch 7"),
+        (("--rank", "9"), "no such"),
+        (("--window", "5s..6s"), ""),
+        (("--lane", "mat0"), "mat0"),
+        (("--sm", "x"), "--sm x"),
+    ],
+)
+def test_a_part_that_is_not_there_is_a_usage_error(
+    made_up: Any, cli: Any, args: tuple[str, ...], says: str
+) -> None:
+    made_up()
+    done = cli("timeline", *args)
+    assert done.exit_code == 2
+    assert says in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_is_found_by_name_and_a_near_one_suggested(made_up: Any, cli: Any) -> None:
+    made_up("mixtral-one.fmoe")
+    assert cli("info", "mixtral-one").exit_code == 0
+    done = cli("info", "mixtral-on")
+    assert done.exit_code == 2
+    assert "mixtral-one.fmoe" in done.stderr
+
+
+def test_without_any_run_the_remedy_is_to_make_one(runs: Path, cli: Any) -> None:
+    done = cli("timeline", "--json")
+    assert done.exit_code == 2
+    error = json.loads(done.stdout)["error"]
+    assert error["exit_code"] == 2
+    assert "flashmoe trace" in error["hint"]
+
+
+def test_a_newer_run_is_refused_with_a_sentence(made_up: Any, cli: Any) -> None:
+    path = made_up()
+    meta = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps(meta | {"schema": 99}))
+    done = cli("timeline")
+    assert done.exit_code == 1
+    assert "schema 99" in done.stderr
+
+
+def test_a_truncated_run_is_refused_with_a_sentence(made_up: Any, cli: Any) -> None:
+    path = made_up()
+    events = path / "events.parquet"
+    events.write_bytes(events.read_bytes()[:-100])
+    done = cli("timeline")
+    assert done.exit_code == 1
+    assert "damaged or truncated" in done.stderr
+
+
+def test_info_says_what_the_run_is(made_up: Any, cli: Any) -> None:
+    made_up(iterations=2)
+    done = cli("info", "-v")
+    assert done.exit_code == 0
+    for text in ("2 ranks x 3 SMs", "E 6, k 2", "none dropped", "math1", "keep-first"):
+        assert text in done.stdout
+
+
+def test_export_writes_beside_us_and_refuses_to_overwrite(made_up: Any, cli: Any) -> None:
+    made_up("one.fmoe")
+    done = cli("export", "--format", "chrome")
+    assert done.exit_code == 0, done.output
+    assert json.loads(Path("one.json").read_text())["traceEvents"]
+    assert cli("export", "--format", "chrome").exit_code == 2
+    assert cli("export", "--format", "chrome", "-f").exit_code == 0
+    figures = json.loads(cli("export", "--json", "-o", "x.pftrace").stdout)
+    assert figures["bytes"] == Path("x.pftrace").stat().st_size
+
+
+@pytest.mark.parametrize("width", [40, 72, 200])
+def test_no_line_is_wider_than_the_terminal(
+    made_up: Any, cli: Any, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    made_up(iterations=2)
+    monkeypatch.setenv("COLUMNS", str(width))
+    for verb in ("timeline", "traffic"):
+        lines = cli(verb).stdout.splitlines()[1:]
+        assert max(map(len, lines)) <= width
+
+
+def test_colour_only_where_it_is_wanted(
+    made_up: Any, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up()
+    assert "\x1b" not in cli("timeline").stdout
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b[38;5;" in cli("timeline").stdout
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in cli("timeline").stdout

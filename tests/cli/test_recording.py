@@ -1,0 +1,176 @@
+"""run and trace, with an engine of plain torch behind them: verdicts, exit codes, what is saved."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+HOST = ("--world", "host")
+
+
+def test_run_judges_and_says_that_it_was_the_host_engine(
+    runs: Path, cli: Any, torch_engine: Any
+) -> None:
+    done = cli("run", "tiny", "--ranks", "2", *HOST)
+    assert done.exit_code == 0, done.output
+    assert "tiny on the host engine (CPU threads; not GPU times), 2 ranks x 2 SMs" in done.stdout
+    assert "check    ok" in done.stdout
+    assert "by the host's wall clock" in done.stdout
+    assert "between ranks" in done.stdout
+    assert not list(runs.iterdir())
+
+
+def test_auto_says_why_there_is_no_gpu(runs: Path, cli: Any, torch_engine: Any) -> None:
+    done = cli("run", "tiny", "--json")
+    said = json.loads(done.stdout)
+    if said["world"] == "host":
+        assert said["why_world"]
+
+
+def test_trace_saves_shows_and_names_the_next_commands(
+    runs: Path, cli: Any, torch_engine: Any
+) -> None:
+    done = cli("trace", "tiny", "--ranks", "2", "-n", "2", *HOST)
+    assert done.exit_code == 0, done.output
+    (saved,) = runs.glob("*.fmoe")
+    assert re.fullmatch(r"tiny-\d{8}-\d{6}\.fmoe", saved.name)
+    assert "host engine" in done.stdout
+    assert "where the time of each rank's actors went" in done.stdout
+    next_commands = done.stdout.split("next:")[1]
+    assert "flashmoe timeline" in next_commands
+    assert "flashmoe export" in next_commands
+    assert "running" in done.stderr
+    assert (runs / "latest").resolve() == saved
+    assert cli("timeline").exit_code == 0
+
+
+def test_the_saved_run_tells_what_it_was(runs: Path, cli: Any, torch_engine: Any) -> None:
+    done = cli("trace", "tiny", "--ranks", "2", "--seed", "7", "-T", "5,9", *HOST, "-o", "a.fmoe")
+    assert done.exit_code == 0, done.output
+    meta = json.loads(Path("a.fmoe/run.json").read_text())
+    assert meta["world"]["kind"] == "host"
+    assert meta["world"]["tokens"] == [5, 9]
+    assert meta["config"]["seed"] == 7
+    assert meta["check"]["ok"]
+    assert meta["status"] == {"code": 0, "message": "ok"}
+    assert meta["rings"]["dropped"] == 0
+
+
+def test_trace_json_holds_the_timeline(runs: Path, cli: Any, torch_engine: Any) -> None:
+    done = cli("trace", "tiny", "--json", *HOST)
+    said = json.loads(done.stdout)
+    assert done.stderr == ""
+    assert said["schema"] == 1
+    assert said["timeline"]["ranks"][0]["rank"] == 0
+    assert Path(said["run"]).is_dir()
+
+
+def test_a_wrong_result_ends_with_1_and_says_so(runs: Path, cli: Any, torch_engine: Any) -> None:
+    torch_engine.spoil = "wrong"
+    done = cli("run", "tiny", *HOST)
+    assert done.exit_code == 1
+    assert "WRONG" in done.stdout
+    assert cli("run", "tiny", *HOST, "--no-check").exit_code == 0
+
+
+def test_a_hang_ends_with_124_a_report_and_a_run(runs: Path, cli: Any, torch_engine: Any) -> None:
+    torch_engine.spoil = "hang"
+    done = cli("run", "tiny", "--ranks", "2", *HOST)
+    assert done.exit_code == 124, done.output
+    assert "rank 1 never started" in done.stdout
+    (saved,) = runs.glob("*.fmoe")
+    assert (saved / "flight.bin").stat().st_size > 0
+    assert cli("info").exit_code == 0
+    said = json.loads(cli("trace", "tiny", "--ranks", "2", *HOST, "--json").stdout)
+    assert said["hang"]["culprit"] == 1
+    assert said["status"]["code"] == 124
+
+
+def test_an_overflow_is_an_error_with_the_rows(runs: Path, cli: Any, torch_engine: Any) -> None:
+    torch_engine.spoil = "overflow"
+    done = cli("run", "tiny", *HOST)
+    assert done.exit_code == 1
+    assert "777 rows" in done.stderr
+
+
+def test_an_existing_output_is_kept(runs: Path, cli: Any, torch_engine: Any) -> None:
+    assert cli("trace", "tiny", *HOST, "-o", "a.fmoe").exit_code == 0
+    before = Path("a.fmoe/run.json").read_bytes()
+    done = cli("trace", "tiny", *HOST, "-o", "a.fmoe")
+    assert done.exit_code == 2
+    assert "-f" in done.stderr
+    assert Path("a.fmoe/run.json").read_bytes() == before
+    assert cli("trace", "tiny", *HOST, "-o", "a.fmoe", "-f").exit_code == 0
+
+
+def test_save_output_writes_all_ranks_in_order(runs: Path, cli: Any, torch_engine: Any) -> None:
+    done = cli("run", "tiny", "--ranks", "2", "-T", "3,4", *HOST, "--save-output", "y.safetensors")
+    assert done.exit_code == 0, done.output
+    with safe_open("y.safetensors", framework="pt") as tensors:
+        assert tensors.get_tensor("y").shape == (7, 64)
+        assert tensors.get_tensor("ids").shape == (7, 2)
+        assert tensors.get_tensor("weights").shape == (7, 2)
+    assert cli("run", "tiny", *HOST, "--save-output", "y.safetensors").exit_code == 2
+
+
+def test_tokens_from_a_file_are_shared_out(runs: Path, cli: Any, torch_engine: Any) -> None:
+    np.save("x.npy", np.random.default_rng(0).standard_normal((7, 64)).astype(np.float32))
+    said = json.loads(cli("run", "--tokens", "x.npy", "--ranks", "2", *HOST, "--json").stdout)
+    assert said["tokens"] == [3, 4]
+    assert said["check"]["ok"]
+
+
+def test_the_same_batch_over_more_ranks_gives_the_same_rows_per_expert(
+    runs: Path, cli: Any, torch_engine: Any
+) -> None:
+    one = json.loads(cli("run", "-T", "32", *HOST, "--json", "--skew", "1").stdout)
+    two = json.loads(cli("run", "-T", "16", "--ranks", "2", *HOST, "--json", "--skew", "1").stdout)
+    assert one["rows_per_expert"] == two["rows_per_expert"]
+    assert sum(one["rows_per_expert"]) == 64
+    assert one["payload_bytes"] == [[0]]
+
+
+def test_payload_counts_rows_both_ways(runs: Path, cli: Any, torch_engine: Any) -> None:
+    said = json.loads(cli("run", "-T", "16,0", "--ranks", "2", *HOST, "--json").stdout)
+    rows_to_other = sum(said["rows_per_expert"][4:])
+    expected = rows_to_other * 64 * 2
+    assert said["payload_bytes"] == [[0, expected], [expected, 0]]
+
+
+def test_a_gpu_asked_for_and_not_there_ends_with_5(runs: Path, cli: Any) -> None:
+    from flashmoe.kernels import select
+
+    try:
+        select(0)
+    except Exception:
+        done = cli("run", "tiny", "--world", "local")
+        assert done.exit_code == 5
+        assert "--world host" in done.stderr
+    else:
+        pytest.skip("there is a usable GPU")
+
+
+def test_ctrl_c_ends_with_130(runs: Path, cli: Any, torch_engine: Any) -> None:
+    torch_engine.spoil = "interrupt"
+    done = cli("run", "tiny", *HOST)
+    assert done.exit_code == 130
+    assert "interrupted" in done.stderr
+    assert "Traceback" not in done.output
+
+
+def test_too_little_memory_is_said_before_allocating(
+    runs: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flashmoe import inputs
+
+    monkeypatch.setattr(inputs, "free_memory", lambda device: 10_000_000)
+    done = cli("run", "mixtral", *HOST)
+    assert done.exit_code == 1
+    assert "2.8 GB" in done.stderr
+    assert "0.0 GB are free" in done.stderr
