@@ -19,6 +19,10 @@ dev: ## Build the host engine and the cubins into this tree (then PYTHONPATH=. w
 	$(CMAKE) --build build/dev --parallel $(JOBS)
 	$(CMAKE) --install build/dev --prefix .
 
+.PHONY: stub
+stub: ## Write flashmoe/_host.pyi anew from the built extension (after `make dev`)
+	PYTHONPATH=. $(PYTHON) -m nanobind.stubgen -q -m flashmoe._host -o flashmoe/_host.pyi
+
 .PHONY: test
 test: ## Run the tests on this tree (after `make dev`); ARGS="-k name" chooses
 	PYTHONPATH=. $(PYTHON) -m pytest $(ARGS)

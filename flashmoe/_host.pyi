@@ -1,0 +1,97 @@
+"""The compiled side of flashmoe that needs no GPU."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import numpy
+from numpy.typing import NDArray
+
+
+TILE_M: int = 16
+
+TILE_N1: int = 32
+
+TILE_N2: int = 64
+
+WAVE_EXPERTS: int = 4
+
+FAMILY: str = 'host-16x32'
+
+LANES: int = 6
+
+MAX_RANKS: int = 8
+
+def vector_unit() -> str:
+    """The instruction set that the engine's products use."""
+
+def cycles_mhz() -> float:
+    """Measured rate of the cycle counter."""
+
+def clock_step_ns() -> float:
+    """Smallest step of the clock seen just now."""
+
+def record_cost_ns() -> float:
+    """What one span costs, measured just now."""
+
+class EngineConfig:
+    def __init__(self, shape: dict, dtype: str, tokens: Sequence[int], traced: bool, ring_capacity: int, keep_last: bool, deadline_ns: int, first_deadline_ns: int, faults: Sequence[tuple[str, int, int, int, float]]) -> None: ...
+
+    @property
+    def bytes_needed(self) -> int:
+        """Bytes an engine of this allocates."""
+
+class Engine:
+    def __init__(self, config: EngineConfig, gate: Annotated[NDArray[numpy.uint16], dict(order='C', device='cpu', writable=False)], bias: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)] | None, up: Annotated[NDArray[numpy.uint16], dict(order='C', device='cpu', writable=False)], down: Annotated[NDArray[numpy.uint16], dict(order='C', device='cpu', writable=False)]) -> None: ...
+
+    def load(self, rank: int, x: Annotated[NDArray[numpy.uint16], dict(order='C', device='cpu', writable=False)], ids: Annotated[NDArray[numpy.int32], dict(order='C', device='cpu', writable=False)] | None, weights: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)] | None) -> None: ...
+
+    def launch(self) -> tuple[int, int, int]:
+        """(status, elapsed ns, rows needed) of one forward."""
+
+    def abort(self) -> None: ...
+
+    def reset(self) -> None: ...
+
+    def resize_pools(self, pool_rows: int) -> None:
+        """Undoes the last launch and gives every pool this many rows."""
+
+    def reset_rings(self) -> None: ...
+
+    @property
+    def iteration(self) -> int: ...
+
+    def y(self, arg: int, /) -> object: ...
+
+    def ids(self, arg: int, /) -> object: ...
+
+    def weights(self, arg: int, /) -> object: ...
+
+    def rings(self) -> object: ...
+
+    def records(self) -> object: ...
+
+    def flight(self) -> object: ...
+
+    def counts_seen(self) -> object: ...
+
+    def chunk_counts(self) -> object: ...
+
+def heap_layout(shape: dict) -> dict:
+    """
+    Offsets in bytes of every section of a rank's heap, and what they are sized by.
+    """
+
+def plan(shape: dict, chunk_counts: Annotated[NDArray[numpy.uint32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)]) -> dict:
+    """
+    The tiles of all ranks in order, one uint32 array a column, from rows [W, chunks, E].
+    """
+
+def launch_args(shape: dict, heaps: Sequence[int], ranks: list, local_ranks: int, ring_capacity: int, keep_last: bool, iteration_base: int, deadline_ns: int, first_deadline_ns: int, slots: int, rings: int, records: int, fault: tuple[int, int, int]) -> bytes:
+    """
+    The bytes of LaunchArgs.  Addresses are ints, 0 for none; `fault` is (lost_signal_rank, lost_signal_expert, never_starts_rank), 0xffffffff for none.
+    """
+
+def record_layout() -> dict:
+    """
+    (offset, size) of each field of Record, RingHeader and FlightSlot; under 'structs' their sizes.
+    """
