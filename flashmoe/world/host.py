@@ -306,12 +306,12 @@ class HostEngine:
         self._engine.reset()
 
     def close(self) -> None:
-        """Frees the heaps and rings (once no array of :meth:`rings` is held); safe to call twice."""
+        """Frees everything, once no array of :meth:`rings` is held; safe to call twice."""
         self.__dict__.pop("_engine", None)
 
 
 def _array(tensor: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
-    """The tensor's memory on the CPU as an array; a copy only where it lies or is typed otherwise."""
+    """The memory of the tensor as an array; a copy only where place or type differ."""
     return tensor.detach().to("cpu", dtype).contiguous().numpy()
 
 
