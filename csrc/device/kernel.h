@@ -38,7 +38,7 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
     }
     for (uint32_t i = 0; i < kTasks; ++i) {
       ptx::mbarrier_init(&sh.task_full[i], 1);
-      ptx::mbarrier_init(&sh.task_empty[i], 1 + kMathGroups);
+      ptx::mbarrier_init(&sh.task_empty[i], 1 + kMathGroups * kGroupThreads);
     }
     ptx::fence_mbarrier_init();
   }

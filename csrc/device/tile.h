@@ -329,7 +329,6 @@ __device__ inline void multiply_tiles(Shared<kTraced>& sh, const Place& place, c
             tile_counter(place.heap, sh.layout.h_ready, sh.shape, place.epoch, tile.row_tile), 1);
         actor.span(EventKind::k_gemm1, kNoPeer, tile.expert, tile.index, clock64() - begin_cycles,
                    GpuActor<kTraced>::saturate(stall));
-        ptx::mbarrier_arrive(&sh.task_empty[slot]);
       }
     } else {
       if (leads) {
@@ -341,9 +340,10 @@ __device__ inline void multiply_tiles(Shared<kTraced>& sh, const Place& place, c
       if (leads) {
         publish_returns(sh, place, tile);
         record_returns(sh, actor, tile, group);
-        ptx::mbarrier_arrive(&sh.task_empty[slot]);
       }
     }
+    // Every thread has read the task, so every thread gives its slot back.
+    ptx::mbarrier_arrive(&sh.task_empty[slot]);
   }
 }
 

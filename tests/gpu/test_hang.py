@@ -27,9 +27,11 @@ def test_withheld_signal(traced: bool) -> None:
     assert engine.launch().status is Status.HANG
     assert time.monotonic() - began < 0.5 + 3
     slots = engine.flight()
-    gave_up = slots[slots["state"] == schema.ActorState.GAVE_UP]
-    assert len(gave_up) >= 1
-    rows = gave_up[gave_up["kind"] == schema.EventKind.WAIT_ROWS]
+    gave_up = slots["state"] == schema.ActorState.GAVE_UP
+    assert gave_up.any()
+    # Who first reaches the deadline is chance: those who wait for the result rows may.
+    cut_short = slots[gave_up | (slots["state"] == schema.ActorState.ABORTED)]
+    rows = cut_short[cut_short["kind"] == schema.EventKind.WAIT_ROWS]
     assert set(rows["expert"]) == {2} and set(rows["rank"]) == {0}
     assert (rows["seen"] < rows["expected"]).all()
     engine.reset()

@@ -30,6 +30,8 @@ def test_clean_under(tool: str) -> None:
         [
             *(sanitizer, "--tool", tool, "--error-exitcode", "86"),
             *("--kernel-name", "kernel_substring=moe_"),
+            # The Python bindings ask the driver for functions newer than it: no error of ours.
+            *("--report-api-errors", "no"),
             *(sys.executable, "-c", PROGRAM.format(tests=str(Path(__file__).parent))),
         ],
         capture_output=True,
