@@ -21,7 +21,7 @@ CLASSES = ("busy", "comm", "wait", "idle", "unrecorded")
 _PLACE = np.full(256, len(KINDS), np.int64)  # of a kind among KINDS; the last column is discarded
 _PLACE[KINDS] = np.arange(len(KINDS))
 _COLUMNS = len(KINDS) + 1
-_STALLED = np.array([_PLACE[k] for k in schema.STALL_REASON])
+_MOST = 1 << 16  # launches that `iter` can tell apart
 
 
 @dataclass(frozen=True)
@@ -132,9 +132,12 @@ class _Runs:
     n: int
 
 
-def account(events: Events, actors: Actors) -> Account:
-    """Adds up ``events`` per actor and iteration; see the module's text for the rules."""
-    iterations = int(events.iter.max(initial=0)) + 1 if len(events) else 1
+def account(events: Events, actors: Actors, launches: int = 1) -> Account:
+    """Adds up ``events`` per actor and iteration; see the module's text for the rules.
+
+    ``launches``: how many the run had, of which the last may have left no event.
+    """
+    iterations = max(min(launches, _MOST), int(events.iter.max(initial=0)) + 1)
     cells = len(actors) * iterations
     runs = _runs(events, actors, iterations)
     sums, stalls = _sums(events, runs, cells)
@@ -168,9 +171,9 @@ def account(events: Events, actors: Actors) -> Account:
     return Account(
         actors,
         np.arange(iterations),
-        net.reshape(*shape, -1),
-        stalls.reshape(*shape, -1),
-        by_class.reshape(*shape, -1),
+        net.reshape(*shape, len(KINDS)),
+        stalls.reshape(*shape, len(KINDS)),
+        by_class.reshape(*shape, len(CLASSES)),
         wall,
         begin,
         end,
@@ -247,9 +250,12 @@ def _ends(
     known = grid < never
     last_known = iterations - 1 - np.argmax(known[:, ::-1], axis=1)
     row = np.arange(len(actors))
-    own = known.any(axis=1) & (end[:cells].reshape(grid.shape)[row, last_known] > actors.begin_ns)
+    ends = end[:cells].reshape(grid.shape)
+    own = known.any(axis=1) & (ends[row, last_known] > actors.begin_ns)
     where = row * iterations + np.where(own, last_known, iterations - 1)
-    add = np.flatnonzero(actors.began & ~ended[where] & (actors.begin_ns > 0))
+    last_end = int(ends[:, -1].max(initial=0))
+    own |= (last_end == 0) | (last_end > actors.begin_ns)
+    add = np.flatnonzero(actors.began & ~ended[where] & (actors.begin_ns > 0) & own)
     at = where[add]
     begin[at] = np.minimum(begin[at], actors.begin_ns[add])
     stop = np.where(actors.end_ns[add] > 0, actors.end_ns[add], last_time)

@@ -25,7 +25,7 @@ def timeline_summary(run: Run, iteration: int | None = None) -> dict[str, Any]:
     where the run has no such iteration.
     """
     events, meta = Events.of(run.events), run.meta
-    spent = account(events, Actors.of(meta))
+    spent = account(events, Actors.of(meta), int(meta.get("iterations") or 1))
     if iteration is not None:
         spent = one_iteration(spent, iteration)
     actors, rings = spent.actors, meta["rings"]

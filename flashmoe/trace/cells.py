@@ -101,7 +101,7 @@ def timeline_cells(
     where nothing is chosen.
     """
     events = Events.of(run.events)
-    spent = account(events, Actors.of(run.meta))
+    spent = account(events, Actors.of(run.meta), int(run.meta.get("iterations") or 1))
     chosen = _chosen(spent.actors, lanes, sm, rank)
     row_of, described = _rows(spent.actors, chosen, rows, split_lanes)
     start, begin, end = _window(spent, window, iteration)
