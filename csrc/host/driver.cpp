@@ -305,7 +305,42 @@ void run_bad_ids() {
   std::printf("ok  bad ids\n");
 }
 
+// Every 16-bit value survives the way to float and back, and what lies between two neighbours
+// rounds to the nearer one, the midpoint to the even one.
+void check_rounding(Dtype dtype, uint16_t largest) {
+  auto value = [&](uint32_t bits) {
+    const auto b = static_cast<uint16_t>(bits);
+    return dtype == Dtype::kBf16 ? bf16_to_float(b) : fp16_to_float(b);
+  };
+  auto rounded = [&](float v) {
+    return dtype == Dtype::kBf16 ? float_to_bf16(v) : float_to_fp16(v);
+  };
+  for (const uint32_t sign : {0u, 0x8000u}) {
+    for (uint32_t bits = 0; bits <= largest; ++bits) {
+      const float below = value(sign | bits);
+      CHECK(rounded(below) == (sign | bits), "%04x does not survive", sign | bits);
+      if (bits == largest) continue;
+      const float above = value(sign | (bits + 1));
+      const float middle = below + (above - below) / 2;
+      const uint32_t even = bits % 2 == 0 ? bits : bits + 1;
+      CHECK(rounded(middle) == (sign | even), "the middle above %04x", sign | bits);
+      CHECK(rounded(std::nextafter(middle, below)) == (sign | bits), "just below it, %04x", bits);
+      CHECK(rounded(std::nextafter(middle, above)) == (sign | (bits + 1)), "just above it, %04x",
+            bits);
+    }
+    const uint32_t infinity = dtype == Dtype::kBf16 ? 0x7f80u : 0x7c00u;
+    const float signed_infinity = sign ? -INFINITY : INFINITY;
+    CHECK(rounded(signed_infinity) == (sign | infinity), "infinity");
+    CHECK(value(sign | infinity) == signed_infinity, "infinity");
+    CHECK(rounded(sign ? -3.4e38f : 3.4e38f) == (sign | infinity), "too large");
+  }
+  CHECK(std::isnan(value(rounded(NAN))) && std::isnan(value(nan_bits(dtype))), "NaN");
+}
+
 int run(bool quick) {
+  check_rounding(Dtype::kBf16, 0x7f7f);
+  check_rounding(Dtype::kFp16, 0x7bff);
+  std::printf("ok  rounding\n");
   using A = Activation;
   using R = RoutingKind;
   run_case({"swiglu-bf16", 8, 2, 64, 96}, {{{37}, 1}, {{10, 27}, 2}, {{5, 0, 21, 11}, 1}}, 3);
