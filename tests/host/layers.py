@@ -21,7 +21,7 @@ SMALL = MoEConfig(hidden=64, intermediate=72, experts=8, top_k=2)
 
 @dataclass
 class Layer:
-    """A layer with a global batch [T, H]; external ids and weights where the routing is external."""
+    """A layer with a global batch [T, H]; external ids and weights where routing is external."""
 
     config: MoEConfig
     weights: MoEWeights

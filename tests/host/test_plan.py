@@ -1,0 +1,215 @@
+"""What the extension derives through csrc/core: heap layout, tile plan, launch arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flashmoe.trace import schema
+from flashmoe.world.tiles import extension, tile_plan
+
+_host = extension()
+
+SECTIONS = [
+    "abort_word",
+    "epoch_word",
+    "status_word",
+    "barrier",
+    "exits",
+    "next_tile",
+    "counts",
+    "rows_ready",
+    "h_ready",
+    "y_ready",
+    "returned",
+    "pool",
+    "ret",
+    "h",
+    "ids",
+    "weights",
+    "slots",
+    "sorted",
+    "histogram",
+    "tables",
+]
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> dict[str, Any]:
+    experts = draw(st.integers(1, 20))
+    return {
+        "world": draw(st.integers(1, 8)),
+        "experts": experts,
+        "top_k": draw(st.integers(1, experts)),
+        "hidden": 8 * draw(st.integers(1, 40)),
+        "inter": 8 * draw(st.integers(1, 40)),
+        "max_tokens": draw(st.integers(0, 200)),
+        "pool_rows": draw(st.integers(1, 500)),
+        "chunks": draw(st.integers(1, 5)),
+        "tile_m": draw(st.sampled_from([8, 16, 128])),
+        "tile_n1": draw(st.sampled_from([32, 128])),
+        "tile_n2": draw(st.sampled_from([64, 256])),
+        "wave_experts": draw(st.integers(1, 6)),
+        "activation": draw(st.sampled_from(["swiglu", "relu"])),
+        "routing": "softmax",
+        "renormalize": True,
+        "scale": 1.0,
+        "groups": 1,
+        "top_groups": 1,
+    }
+
+
+@given(shapes())
+def test_sections_of_the_heap_follow_each_other(shape: dict[str, Any]) -> None:
+    layout = _host.heap_layout(shape)
+    world, experts, chunks = shape["world"], shape["experts"], shape["chunks"]
+    sent = shape["max_tokens"] * shape["top_k"]
+    tiles = 16 * layout["max_pool_tiles"]
+    sizes = dict.fromkeys(SECTIONS[:5], 8) | {
+        "next_tile": 256,
+        "counts": 16 * world * experts,
+        "rows_ready": tiles,
+        "h_ready": tiles,
+        "y_ready": tiles,
+        "returned": 8 * layout["max_global_tiles"],
+        "pool": 2 * shape["pool_rows"] * shape["hidden"],
+        "ret": 2 * sent * shape["hidden"],
+        "h": 2 * shape["pool_rows"] * shape["inter"],
+        "ids": 4 * sent,
+        "weights": 4 * sent,
+        "slots": 4 * sent,
+        "sorted": 4 * sent,
+        "histogram": 4 * chunks * experts,
+        "tables": 4 * chunks * layout["table_words"],
+    }
+    for name, after in zip(SECTIONS, [*SECTIONS[1:], "bytes"], strict=True):
+        assert layout[name] + sizes[name] <= layout[after], name
+        assert layout[name] % 128 == 0, name
+    assert layout["signal_bytes"] == layout["pool"]
+
+
+def expected_tiles(shape: dict[str, Any], counts: np.ndarray) -> list[tuple[int, ...]]:
+    """The plan, derived the plain way: (rank, gemm, expert, row tile, global, column, rows)."""
+    world, experts, wave = shape["world"], shape["experts"], shape["wave_experts"]
+    rows = counts.sum(axis=(0, 1))
+    row_tiles = -(-rows // shape["tile_m"])
+    before = np.concatenate([[0], np.cumsum(row_tiles)])
+    found = []
+    for rank in range(world):
+        own = list(range(rank * experts // world, (rank + 1) * experts // world))
+        waves = [own[i : i + wave] for i in range(0, len(own), wave)]
+        order = []
+        for i in range(len(waves) + 1):
+            order += [(1, e) for e in waves[i]] if i < len(waves) else []
+            order += [(2, e) for e in waves[i - 1]] if i > 0 else []
+        for gemm, e in order:
+            width, step = (
+                (shape["inter"], shape["tile_n1"])
+                if gemm == 1
+                else (shape["hidden"], shape["tile_n2"])
+            )
+            for col in range(-(-width // step)):
+                for j in range(row_tiles[e]):
+                    left = min(shape["tile_m"], rows[e] - j * shape["tile_m"])
+                    cols = min(step, width - col * step)
+                    at = before[e] + j
+                    found.append((rank, gemm, e, at - before[own[0]], at, col, left, cols))
+    return [tuple(int(v) for v in t) for t in found]
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes(), st.integers(0, 2**32 - 1))
+def test_plan_is_the_order_of_waves(shape: dict[str, Any], seed: int) -> None:
+    random = np.random.default_rng(seed)
+    size = (shape["world"], shape["chunks"], shape["experts"])
+    counts = random.integers(0, 40, size) * random.integers(0, 2, size)
+    tiles = tile_plan(shape, counts.astype(np.uint32), "a-family")
+    names = ["rank", "gemm", "expert", "row_tile", "row_tile_global", "col_tile", "rows", "cols"]
+    assert [tuple(int(t[n]) for n in names) for t in tiles] == expected_tiles(shape, counts)
+    for rank in range(shape["world"]):
+        mine = tiles[tiles["rank"] == rank]
+        assert mine["tile"].tolist() == list(range(len(mine)))
+    depth = np.where(tiles["gemm"] == 1, shape["hidden"], shape["inter"])
+    assert (tiles["depth"] == depth).all()
+    assert set(tiles["family"]) <= {"a-family"}
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes(), st.integers(0, 2**32 - 1))
+def test_no_tile_waits_for_one_handed_out_later(shape: dict[str, Any], seed: int) -> None:
+    size = (shape["world"], shape["chunks"], shape["experts"])
+    counts = np.random.default_rng(seed).integers(0, 30, size).astype(np.uint32)
+    tiles = tile_plan(shape, counts, "")
+    for rank in range(shape["world"]):
+        mine = tiles[tiles["rank"] == rank]
+        first, second = mine[mine["gemm"] == 1], mine[mine["gemm"] == 2]
+        last_up = np.full(int(mine["row_tile"].max(initial=0)) + 1, -1)
+        np.maximum.at(last_up, first["row_tile"], first["tile"].astype(np.int64))
+        assert (last_up[second["row_tile"]] < second["tile"]).all()
+
+
+def shape_of(**changes: Any) -> dict[str, Any]:
+    base = {
+        "world": 2, "experts": 4, "top_k": 2, "hidden": 64, "inter": 64, "max_tokens": 8,
+        "pool_rows": 32, "chunks": 2, "tile_m": 16, "tile_n1": 32, "tile_n2": 64,
+        "wave_experts": 2, "activation": "swiglu", "routing": "softmax", "renormalize": True,
+        "scale": 1.0, "groups": 1, "top_groups": 1,
+    }  # fmt: skip
+    return base | changes
+
+
+def test_launch_args_hold_what_they_were_given() -> None:
+    rank = {
+        "map_pool": b"p" * 128, "map_h": b"h" * 128, "map_up": b"u" * 128, "map_down": b"d" * 128,
+        "x": 0x1111, "gate": 0x2222, "bias": 0, "y": 0x4444, "ids": 0, "weights": 0,
+        "rank": 1, "tokens": 7,
+    }  # fmt: skip
+    none = 0xFFFFFFFF
+
+    def pack(**changes: Any) -> bytes:
+        packed: bytes = _host.launch_args(
+            shape_of(), [0x100000, 0x200000], [rank | changes], 1, 100, True, 3, 10, 40,
+            0x5555, 0x6666, 0x7777, (none, none, none),
+        )  # fmt: skip
+        return packed
+
+    whole = pack()
+    assert pack() == whole  # padding included
+    at = whole.index(b"p" * 128)
+    assert whole[at : at + 512] == b"p" * 128 + b"h" * 128 + b"u" * 128 + b"d" * 128
+    fields = np.frombuffer(whole[at + 512 : at + 560], np.uint64).tolist()
+    assert fields == [0x1111, 0x2222, 0, 0x4444, 0, 0]
+    assert np.frombuffer(whole[at + 560 : at + 568], np.uint32).tolist() == [1, 7]
+    for address in (0x100000, 0x200000, 0x5555, 0x6666, 0x7777):
+        assert address.to_bytes(8, "little") in whole
+    assert pack(tokens=8) != whole
+    with pytest.raises(ValueError, match="128 bytes"):
+        pack(map_h=b"short")
+
+
+def test_what_no_launch_can_have_is_refused() -> None:
+    for changes in ({"top_k": 5}, {"hidden": 0}, {"activation": "tanh"}, {"routing": "random"}):
+        with pytest.raises(ValueError):
+            _host.heap_layout(shape_of(**changes))
+    with pytest.raises(KeyError):
+        _host.heap_layout({k: v for k, v in shape_of().items() if k != "scale"})
+    with pytest.raises(ValueError, match="chunk_counts"):
+        _host.plan(shape_of(), np.zeros((3, 2, 4), np.uint32))
+
+
+def test_layouts_of_the_extension_are_the_schema() -> None:
+    layout = _host.record_layout()
+    for name, dtype in (
+        ("Record", schema.RECORD),
+        ("RingHeader", schema.RING_HEADER),
+        ("FlightSlot", schema.FLIGHT_SLOT),
+    ):
+        assert layout["structs"][name] == (0, dtype.itemsize)
+        fields = dtype.fields
+        assert fields is not None
+        mirrored = {f: (fields[f][1], fields[f][0].itemsize) for f in fields if f != "padding"}
+        assert mirrored == layout[name]
