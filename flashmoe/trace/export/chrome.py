@@ -43,11 +43,14 @@ def pieces(events: Events, flows: Flows, meta: dict[str, Any]) -> Iterator[bytes
     yield json.dumps(_about(meta)).encode()
     yield b',\n"traceEvents":[\n'
     yield _names(plan, carried, meta)
+    # Arrows come before slices: one binds to the innermost slice open at its time, and readers take
+    # what happens at one time longest first, then in the order of lines, so that instants which lie
+    # where the arrow's slice begins do not come between the two.
+    for side, index in (("s", flows.source), ("f", flows.target)):
+        yield from _flow_ends(events, plan, index, side, start)
     order = plan.event[~plan.is_end]
     for at in range(0, len(order), _EVENTS_A_BLOCK):
         yield from _slices(events, plan, order[at : at + _EVENTS_A_BLOCK], start)
-    for side, index in (("s", flows.source), ("f", flows.target)):
-        yield from _flow_ends(events, plan, index, side, start)
     yield from _counters(carried)
     # Every line above ends in a comma: one event without a time closes the list.
     yield b'{"ph":"M","name":"process_sort_index","pid":1,"args":{"sort_index":0}}\n]}\n'

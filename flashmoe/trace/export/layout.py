@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
-from flashmoe.errors import FlashmoeError
 from flashmoe.trace.columns import Events
 from flashmoe.trace.schema import BYTE_KINDS, LANE_NAME, EventKind, Lane, TimeClass
 
@@ -75,103 +75,81 @@ def lay_out(events: Events) -> Layout:
     """Puts every event on a track where it nests: one per (rank, SM, lane), and a second where two
     slices of an actor overlap, which a viewer would drop."""
     start = events.start_ns()
-    actor, actors = _actors(events)
-    begin = events.t0_ns - start
-    end = begin + events.dur_ns
-    launch = events.kind == EventKind.LAUNCH
-    spill = np.zeros(len(events), np.int64)
-    todo = np.arange(len(events))
-    level = 0
-    orders = []
-    while len(todo):
-        order = todo[_order(actor[todo], begin[todo], events.dur_ns[todo], launch[todo])]
-        bad = _misfits(actor[order], begin[order], end[order], launch[order])
-        orders.append(order[~bad])
-        level += 1
-        todo = np.sort(order[bad])
-        spill[todo] = level
-    key = actor * max(level, 1) + spill
-    used = np.flatnonzero(np.bincount(key, minlength=1)) if len(key) else key
-    number = np.zeros(int(used.max(initial=0)) + 1, np.int32)
-    number[used] = np.arange(len(used))
-    track = number[key]
-    tracks = []
-    for k in used.tolist():
-        rank, sm, lane = actors[k // max(level, 1)]
-        tracks.append(Track(rank, sm, lane, k % max(level, 1)))
-    # One level is the rule: its order already runs track after track.
-    order = np.concatenate(orders) if orders else todo
-    if level > 1:
-        order = order[np.argsort(track[order], kind="stable")]
-    closing = np.flatnonzero(launch)
-    bits = int(end.max(initial=0)).bit_length()
-    closing_key = _keys(track[closing], end[closing], 2, bits)
-    where = np.searchsorted(
-        _keys(track[order], begin[order], _ranks(events.dur_ns, launch)[order], bits), closing_key
-    )
-    event = np.insert(order, where, closing)
-    is_end = np.insert(np.zeros(len(order), bool), where, True)
-    return Layout(event, is_end, track, tracks)
+    track = np.zeros(len(events), np.int32)
+    tracks: list[Track] = []
+    units: list[np.ndarray] = []
+    ends: list[np.ndarray] = []
+    # An actor at a time: its events lie together and stay in the cache.
+    for (rank, sm, lane), where in _actors(events):
+        begin = events.t0_ns[where] - start
+        end = begin + events.dur_ns[where]
+        launch = events.kind[where] == EventKind.LAUNCH
+        number = np.arange(where.start, where.stop) if isinstance(where, slice) else where
+        todo = np.arange(len(number))
+        spill = 0
+        while len(todo):
+            order, is_end, rest = _nest(begin[todo], end[todo], launch[todo])
+            chosen = number[todo[order]]
+            track[chosen] = len(tracks)
+            tracks.append(Track(rank, sm, lane, spill))
+            units.append(chosen)
+            ends.append(is_end)
+            todo, spill = todo[rest], spill + 1
+    if not units:
+        return Layout(np.empty(0, np.int64), np.empty(0, bool), track, tracks)
+    return Layout(np.concatenate(units), np.concatenate(ends), track, tracks)
 
 
-def _actors(events: Events) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
-    """Number of each event's (rank, SM, lane), int64 [events], and what the numbers stand for."""
+def _actors(events: Events) -> Iterator[tuple[tuple[int, int, int], slice | np.ndarray]]:
+    """Each (rank, SM, lane), in order, and where its events are."""
     key = (events.rank.astype(np.int64) << 24) | (events.sm.astype(np.int64) << 8) | events.lane
-    heads = np.flatnonzero(np.r_[True, key[1:] != key[:-1]]) if len(key) else key
-    names, number = np.unique(key[heads], return_inverse=True)
-    actor = np.repeat(number, np.diff(np.r_[heads, len(key)]))
-    return actor, [(int(k) >> 24, int(k) >> 8 & 0xFFFF, int(k) & 0xFF) for k in names]
+    if not len(key):
+        return
+    heads = np.flatnonzero(np.r_[True, key[1:] != key[:-1]])
+    tails = np.r_[heads[1:], len(key)]
+    order = np.argsort(key[heads], kind="stable")
+    for same in np.split(order, np.flatnonzero(np.diff(key[heads][order])) + 1):
+        value = int(key[heads[same[0]]])
+        if len(same) == 1:
+            where: slice | np.ndarray = slice(int(heads[same[0]]), int(tails[same[0]]))
+        else:
+            where = np.concatenate([np.arange(heads[i], tails[i]) for i in same])
+        yield (value >> 24, value >> 8 & 0xFFFF, value & 0xFF), where
 
 
-def _ranks(duration: np.ndarray, launch: np.ndarray) -> np.ndarray:
-    """Order among what happens at one time: a launch begins (0), instants (1), a launch ends (2),
-    spans begin (3)."""
-    return np.where(launch, 0, np.where(duration == 0, 1, 3))
+def _nest(
+    begin: np.ndarray, end: np.ndarray, launch: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Units of one track in order, which of them end a launch, and the events that do not nest."""
+    # At one time: a launch begins (0), instants (1), a launch ends (2), spans begin (3).
+    rank = np.where(launch, 0, np.where(begin == end, 1, 3))
+    key = (begin << 2) | rank
+    order = np.argsort(key, kind="stable")
+    bad = _misfits(begin[order], end[order], launch[order])
+    rest = np.sort(order[bad])
+    order = order[~bad]
+    closing = order[launch[order]]
+    where = np.searchsorted(key[order], (end[closing] << 2) | 2)
+    is_end = np.insert(np.zeros(len(order), bool), where, True)
+    return np.insert(order, where, closing), is_end, rest
 
 
-def _keys(track: np.ndarray, time: np.ndarray, rank: np.ndarray | int, bits: int) -> np.ndarray:
-    if int(track.max(initial=0)).bit_length() + bits + 2 > 63:
-        raise FlashmoeError(
-            "the run is too long to export: its times and tracks do not fit 63 bits",
-            "trace fewer iterations",
-        )
-    return ((track.astype(np.int64) << bits | time) << 2) | rank
-
-
-def _order(
-    actor: np.ndarray, begin: np.ndarray, duration: np.ndarray, launch: np.ndarray
-) -> np.ndarray:
-    bits = int((begin + duration).max(initial=0)).bit_length()
-    key = _keys(actor, begin, _ranks(duration, launch), bits)
-    return np.argsort(key, kind="stable")
-
-
-def _misfits(
-    actor: np.ndarray, begin: np.ndarray, end: np.ndarray, launch: np.ndarray
-) -> np.ndarray:
-    """Which of the events, in order, would not nest among those before them: bool [n]."""
-    # One ascending axis for all actors, so that one running maximum serves them all.
-    length = int(end.max(initial=0)) + 2
-    base = actor * length
-    bad = np.zeros(len(actor), bool)
-    for chosen in (np.flatnonzero(launch), np.flatnonzero(~launch)):
-        if len(chosen) > 1:
-            reached = np.maximum.accumulate((base + end)[chosen])
-            # Launches that touch count as overlapping: their begin sorts before the other's end.
-            room = 1 if launch[chosen[0]] else 0
-            bad[chosen[1:]] = reached[:-1] + room > (base + begin)[chosen[1:]]
-            bad[chosen[1:]] &= actor[chosen[1:]] == actor[chosen[:-1]]
-    around = np.flatnonzero(launch)
-    leaf = np.flatnonzero(~launch)
-    if len(around) and len(leaf):
-        at = np.searchsorted(around, leaf) - 1  # the launch before it in the order
-        owner = around[np.maximum(at, 0)]
-        inside = (at >= 0) & (actor[owner] == actor[leaf]) & (begin[leaf] < end[owner])
-        bad[leaf] |= inside & (end[leaf] > end[owner])
-        # One that begins before a launch and reaches into it.
-        after = around[np.minimum(at + 1, len(around) - 1)]
-        before = (actor[after] == actor[leaf]) & (begin[leaf] <= begin[after]) & (after > leaf)
-        bad[leaf] |= before & (end[leaf] > begin[after])
+def _misfits(begin: np.ndarray, end: np.ndarray, launch: np.ndarray) -> np.ndarray:
+    """Which of the events of a track, in order, would not nest among those before: bool [n]."""
+    bad = np.zeros(len(begin), bool)
+    leaf, around = np.flatnonzero(~launch), np.flatnonzero(launch)
+    bad[leaf[1:]] = np.maximum.accumulate(end[leaf])[:-1] > begin[leaf[1:]]
+    # Launches that touch do not nest either: the second's begin sorts before the first's end.
+    bad[around[1:]] = np.maximum.accumulate(end[around])[:-1] >= begin[around[1:]]
+    if not len(around) or not len(leaf):
+        return bad
+    at = np.searchsorted(around, leaf) - 1  # the launch before it in the order
+    owner = around[np.maximum(at, 0)]
+    inside = (at >= 0) & (begin[leaf] < end[owner])
+    bad[leaf] |= inside & (end[leaf] > end[owner])
+    # One that begins before a launch and reaches into it.
+    after = around[np.minimum(at + 1, len(around) - 1)]
+    bad[leaf] |= (after > leaf) & (end[leaf] > begin[after])
     return bad
 
 
