@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 # Largest slopes: of silu at 2.40, of both gelus at 1.41.
-_SLOPE = {"swiglu": 1.0999, "silu": 1.0999, "geglu": 1.1291, "gelu": 1.1291, "relu": 1.0}
+SLOPE = {"swiglu": 1.0999, "silu": 1.0999, "geglu": 1.1291, "gelu": 1.1291, "relu": 1.0}
 
 _TOKENS_AT_ONCE = 16384
 
@@ -58,7 +58,7 @@ def _expert_rows(
     Destroys ``up`` and ``down``: copies of a wide expert's matrices are most of the memory taken.
     """
     unit, spacing = UNIT[config.dtype], SPACING_BELOW_NORMAL[config.dtype]
-    activation, slope = ACTIVATIONS[config.activation], _SLOPE[config.activation]
+    activation, slope = ACTIVATIONS[config.activation], SLOPE[config.activation]
     projected = x @ up.T
     projected_width = sum_width(x.abs() @ up.abs_().T, config.hidden)
     if config.gated:

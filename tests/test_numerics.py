@@ -10,6 +10,7 @@ import torch
 
 from flashmoe.config import MoEConfig, MoEWeights
 from flashmoe.numerics import (
+    SLOPE,
     OutputCheck,
     check_output,
     compare,
@@ -17,6 +18,7 @@ from flashmoe.numerics import (
 )
 from flashmoe.presets import PRESETS
 from flashmoe.reference import ACTIVATIONS, expert_hidden, moe, route
+from flashmoe.rounding import SPACING_BELOW_NORMAL, UNIT
 from flashmoe.tokens import random_tokens
 from flashmoe.weights import random_weights, torch_dtype
 
@@ -225,3 +227,20 @@ def test_checking_is_comparing_with_the_reference_and_its_bound() -> None:
     verdict = check_output(y, case.x, case.weights, case.config, case.ids, case.shares)
     assert verdict == compare(y, *case.truth)
     assert verdict.ok and 0 < verdict.relative_rms < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_units_are_those_of_the_dtypes(dtype: torch.dtype) -> None:
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    facts = torch.finfo(dtype)
+    assert UNIT[name] == facts.eps / 2
+    assert SPACING_BELOW_NORMAL[name] == facts.smallest_normal * facts.eps
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_slopes_are_the_activations_largest(activation: str) -> None:
+    x = torch.linspace(-20, 20, 400_001, dtype=torch.float64, requires_grad=True)
+    ACTIVATIONS[activation](x).sum().backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+    steepest = float(x.grad.abs().max())
+    assert steepest <= SLOPE[activation] < steepest + 2e-4

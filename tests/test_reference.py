@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from flashmoe.config import MoEConfig, MoEWeights, Routing
 from flashmoe.errors import FlashmoeError
 from flashmoe.presets import PRESETS
-from flashmoe.reference import ACTIVATIONS, choose, mlp, moe, ranked, route
+from flashmoe.reference import ACTIVATIONS, choose, full_float32, mlp, moe, ranked, route
 from flashmoe.tokens import random_tokens
 from flashmoe.weights import random_weights
 
@@ -175,3 +175,14 @@ def test_dense_block_is_an_expert_that_all_tokens_pass() -> None:
     ids, ones = torch.zeros(5, 1, dtype=torch.int32), torch.ones(5, 1)
     dense = mlp(x, weights.up[0, :96], weights.up[0, 96:], weights.down[0])
     torch.testing.assert_close(dense, moe(x, weights, config, ids, ones))
+
+
+def test_no_tf32_inside_and_the_processs_choice_after() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with full_float32():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)

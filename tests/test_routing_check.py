@@ -87,6 +87,19 @@ def test_an_expert_of_a_group_left_out_is_wrong() -> None:
     assert (verdict.ok, verdict.wrong) == (False, 1)
 
 
+def test_more_groups_than_may_take_part_are_wrong_even_in_a_tie() -> None:
+    # All experts are alike, so any two of the groups will do, but no more than two.
+    routing = Routing("sigmoid", groups=4, top_groups=2)
+    config = MoEConfig(8, 8, 8, 3, routing=routing)
+    weights = MoEWeights(torch.zeros(8, 8).bfloat16(), None, torch.empty(0), torch.empty(0))
+    x, shares = torch.ones(1, 8).bfloat16(), torch.full((1, 3), 1 / 3)
+    two_groups, three_groups = (torch.tensor([ids]) for ids in ([2, 3, 7], [0, 2, 7]))
+    verdict = check_routing(x, weights, config, two_groups, shares)
+    assert (verdict.ok, verdict.near_ties, verdict.differ) == (True, 1, 1)
+    verdict = check_routing(x, weights, config, three_groups, shares)
+    assert (verdict.ok, verdict.wrong) == (False, 1)
+
+
 def test_exact_ties_may_go_either_way_and_are_counted() -> None:
     logits = torch.tensor([[1.0, 2.0, 2.0, 0.0], [3.0, 2.0, 1.0, 0.0]])
     weights = MoEWeights(torch.eye(4).bfloat16(), None, torch.empty(0), torch.empty(0))
