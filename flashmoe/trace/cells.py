@@ -42,6 +42,13 @@ STATE_CLASS: dict[int, str] = {
 _STALL_STATE = {"operands": State.WAIT_OPERANDS, "stage": State.WAIT_STAGE}
 _DOING = np.array([s for s, c in STATE_CLASS.items() if c in ("busy", "comm")])
 _WAITING = np.array([s for s, c in STATE_CLASS.items() if c == "wait"])
+# In the order in which a launch meets them.
+_BY_STAGE = np.array(
+    [
+        *(EventKind.WAIT_BARRIER, EventKind.WAIT_COUNTS, EventKind.WAIT_ROWS, EventKind.WAIT_H),
+        *(State.WAIT_OPERANDS, State.WAIT_STAGE, EventKind.WAIT_RETURN),
+    ]
+)
 _NOTHING = np.array([State.IDLE, State.UNRECORDED, State.OUTSIDE])
 _RECORDED = np.concatenate([_DOING, _WAITING])
 
@@ -97,8 +104,9 @@ def timeline_cells(
 
     In a row of one lane a cell shows the state that took most of its time.  In a row of several it
     shows the largest of busy and communication if these together fill at least half of the SMs'
-    time, else the largest wait if the waits do, else whether it was idle.  Raises FlashmoeError
-    where nothing is chosen.
+    time, else the wait of the earliest stage that does (what holds the SMs up: the later waits,
+    such as those for returned rows, follow from it), else the largest wait if all together do, else
+    whether it was idle.  Raises FlashmoeError where nothing is chosen.
     """
     events = Events.of(run.events)
     spent = account(events, Actors.of(run.meta), int(run.meta.get("iterations") or 1))
@@ -270,9 +278,9 @@ def _dominant(
 
     half = (sms / 2)[:, None]
     doing, waiting = time[:, _DOING].sum(axis=1) >= half, time[:, _WAITING].sum(axis=1) >= half
-    several = np.where(
-        doing, largest(_DOING), np.where(waiting, largest(_WAITING), largest(_NOTHING))
-    )
+    early = time[:, _BY_STAGE] >= half[:, None]
+    held_up = np.where(early.any(axis=1), _BY_STAGE[early.argmax(axis=1)], largest(_WAITING))
+    several = np.where(doing, largest(_DOING), np.where(waiting, held_up, largest(_NOTHING)))
     single = np.argmax(time, axis=1)
     states = np.where((actors == sms)[:, None], single, several).astype(np.uint8)
     share = np.take_along_axis(time, states[:, None, :].astype(np.int64), axis=1)[:, 0]
