@@ -39,13 +39,13 @@ FLASHMOE_HD bool reached(uint64_t seen, Until until, uint64_t target) {
 
 template <class P, bool kTraced>
 struct Actor {
-  FlightSlot* slot;        // pinned host memory on a GPU
-  RingHeader* ring;        // null when not traced
+  FlightSlot* slot;  // pinned host memory on a GPU
+  RingHeader* ring;  // null when not traced
   Record* records;
   const uint64_t* abort_word;  // of the actor's own rank
-  uint64_t deadline_ns;    // length of the longest allowed wait
-  uint64_t count;          // records written, kept here between writes of the header
-  uint64_t last_ns;        // end of the span before
+  uint64_t deadline_ns;        // length of the longest allowed wait
+  uint64_t count;              // records written, kept here between writes of the header
+  uint64_t last_ns;            // end of the span before
   uint64_t begin_ns;
   uint64_t begin_cycles;
   uint32_t capacity;
@@ -54,7 +54,7 @@ struct Actor {
   uint8_t iter_flags;
   uint8_t lane;
   uint8_t keep_last;
-  uint8_t cut_short;       // a wait did not end well: the slot keeps saying which
+  uint8_t cut_short;  // a wait did not end well: the slot keeps saying which
   uint16_t rank;
   uint16_t sm;
   uint16_t cta;
@@ -64,7 +64,8 @@ struct Actor {
     cut_short = 0;
     iter = static_cast<uint16_t>(iteration < 0xffffu ? iteration : 0xffffu);
     iter_flags = iteration < 0xffffu ? 0 : kFlagIterWrapped;
-    note(ActorState::kRunning, {EventKind::k_launch, kNoPeer, kNoExpert, kNoTile}, 0, 0, P::now_ns());
+    note(ActorState::kRunning, {EventKind::k_launch, kNoPeer, kNoExpert, kNoTile}, 0, 0,
+         P::now_ns());
     if constexpr (kTraced) {
       count = ring->count;
       begin_ns = last_ns = P::now_ns();
@@ -108,15 +109,17 @@ struct Actor {
   }
 
   // A span whose ends were stamped elsewhere; it must begin at or after the end of the one before.
-  FLASHMOE_HD void span_at(EventKind kind, uint64_t from, uint64_t to, uint16_t peer, uint16_t expert,
-                           uint32_t tile, uint64_t aux, uint32_t stall_cycles = 0) {
+  FLASHMOE_HD void span_at(EventKind kind, uint64_t from, uint64_t to, uint16_t peer,
+                           uint16_t expert, uint32_t tile, uint64_t aux,
+                           uint32_t stall_cycles = 0) {
     if constexpr (kTraced) {
       write(kind, 0, from, to - from, peer, expert, tile, saturate(aux), stall_cycles);
       last_ns = to;
     }
   }
 
-  FLASHMOE_HD void instant(EventKind kind, uint16_t peer, uint16_t expert, uint32_t tile, uint64_t aux) {
+  FLASHMOE_HD void instant(EventKind kind, uint16_t peer, uint16_t expert, uint32_t tile,
+                           uint64_t aux) {
     if constexpr (kTraced) write(kind, 0, last_ns, 0, peer, expert, tile, saturate(aux), 0);
   }
 
@@ -176,7 +179,7 @@ struct Actor {
     return status;
   }
 
-  // A wait that another lane of this SM went through for all of them, as `wait` would have recorded it.
+  // A wait that another lane of this SM went through for all of them, recorded as `wait` would.
   FLASHMOE_HD void waited(const Awaited& what, uint64_t from, uint64_t to, uint32_t lacking,
                           Status status) {
     if constexpr (kTraced) {
@@ -193,8 +196,9 @@ struct Actor {
   }
 
  private:
-  FLASHMOE_HD void write(EventKind kind, uint8_t flags, uint64_t t0, uint64_t duration, uint16_t peer,
-                         uint16_t expert, uint32_t tile, uint32_t aux, uint32_t stall_cycles) {
+  FLASHMOE_HD void write(EventKind kind, uint8_t flags, uint64_t t0, uint64_t duration,
+                         uint16_t peer, uint16_t expert, uint32_t tile, uint32_t aux,
+                         uint32_t stall_cycles) {
     const uint64_t index = count++;
     uint64_t place = index;
     if (index >= capacity) {
@@ -205,7 +209,8 @@ struct Actor {
     r.t0_ns = t0;
     r.dur_ns = saturate(duration);
     r.kind = static_cast<uint8_t>(kind);
-    r.flags = static_cast<uint8_t>(flags | iter_flags | (duration >= 0xffffffffull ? kFlagSaturated : 0));
+    r.flags =
+        static_cast<uint8_t>(flags | iter_flags | (duration >= 0xffffffffull ? kFlagSaturated : 0));
     r.peer = peer;
     r.expert = expert;
     r.iter = iter;

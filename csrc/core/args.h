@@ -13,23 +13,23 @@ inline constexpr uint32_t kMaxRanks = 8;
 
 // Withholds one rank's signal for one expert, to test the diagnosis on a GPU.
 struct FaultArgs {
-  uint32_t lost_signal_rank;    // 0xffffffff: none
+  uint32_t lost_signal_rank;  // 0xffffffff: none
   uint32_t lost_signal_expert;
-  uint32_t never_starts_rank;   // 0xffffffff: none
+  uint32_t never_starts_rank;  // 0xffffffff: none
 };
 
 // One rank of this launch.
 struct alignas(64) RankArgs {
-  uint8_t map_pool[128];    // CUtensorMap: pool [pool_rows][H], box 64 x tile_m
-  uint8_t map_h[128];       // h [pool_rows][I]
-  uint8_t map_up[128];      // gated: [experts owned][2][I][H] as 5-D; plain: [experts owned][I][H]
-  uint8_t map_down[128];    // [experts owned][H][I]
-  const void* x;            // [tokens][H] dtype
-  const void* gate;         // [E][H] dtype
-  const float* bias;        // [E], or null
-  void* y;                  // [tokens][H] dtype
-  const int32_t* ids;       // external routing: [tokens][k], or null
-  const float* weights;     // external routing: [tokens][k], or null
+  uint8_t map_pool[128];  // CUtensorMap: pool [pool_rows][H], box 64 x tile_m
+  uint8_t map_h[128];     // h [pool_rows][I]
+  uint8_t map_up[128];    // gated: [experts owned][2][I][H] as 5-D; plain: [experts owned][I][H]
+  uint8_t map_down[128];  // [experts owned][H][I]
+  const void* x;          // [tokens][H] dtype
+  const void* gate;       // [E][H] dtype
+  const float* bias;      // [E], or null
+  void* y;                // [tokens][H] dtype
+  const int32_t* ids;     // external routing: [tokens][k], or null
+  const float* weights;   // external routing: [tokens][k], or null
   uint32_t rank;
   uint32_t tokens;
 };
@@ -37,17 +37,17 @@ struct alignas(64) RankArgs {
 struct LaunchArgs {
   Shape shape;
   HeapLayout layout;
-  Heap heaps[kMaxRanks];    // as this process reaches them
+  Heap heaps[kMaxRanks];  // as this process reaches them
   RankArgs ranks[kMaxRanks];
-  uint32_t local_ranks;     // ranks in this launch; CTA b belongs to rank b / shape.chunks
+  uint32_t local_ranks;  // ranks in this launch; CTA b belongs to rank b / shape.chunks
   uint32_t ring_capacity;
   uint32_t keep_last;
   uint32_t iteration_base;  // epoch at which iteration 0 starts, less one
   uint64_t deadline_ns;
   uint64_t first_deadline_ns;
-  FlightSlot* slots;        // [local_ranks][chunks][lanes], pinned host memory
-  RingHeader* rings;        // [local_ranks][chunks][lanes], or null
-  Record* records;          // [local_ranks][chunks][lanes][ring_capacity]
+  FlightSlot* slots;  // [local_ranks][chunks][lanes], pinned host memory
+  RingHeader* rings;  // [local_ranks][chunks][lanes], or null
+  Record* records;    // [local_ranks][chunks][lanes][ring_capacity]
   FaultArgs fault;
 };
 

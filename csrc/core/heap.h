@@ -21,23 +21,23 @@ struct HeapLayout {
   uint64_t exits;        // counter: CTAs that left, of all launches since reset
   uint64_t next_tile;    // [2] counter: tiles handed out
   // signals
-  uint64_t counts;       // peers: [2][W][E] (epoch << 32 | rows), row s written by source s
-  uint64_t rows_ready;   // peers: [2][row tiles of the pool] counter: rows arrived
-  uint64_t h_ready;      // [2][row tiles of the pool] counter: GEMM1 column tiles done, once a math lane
-  uint64_t y_ready;      // [2][row tiles of the pool] counter: GEMM2 column tiles done, once a math lane
-  uint64_t returned;     // peers: [row tiles over all experts] epoch, by the row tile's owner
+  uint64_t counts;      // peers: [2][W][E] (epoch << 32 | rows), row s written by source s
+  uint64_t rows_ready;  // peers: [2][row tiles of the pool] counter: rows arrived
+  uint64_t h_ready;     // [2][row tiles of the pool] counter: GEMM1 column tiles, once a math lane
+  uint64_t y_ready;     // [2][row tiles of the pool] counter: GEMM2 column tiles, once a math lane
+  uint64_t returned;    // peers: [row tiles over all experts] epoch, by the row tile's owner
   // rows
-  uint64_t pool;         // peers: [pool_rows][H] dtype, rows for this rank's experts
-  uint64_t ret;          // peers: [max_tokens * k][H] dtype, result rows in send order
-  uint64_t h;            // [pool_rows][I] dtype
+  uint64_t pool;  // peers: [pool_rows][H] dtype, rows for this rank's experts
+  uint64_t ret;   // peers: [max_tokens * k][H] dtype, result rows in send order
+  uint64_t h;     // [pool_rows][I] dtype
   // of this rank as a source
-  uint64_t ids;          // [max_tokens][k] u32, experts chosen
-  uint64_t weights;      // [max_tokens][k] f32
-  uint64_t slots;        // [max_tokens][k] u32, index among the chunk's rows for that expert
-  uint64_t sorted;       // [max_tokens * k] u32, token * k + j, by expert within each chunk
-  uint64_t histogram;    // [chunks][E] u32
-  uint64_t tables;       // [chunks] PlanTables, each CTA its own copy
-  uint64_t bytes;        // of the whole heap
+  uint64_t ids;        // [max_tokens][k] u32, experts chosen
+  uint64_t weights;    // [max_tokens][k] f32
+  uint64_t slots;      // [max_tokens][k] u32, index among the chunk's rows for that expert
+  uint64_t sorted;     // [max_tokens * k] u32, token * k + j, by expert within each chunk
+  uint64_t histogram;  // [chunks][E] u32
+  uint64_t tables;     // [chunks] PlanTables, each CTA its own copy
+  uint64_t bytes;      // of the whole heap
 };
 
 inline constexpr uint64_t kSectionAlign = 1024;
@@ -55,9 +55,9 @@ FLASHMOE_HD uint32_t max_global_tiles(const Shape& s) {
 // u32 words of one CTA's plan tables (core/plan.h).
 FLASHMOE_HD uint64_t table_words(const Shape& s) {
   const uint64_t columns = s.experts + 1;
-  return (2ull + s.world) * columns       // prefix
-         + 1ull * s.world * s.experts     // start
-         + 2ull * columns                 // chunk_prefix, chunk_order
+  return (2ull + s.world) * columns          // prefix
+         + 1ull * s.world * s.experts        // start
+         + 2ull * columns                    // chunk_prefix, chunk_order
          + 2ull * max_owned_experts(s) + 1;  // segments
 }
 

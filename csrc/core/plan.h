@@ -18,8 +18,8 @@ namespace flashmoe {
 
 // Views into one CTA's copy of the tables; see table_words().
 struct PlanTables {
-  uint32_t* prefix;        // [2 + W][E + 1]: rows, row tiles, then rows of each source, before expert e
-  uint32_t* start;         // [W][E]: rows of sources before s within expert e
+  uint32_t* prefix;  // [2 + W][E + 1]: rows, row tiles, then rows of each source, before expert e
+  uint32_t* start;   // [W][E]: rows of sources before s within expert e
   uint32_t* chunk_prefix;  // [E + 1]: rows of this source's earlier chunks for expert e
   uint32_t* chunk_order;   // [E + 1]: rows of this chunk for experts before e
   uint32_t* segments;      // [2 * experts owned + 1]: tiles before each segment of the order
@@ -70,7 +70,8 @@ FLASHMOE_HD uint32_t return_row(const PlanTables& p, const Shape& s, uint32_t so
   return p.prefix[(2 + source) * (s.experts + 1) + e] + i;
 }
 // The source's first row within expert e.
-FLASHMOE_HD uint32_t source_start(const PlanTables& p, const Shape& s, uint32_t source, uint32_t e) {
+FLASHMOE_HD uint32_t source_start(const PlanTables& p, const Shape& s, uint32_t source,
+                                  uint32_t e) {
   return p.start[source * s.experts + e];
 }
 
@@ -93,16 +94,17 @@ FLASHMOE_HD Segment segment_of(const Shape& s, uint32_t rank, uint32_t index) {
   while (index >= block_begin(block + 1, wave, owned)) ++block;
   const uint32_t offset = index - block_begin(block, wave, owned);
   const uint32_t gemm1 = min_u32((block + 1) * wave, owned) - min_u32(block * wave, owned);
-  const uint32_t local = offset < gemm1 ? block * wave + offset : (block - 1) * wave + offset - gemm1;
+  const uint32_t local =
+      offset < gemm1 ? block * wave + offset : (block - 1) * wave + offset - gemm1;
   return {offset < gemm1 ? 1u : 2u, first_expert(s, rank) + local};
 }
 
 // One unit of work for the tensor cores.
 struct Tile {
-  uint32_t index;      // position in the rank's order
-  uint32_t gemm;       // 1 or 2
-  uint32_t expert;     // global id
-  uint32_t row_tile;   // within the pool
+  uint32_t index;     // position in the rank's order
+  uint32_t gemm;      // 1 or 2
+  uint32_t expert;    // global id
+  uint32_t row_tile;  // within the pool
   uint32_t row_tile_global;
   uint32_t row0;       // first row within the expert
   uint32_t pool_row0;  // first row in the pool
@@ -119,7 +121,10 @@ FLASHMOE_HD Tile tile_at(const PlanTables& p, const Shape& s, uint32_t rank, uin
   uint32_t low = 0, high = 2 * owned_experts(s, rank);
   while (high - low > 1) {  // invariant: segments[low] <= index < segments[high]
     const uint32_t middle = (low + high) / 2;
-    if (p.segments[middle] <= index) low = middle; else high = middle;
+    if (p.segments[middle] <= index)
+      low = middle;
+    else
+      high = middle;
   }
   const Segment segment = segment_of(s, rank, low);
   const uint32_t row_tiles = expert_row_tiles(p, s, segment.expert);

@@ -13,7 +13,7 @@ namespace flashmoe {
 
 // A finished span, an instant (dur_ns 0), or the beginning of a wait (kFlagOpen).
 struct alignas(16) Record {
-  uint64_t t0_ns;         // the world's clock: %globaltimer on a GPU, CLOCK_MONOTONIC on the host
+  uint64_t t0_ns;  // the world's clock: %globaltimer on a GPU, CLOCK_MONOTONIC on the host
   uint32_t dur_ns;
   uint8_t kind;           // EventKind
   uint8_t flags;          // RecordFlags
@@ -22,24 +22,24 @@ struct alignas(16) Record {
   uint16_t iter;          // launch number within the run, from 0
   uint32_t tile;          // by kind, or kNoTile
   uint32_t aux;           // by kind
-  uint32_t stall_cycles;  // of a tile: cycles its main loop waited for operands (or, `load`, for a free stage)
+  uint32_t stall_cycles;  // of a tile: cycles its main loop waited for operands (load: a stage)
 };
 static_assert(sizeof(Record) == 32, "Record is 32 bytes in the file format");
 
 // Written by the one actor that owns the ring.  128 bytes, so that no two actors share a line.
 struct alignas(128) RingHeader {
-  uint64_t count;         // records ever written; never saturates, so drops = max(0, count - capacity)
-  uint64_t begin_ns;      // of the last launch
-  uint64_t end_ns;        // of the last launch; 0 while it runs or if it never ended
+  uint64_t count;     // records ever written; never saturates, so drops = max(0, count - capacity)
+  uint64_t begin_ns;  // of the last launch
+  uint64_t end_ns;    // of the last launch; 0 while it runs or if it never ended
   uint64_t begin_cycles;  // SM clock at begin_ns
   uint64_t end_cycles;    // SM clock at end_ns
   uint32_t magic;         // kRingMagic once the actor has begun
   uint32_t capacity;      // records
   uint16_t rank;
-  uint16_t sm;            // physical SM (%smid) on a GPU, index of the thread group on the host
-  uint16_t cta;           // index of the CTA within its rank
-  uint8_t lane;           // Lane
-  uint8_t mode;           // RingMode
+  uint16_t sm;   // physical SM (%smid) on a GPU, index of the thread group on the host
+  uint16_t cta;  // index of the CTA within its rank
+  uint8_t lane;  // Lane
+  uint8_t mode;  // RingMode
   uint8_t reserved[64];
 };
 static_assert(sizeof(RingHeader) == 128, "RingHeader is 128 bytes in the file format");
@@ -49,16 +49,16 @@ inline constexpr uint32_t kRingMagic = 0x524d4f46u;  // "FOMR"
 
 // Where an actor is now, readable while the kernel runs.
 struct alignas(64) FlightSlot {
-  uint64_t since_ns;   // when this state began
-  uint32_t epoch;      // launch the actor is in, from 1
-  uint8_t state;       // ActorState
-  uint8_t kind;        // EventKind: what it does, or waits for
+  uint64_t since_ns;  // when this state began
+  uint32_t epoch;     // launch the actor is in, from 1
+  uint8_t state;      // ActorState
+  uint8_t kind;       // EventKind: what it does, or waits for
   uint16_t peer;
   uint16_t expert;
   uint16_t rank;
   uint32_t tile;
-  uint64_t expected;   // of a wait: the value awaited
-  uint64_t seen;       // of a wait: the value last read
+  uint64_t expected;  // of a wait: the value awaited
+  uint64_t seen;      // of a wait: the value last read
   uint16_t sm;
   uint16_t cta;
   uint8_t lane;

@@ -21,24 +21,24 @@ FLASHMOE_HD bool is_gated(Activation a) {
 // Equal on all ranks.  Nothing here but `chunks` may depend on the number of SMs, and `chunks` does
 // not touch the arithmetic.
 struct Shape {
-  uint32_t world;           // W, ranks
-  uint32_t experts;         // E, over all ranks
-  uint32_t top_k;           // k
-  uint32_t hidden;          // H, a multiple of 8
-  uint32_t inter;           // I, a multiple of 8
-  uint32_t max_tokens;      // the largest T of any rank
-  uint32_t pool_rows;       // capacity of each rank's pool, rows
-  uint32_t chunks;          // CTAs of a rank; each handles one chunk of consecutive tokens
-  uint32_t tile_m;          // rows of a tile
-  uint32_t tile_n1;         // columns of `h` of a GEMM1 tile
-  uint32_t tile_n2;         // columns of a GEMM2 tile
-  uint32_t wave_experts;    // experts of one owner whose tiles are due together
+  uint32_t world;         // W, ranks
+  uint32_t experts;       // E, over all ranks
+  uint32_t top_k;         // k
+  uint32_t hidden;        // H, a multiple of 8
+  uint32_t inter;         // I, a multiple of 8
+  uint32_t max_tokens;    // the largest T of any rank
+  uint32_t pool_rows;     // capacity of each rank's pool, rows
+  uint32_t chunks;        // CTAs of a rank; each handles one chunk of consecutive tokens
+  uint32_t tile_m;        // rows of a tile
+  uint32_t tile_n1;       // columns of `h` of a GEMM1 tile
+  uint32_t tile_n2;       // columns of a GEMM2 tile
+  uint32_t wave_experts;  // experts of one owner whose tiles are due together
   Activation activation;
   RoutingKind routing;
-  uint32_t renormalize;     // divide the chosen weights by their sum
-  float scale;              // factor on the routing weights
-  uint32_t groups;          // sigmoid: groups of experts, 1 for none
-  uint32_t top_groups;      // sigmoid: groups a token may choose from
+  uint32_t renormalize;  // divide the chosen weights by their sum
+  float scale;           // factor on the routing weights
+  uint32_t groups;       // sigmoid: groups of experts, 1 for none
+  uint32_t top_groups;   // sigmoid: groups a token may choose from
 };
 
 FLASHMOE_HD uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; }

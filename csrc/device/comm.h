@@ -42,7 +42,8 @@ __device__ inline void dispatch(Shared<kTraced>& sh, const Place& place, const F
     for (uint32_t turn = 0; turn < shape.world; ++turn) {
       uint32_t owner = place.rank + turn;
       if (owner >= shape.world) owner -= shape.world;
-      const uint32_t owner_begin = first_expert(shape, owner), owner_end = first_expert(shape, owner + 1);
+      const uint32_t owner_begin = first_expert(shape, owner),
+                     owner_end = first_expert(shape, owner + 1);
       const uint32_t expert_begin = min_u32(owner_begin + wave * shape.wave_experts, owner_end);
       const uint32_t expert_end = min_u32(expert_begin + shape.wave_experts, owner_end);
       const uint32_t unit_begin = tables.chunk_order[expert_begin];
@@ -73,8 +74,8 @@ __device__ inline void dispatch(Shared<kTraced>& sh, const Place& place, const F
         while (i < last) {
           const uint32_t tile = i / kTileRows;
           const uint32_t next = min_u32(last, (tile + 1) * kTileRows);
-          ptx::add_relaxed_sys(tile_counter(sh.heaps[owner], sh.layout.rows_ready, shape, place.epoch,
-                                            pool_tile(tables, shape, e, tile)),
+          ptx::add_relaxed_sys(tile_counter(sh.heaps[owner], sh.layout.rows_ready, shape,
+                                            place.epoch, pool_tile(tables, shape, e, tile)),
                                next - i);
           i = next;
         }
@@ -115,10 +116,10 @@ __device__ inline Status await_returns(Shared<kTraced>& sh, const Place& place,
       const uint32_t awaited_tile = __shfl_sync(0xffffffffu, tile, from);
       Status status = Status::kOk;
       if (lane == 0) {
-        status = actor.wait({EventKind::k_wait_return,
-                             static_cast<uint16_t>(owner_of(shape, awaited_expert)),
-                             static_cast<uint16_t>(awaited_expert), awaited_tile},
-                            returned + awaited_tile, Until::kAtLeast, place.epoch, 1);
+        status = actor.wait(
+            {EventKind::k_wait_return, static_cast<uint16_t>(owner_of(shape, awaited_expert)),
+             static_cast<uint16_t>(awaited_expert), awaited_tile},
+            returned + awaited_tile, Until::kAtLeast, place.epoch, 1);
       }
       status = static_cast<Status>(__shfl_sync(0xffffffffu, static_cast<uint32_t>(status), 0));
       if (status != Status::kOk) return status;
@@ -130,7 +131,8 @@ __device__ inline Status await_returns(Shared<kTraced>& sh, const Place& place,
 
 // y of one token: its k result rows times their weights, summed in float32 in the order of k.
 template <class T, bool kTraced>
-__device__ inline void combine_token(const Shared<kTraced>& sh, const Place& place, uint32_t token) {
+__device__ inline void combine_token(const Shared<kTraced>& sh, const Place& place,
+                                     uint32_t token) {
   const Shape& shape = sh.shape;
   const PlanTables& tables = sh.tables;
   const uint32_t lane = threadIdx.x % 32, k = shape.top_k;
@@ -185,8 +187,10 @@ __device__ inline Status combine(Shared<kTraced>& sh, const Place& place, Lane w
   const uint32_t end = chunk_begin(shape, place.tokens, place.chunk + 1);
   const uint32_t batch = min_u32(max_u32((end - begin) / 16, 1), 16);
   auto sync = [&] {
-    if constexpr (kTeamWarps == 1) __syncwarp();
-    else ptx::named_barrier(team, kTeamWarps * 32);
+    if constexpr (kTeamWarps == 1)
+      __syncwarp();
+    else
+      ptx::named_barrier(team, kTeamWarps * 32);
   };
   // What the first warp tells the team: the batch's first token, `end` for none left, or this.
   constexpr uint32_t kGiveUp = 0xffffffffu;

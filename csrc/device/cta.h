@@ -37,8 +37,8 @@ inline constexpr uint32_t kTasks = 2;
 inline constexpr uint32_t kMaxExperts = 1024;
 
 struct Task {
-  Tile tile;             // gemm 0: no more tiles
-  uint32_t wait_kind;    // EventKind the scheduler waited for, 0 if it did not
+  Tile tile;           // gemm 0: no more tiles
+  uint32_t wait_kind;  // EventKind the scheduler waited for, 0 if it did not
   uint32_t wait_lacking;
   uint64_t wait_from;
   uint64_t wait_to;
@@ -56,31 +56,32 @@ struct Shared {
   HeapLayout layout;
   Heap heaps[kMaxRanks];
   PlanTables tables;
-  uint64_t wait_from;      // of the scheduler's last wait on behalf of all lanes
+  uint64_t wait_from;  // of the scheduler's last wait on behalf of all lanes
   uint64_t wait_to;
   uint32_t wait_lacking;
-  uint32_t status;         // Status, as this CTA knows it
-  uint32_t lacking_word;   // first counts word not there yet
+  uint32_t status;        // Status, as this CTA knows it
+  uint32_t lacking_word;  // first counts word not there yet
   uint32_t bad_ids;
-  uint32_t handed_over;    // tiles the scheduler has handed over
-  uint32_t next_token;     // of this chunk, not yet taken for combining
-  uint32_t batch[4];       // first token of the batch of comm0, comm1, math0, math1
+  uint32_t handed_over;  // tiles the scheduler has handed over
+  uint32_t next_token;   // of this chunk, not yet taken for combining
+  uint32_t batch[4];     // first token of the batch of comm0, comm1, math0, math1
 };
 
 // Where this CTA stands.  In registers of every thread; everything else is in Shared.
 struct Place {
   uint32_t rank;
-  uint32_t chunk;       // index of this CTA within its rank
-  uint32_t tokens;      // of the rank
+  uint32_t chunk;   // index of this CTA within its rank
+  uint32_t tokens;  // of the rank
   uint32_t epoch;
-  Heap heap;            // the rank's own
+  Heap heap;  // the rank's own
   const RankArgs* args;
 };
 
 inline constexpr uint32_t kSharedBudget = 232448;
 inline constexpr uint32_t kSharedState = 3072;
 static_assert(sizeof(Shared<true>) <= kSharedState, "barriers, tasks and actors must fit 3 KB");
-inline constexpr uint32_t kSharedBytes = kStages * kStageBytes + kEpilogueBytes + kSharedState + 1024;
+inline constexpr uint32_t kSharedBytes =
+    kStages * kStageBytes + kEpilogueBytes + kSharedState + 1024;
 static_assert(kSharedBytes <= kSharedBudget, "a block of sm_90 has 232,448 bytes of shared memory");
 
 // The actor whose leader this thread is, or -1.

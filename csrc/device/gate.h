@@ -21,7 +21,8 @@ struct GateScratch {
   float logits[kGateTokens][kMaxExperts];
   float choice[kGateTokens][kMaxExperts];  // sigmoid: score plus bias
 };
-static_assert(sizeof(GateScratch) <= kStages * kStageBytes, "the gate's scratch must fit the stages");
+static_assert(sizeof(GateScratch) <= kStages * kStageBytes,
+              "the gate's scratch must fit the stages");
 
 // Descending by value, NaN last, ties to the lower id: a larger key is chosen first.  Never 0.
 __device__ __forceinline__ uint64_t choice_key(float value, uint32_t expert) {
@@ -57,8 +58,8 @@ __device__ __forceinline__ float warp_max(float v) {
 // A thread reads 16 contiguous bytes of its row and feeds them to two mma: that permutes K, the same
 // way for both operands, so the product is unchanged and every sector read is used whole.
 template <class T>
-__device__ inline void gate_logits(GateScratch& scratch, const Shape& shape, const T* x, const T* gate,
-                                   uint32_t token0, uint32_t tokens) {
+__device__ inline void gate_logits(GateScratch& scratch, const Shape& shape, const T* x,
+                                   const T* gate, uint32_t token0, uint32_t tokens) {
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint32_t row = lane / 4, piece = (lane % 4) * 8;
   const uint64_t hidden = shape.hidden;
@@ -70,7 +71,8 @@ __device__ inline void gate_logits(GateScratch& scratch, const Shape& shape, con
     for (uint32_t block = warp; block * 32 < shape.hidden; block += kWarps) {
       const uint32_t col = block * 32 + piece;
       const bool inside = col < shape.hidden;
-      const uint4 low = inside && row < tokens ? __ldg(reinterpret_cast<const uint4*>(x_low + col)) : zero;
+      const uint4 low =
+          inside && row < tokens ? __ldg(reinterpret_cast<const uint4*>(x_low + col)) : zero;
       const uint4 high =
           inside && row + 8 < tokens ? __ldg(reinterpret_cast<const uint4*>(x_high + col)) : zero;
       const uint32_t a0[4] = {low.x, high.x, low.y, high.y};
@@ -185,8 +187,8 @@ __device__ inline void choose(const Shape& shape, float* logits, float* choice, 
 }
 
 // Takes external ids of one token; true if they are distinct and in range.
-__device__ inline bool take_external(const Shape& shape, const int32_t* from, const float* weights_from,
-                                     uint32_t* ids, float* weights) {
+__device__ inline bool take_external(const Shape& shape, const int32_t* from,
+                                     const float* weights_from, uint32_t* ids, float* weights) {
   const uint32_t lane = threadIdx.x % 32;
   bool good = true;
   for (uint32_t j = lane; j < shape.top_k; j += 32) {
@@ -252,13 +254,14 @@ __device__ inline bool run_gate(Shared<kTraced>& sh, const Place& place, char* s
     for (uint32_t t = warp; t < tokens; t += kWarps) {
       const uint64_t at = static_cast<uint64_t>(t) * shape.top_k;
       good = take_external(shape, args.ids + first + at, args.weights + first + at, ids + at,
-                           weights + at) && good;
+                           weights + at) &&
+             good;
     }
   } else {
     for (uint32_t t0 = 0; t0 < tokens; t0 += kGateTokens) {
       const uint32_t here = min_u32(kGateTokens, tokens - t0);
-      gate_logits<T>(scratch, shape, static_cast<const T*>(args.x), static_cast<const T*>(args.gate),
-                     begin + t0, here);
+      gate_logits<T>(scratch, shape, static_cast<const T*>(args.x),
+                     static_cast<const T*>(args.gate), begin + t0, here);
       for (uint32_t t = warp; t < here; t += kWarps) {
         const uint64_t at = static_cast<uint64_t>(t0 + t) * shape.top_k;
         choose(shape, scratch.logits[t], scratch.choice[t], args.bias, ids + at, weights + at);

@@ -21,8 +21,9 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
   place.chunk = blockIdx.x - local * args.shape.chunks;
   place.tokens = place.args->tokens;
   place.heap = args.heaps[place.rank];
-  place.epoch =
-      static_cast<uint32_t>(ptx::load_relaxed_sys(place.heap.at<uint64_t>(args.layout.epoch_word))) + 1;
+  place.epoch = static_cast<uint32_t>(
+                    ptx::load_relaxed_sys(place.heap.at<uint64_t>(args.layout.epoch_word))) +
+                1;
   if (threadIdx.x == 0) {
     sh.shape = args.shape;
     sh.layout = args.layout;
@@ -71,7 +72,8 @@ template <bool kTraced>
 __device__ inline void clear_idle_sets(const Shared<kTraced>& sh, const Place& place) {
   const uint32_t next = place.epoch + 1;
   const uint32_t tiles = max_pool_tiles(sh.shape);
-  for (uint32_t i = place.chunk * kThreads + threadIdx.x; i < tiles; i += sh.shape.chunks * kThreads) {
+  for (uint32_t i = place.chunk * kThreads + threadIdx.x; i < tiles;
+       i += sh.shape.chunks * kThreads) {
     *tile_counter(place.heap, sh.layout.rows_ready, sh.shape, next, i) = 0;
     *tile_counter(place.heap, sh.layout.h_ready, sh.shape, next, i) = 0;
     *tile_counter(place.heap, sh.layout.y_ready, sh.shape, next, i) = 0;
@@ -89,7 +91,8 @@ __device__ inline bool wait_together(Shared<kTraced>& sh, const Awaited& what, c
   if (lane == kWaiter) {
     sh.wait_from = kTraced ? ptx::globaltimer() : 0;
     const uint64_t seen = ptx::load_acquire_sys(word);
-    sh.wait_lacking = until == Until::kAtLeast && seen < target ? static_cast<uint32_t>(target - seen) : 0;
+    sh.wait_lacking =
+        until == Until::kAtLeast && seen < target ? static_cast<uint32_t>(target - seen) : 0;
     const Status status = sh.actors[kWaiter].wait(what, word, until, target);
     if (status == Status::kHang) raise_abort(sh, status);
     sh.status = static_cast<uint32_t>(status);
@@ -125,14 +128,16 @@ __device__ inline void send_counts(Shared<kTraced>& sh, const Place& place) {
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint32_t* histogram = place.heap.at<uint32_t>(sh.layout.histogram);
   uint32_t sent = 0;
-  for (uint32_t e = place.chunk + warp * shape.chunks; e < shape.experts; e += kWarps * shape.chunks) {
+  for (uint32_t e = place.chunk + warp * shape.chunks; e < shape.experts;
+       e += kWarps * shape.chunks) {
     uint32_t rows = 0;
     for (uint32_t c = lane; c < shape.chunks; c += 32) rows += histogram[c * shape.experts + e];
 #pragma unroll
     for (int d = 16; d > 0; d /= 2) rows += __shfl_xor_sync(0xffffffffu, rows, d);
     if (lane < shape.world) {
-      ptx::store_release_sys(counts_words(sh.heaps[lane], sh.layout, shape, place.epoch, place.rank) + e,
-                             static_cast<uint64_t>(place.epoch) << 32 | rows);
+      ptx::store_release_sys(
+          counts_words(sh.heaps[lane], sh.layout, shape, place.epoch, place.rank) + e,
+          static_cast<uint64_t>(place.epoch) << 32 | rows);
     }
     sent += shape.world;
   }
@@ -174,7 +179,8 @@ __device__ inline void make_plan(Shared<kTraced>& sh, const Place& place) {
   build_plan(team, sh.tables, shape, place.rank, [&](uint32_t source, uint32_t e) {
     return static_cast<uint32_t>(ptx::load_relaxed_sys(words + source * shape.experts + e));
   });
-  build_chunk_tables(team, sh.tables, shape, place.heap.at<uint32_t>(sh.layout.histogram), place.chunk);
+  build_chunk_tables(team, sh.tables, shape, place.heap.at<uint32_t>(sh.layout.histogram),
+                     place.chunk);
   const uint32_t begin = chunk_begin(shape, place.tokens, place.chunk);
   const uint32_t end = chunk_begin(shape, place.tokens, place.chunk + 1);
   const uint64_t first = static_cast<uint64_t>(begin) * shape.top_k;
@@ -188,7 +194,8 @@ __device__ inline void make_plan(Shared<kTraced>& sh, const Place& place) {
 }
 
 template <bool kTraced>
-__device__ inline void record_all(Shared<kTraced>& sh, EventKind kind, uint32_t tile, uint32_t aux) {
+__device__ inline void record_all(Shared<kTraced>& sh, EventKind kind, uint32_t tile,
+                                  uint32_t aux) {
   const int lane = led_lane();
   if (lane >= 0) sh.actors[lane].span(kind, kNoPeer, kNoExpert, tile, aux);
 }
@@ -210,15 +217,15 @@ __device__ inline Status prepare(Shared<kTraced>& sh, const Place& place, char* 
   if (!await_counts(sh, place)) return static_cast<Status>(sh.status);
   make_plan(sh, place);
   record_all(sh, EventKind::k_plan, kNoTile, 0);
-  return pool_rows_needed(sh.tables, sh.shape) > sh.shape.pool_rows ? Status::kOverflow : Status::kOk;
+  return pool_rows_needed(sh.tables, sh.shape) > sh.shape.pool_rows ? Status::kOverflow
+                                                                    : Status::kOk;
 }
 
 // The last CTA of the rank to leave says how the launch ended and moves the epoch on.
 template <bool kTraced>
 __device__ inline void leave(Shared<kTraced>& sh, const Place& place, Status status) {
   __syncthreads();
-  const uint64_t aborted =
-      ptx::load_relaxed_sys(place.heap.at<uint64_t>(sh.layout.abort_word));
+  const uint64_t aborted = ptx::load_relaxed_sys(place.heap.at<uint64_t>(sh.layout.abort_word));
   if (status == Status::kOk && aborted != 0) status = static_cast<Status>(aborted);
   const int lane = led_lane();
   if (lane >= 0) {
@@ -246,8 +253,8 @@ __device__ inline void moe_forward(const LaunchArgs& args) {
   const Place place = enter(sh, args);
   // Abort is sticky: nothing runs until reset().
   if (threadIdx.x == 0) {
-    sh.status = static_cast<uint32_t>(
-        ptx::load_relaxed_sys(place.heap.at<uint64_t>(sh.layout.abort_word)));
+    sh.status =
+        static_cast<uint32_t>(ptx::load_relaxed_sys(place.heap.at<uint64_t>(sh.layout.abort_word)));
   }
   __syncthreads();
   Status status = static_cast<Status>(sh.status);

@@ -5,10 +5,10 @@
 // local_ranks * chunks blocks of 384 threads, all resident at once.
 #include "device/kernel.h"
 
-#define FLASHMOE_KERNEL(name, type, gated, traced)                                   \
-  extern "C" __global__ void __launch_bounds__(flashmoe::kThreads, 1)                \
-      name(const flashmoe::LaunchArgs* __restrict__ args) {                          \
-    flashmoe::moe_forward<type, gated, traced>(*args);                               \
+#define FLASHMOE_KERNEL(name, type, gated, traced)                    \
+  extern "C" __global__ void __launch_bounds__(flashmoe::kThreads, 1) \
+      name(const flashmoe::LaunchArgs* __restrict__ args) {           \
+    flashmoe::moe_forward<type, gated, traced>(*args);                \
   }
 
 FLASHMOE_KERNEL(moe_bf16_gated_untraced, __nv_bfloat16, true, false)
@@ -22,7 +22,8 @@ FLASHMOE_KERNEL(moe_fp16_plain_traced, __half, false, true)
 
 // Measures the clock and the tracer: out = {step of %globaltimer in ns, ns and SM cycles that writing
 // `records` spans took, records}.  One thread; scratch holds a RingHeader and 256 records.
-extern "C" __global__ void flashmoe_clock_probe(uint64_t* out, char* scratch, flashmoe::FlightSlot* slot) {
+extern "C" __global__ void flashmoe_clock_probe(uint64_t* out, char* scratch,
+                                                flashmoe::FlightSlot* slot) {
   using namespace flashmoe;
   constexpr uint32_t kRecords = 256;
   uint64_t step = ~0ull, last = ptx::globaltimer();

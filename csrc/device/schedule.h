@@ -26,8 +26,8 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
     const Tile tile = tile_at(sh.tables, shape, place.rank, static_cast<uint32_t>(index));
     const bool up = tile.gemm == 1;
     const EventKind kind = up ? EventKind::k_wait_rows : EventKind::k_wait_h;
-    const uint64_t* word = tile_counter(place.heap, up ? sh.layout.rows_ready : sh.layout.h_ready, shape,
-                                        place.epoch, tile.row_tile);
+    const uint64_t* word = tile_counter(place.heap, up ? sh.layout.rows_ready : sh.layout.h_ready,
+                                        shape, place.epoch, tile.row_tile);
     const uint64_t due = up ? tile.rows : h_due;
     actor.span(EventKind::k_schedule, kNoPeer, tile.expert, tile.index, 0);
     task.tile = tile;
@@ -38,8 +38,9 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
         task.wait_from = ptx::globaltimer();
         task.wait_lacking = static_cast<uint32_t>(due - ptx::load_acquire_sys(word));
       }
-      const Status status = actor.wait({kind, kNoPeer, static_cast<uint16_t>(tile.expert), tile.row_tile},
-                                       word, Until::kAtLeast, due);
+      const Status status =
+          actor.wait({kind, kNoPeer, static_cast<uint16_t>(tile.expert), tile.row_tile}, word,
+                     Until::kAtLeast, due);
       if (status != Status::kOk) {
         if (status == Status::kHang) raise_abort(sh, status);
         break;

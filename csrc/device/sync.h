@@ -30,8 +30,8 @@ struct GpuPlatform {
     uint4* words = reinterpret_cast<uint4*>(to);
 #pragma unroll
     for (int i = 0; i < 3; ++i) {  // the fourth is reserved bytes
-      asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(words + i), "r"(from[i].x),
-                   "r"(from[i].y), "r"(from[i].z), "r"(from[i].w)
+      asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(words + i),
+                   "r"(from[i].x), "r"(from[i].y), "r"(from[i].z), "r"(from[i].w)
                    : "memory");
     }
   }

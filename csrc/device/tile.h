@@ -26,7 +26,8 @@ __device__ __forceinline__ uint32_t depth_of(const Shape& shape, uint32_t gemm) 
 // Says in this actor's trace what the scheduler waited for on behalf of the tile; the rest of the
 // time since the actor's last span is idle.
 template <bool kTraced>
-__device__ __forceinline__ void take_up(GpuActor<kTraced>& actor, const Task& task, EventKind kind) {
+__device__ __forceinline__ void take_up(GpuActor<kTraced>& actor, const Task& task,
+                                        EventKind kind) {
   actor.doing(kind, kNoPeer, task.tile.expert, task.tile.index);
   if constexpr (kTraced) {
     if (task.wait_kind != 0) {
@@ -75,19 +76,21 @@ __device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char*
       ptx::mbarrier_expect(full, kStageBytes);
       ptx::tma_load_2d(a, up ? args.map_pool : args.map_h, full, k, row);
       if (!up) {
-        ptx::tma_load_3d(b, args.map_down, full, k, col_tile * static_cast<int32_t>(kTileCols), expert);
+        ptx::tma_load_3d(b, args.map_down, full, k, col_tile * static_cast<int32_t>(kTileCols),
+                         expert);
       } else if constexpr (kGated) {
         // Eight gate rows, then the eight up rows of the same columns, sixteen times.
-        ptx::tma_load_5d(b, args.map_up, full, k, 0, 0, col_tile * static_cast<int32_t>(kTileCols / 16),
-                         expert);
+        ptx::tma_load_5d(b, args.map_up, full, k, 0, 0,
+                         col_tile * static_cast<int32_t>(kTileCols / 16), expert);
       } else {
-        ptx::tma_load_3d(b, args.map_up, full, k, col_tile * static_cast<int32_t>(kTileCols), expert);
+        ptx::tma_load_3d(b, args.map_up, full, k, col_tile * static_cast<int32_t>(kTileCols),
+                         expert);
       }
       cursor.next();
     }
     if constexpr (kTraced) {
-      actor.span(EventKind::k_load, kNoPeer, task.tile.expert, task.tile.index, clock64() - begin_cycles,
-                 GpuActor<kTraced>::saturate(stall));
+      actor.span(EventKind::k_load, kNoPeer, task.tile.expert, task.tile.index,
+                 clock64() - begin_cycles, GpuActor<kTraced>::saturate(stall));
     }
     ptx::mbarrier_arrive(&sh.task_empty[slot]);
   }
@@ -208,7 +211,8 @@ __device__ __forceinline__ void store_hidden(const Shared<kTraced>& sh, const Pl
           for (uint32_t i = 0; i < 2; ++i) {
             if constexpr (kGated) {
               const uint32_t block = 2 * (pass * 8 + b);
-              v[i] = activate(kind, acc[4 * block + 2 * high + i]) * acc[4 * (block + 1) + 2 * high + i];
+              v[i] = activate(kind, acc[4 * block + 2 * high + i]) *
+                     acc[4 * (block + 1) + 2 * high + i];
             } else {
               v[i] = activate(kind, acc[4 * (pass * 8 + b) + 2 * high + i]);
             }
@@ -227,7 +231,8 @@ __device__ __forceinline__ void store_hidden(const Shared<kTraced>& sh, const Pl
 // GEMM2: rounding, and each row into the return buffer of the rank it came from.
 template <class T, bool kTraced>
 __device__ __forceinline__ void store_returns(const Shared<kTraced>& sh, const Tile& tile,
-                                              uint32_t warp_row, char* buffer, const float (&acc)[128]) {
+                                              uint32_t warp_row, char* buffer,
+                                              const float (&acc)[128]) {
   const Shape& shape = sh.shape;
   const uint32_t hidden = shape.hidden;
   T* to[4];
@@ -238,7 +243,8 @@ __device__ __forceinline__ void store_returns(const Shared<kTraced>& sh, const T
     if (r >= tile.rows) continue;
     const uint32_t i = tile.row0 + r;
     uint32_t source = 0;
-    while (source + 1 < shape.world && i >= source_start(sh.tables, shape, source + 1, tile.expert)) ++source;
+    while (source + 1 < shape.world && i >= source_start(sh.tables, shape, source + 1, tile.expert))
+      ++source;
     const uint32_t row = return_row(sh.tables, shape, source, tile.expert,
                                     i - source_start(sh.tables, shape, source, tile.expert));
     to[q] = sh.heaps[source].template at<T>(sh.layout.ret) + static_cast<uint64_t>(row) * hidden;
@@ -261,7 +267,8 @@ __device__ __forceinline__ void store_returns(const Shared<kTraced>& sh, const T
 
 // After a GEMM2 tile: count it, and if it was the row tile's last, tell each source with rows in it.
 template <bool kTraced>
-__device__ inline void publish_returns(const Shared<kTraced>& sh, const Place& place, const Tile& tile) {
+__device__ inline void publish_returns(const Shared<kTraced>& sh, const Place& place,
+                                       const Tile& tile) {
   const Shape& shape = sh.shape;
   uint64_t* done = tile_counter(place.heap, sh.layout.y_ready, shape, place.epoch, tile.row_tile);
   const uint64_t due = static_cast<uint64_t>(column_tiles(shape, 2)) * kMathGroups;
@@ -317,8 +324,8 @@ __device__ inline void multiply_tiles(Shared<kTraced>& sh, const Place& place, c
     if (leads) take_up(actor, sh.tasks[slot], up ? EventKind::k_gemm1 : EventKind::k_gemm2);
     const uint64_t begin_cycles = kTraced ? clock64() : 0;
     const bool active = tile.rows > group * 64;
-    const uint64_t stall = multiply<T>(sh, stages, cursor, ceil_div(depth_of(sh.shape, tile.gemm), kTileK),
-                                       group, active, acc);
+    const uint64_t stall = multiply<T>(
+        sh, stages, cursor, ceil_div(depth_of(sh.shape, tile.gemm), kTileK), group, active, acc);
     if (up) {
       if (active) store_hidden<T, kGated>(sh, place, tile, warp_row, buffer, acc);
       ptx::fence_proxy_async();  // `h` will be read by tensor copies

@@ -49,6 +49,8 @@ void Cta<kTraced>::run(Lane lane) {
   gate_share(a, lane);
   barrier_.wait();
   if (lane == Lane::k_sched) status_ = prepare(a);
+  // Also by a launch that will overflow: the next one counts on it.
+  if (lane == Lane::k_math1) clear_idle_set();
   barrier_.wait();
   Status status = status_;
   if (lane != Lane::k_sched) {

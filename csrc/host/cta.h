@@ -64,14 +64,14 @@ class Cta final : public CtaRun {
   Status prepare(LaneActor& a);
   Status exchange_counts(LaneActor& a);
   void plan(LaneActor& a);
+  void clear_idle_set();
 
   // cta_move.h: rows to their experts and back.
   Status comm_lane(LaneActor& a);
   void dispatch(LaneActor& a);
   uint64_t send_rows(uint32_t owner, uint32_t first, uint32_t last);
   Status combine(LaneActor& a);
-  void sum_token(uint32_t token, float* sum);
-  void clear_idle_set();
+  void sum_token(uint32_t token, float* sum, float* widened);
 
   // cta_tiles.h: tiles.
   Status sched_lane(LaneActor& a);

@@ -78,7 +78,7 @@ uint64_t Cta<kTraced>::send_rows(uint32_t owner, uint32_t first, uint32_t last) 
 // begins, so that the time spent summing is not part of the wait.
 template <bool kTraced>
 Status Cta<kTraced>::combine(LaneActor& a) {
-  std::vector<float> sum(s_.hidden);
+  std::vector<float> sum(s_.hidden), widened(s_.hidden);
   uint32_t summed = 0;
   auto record = [&] {
     if (summed > 0) a.span(EventKind::k_combine, kNoPeer, kNoExpert, cta_, summed);
@@ -108,7 +108,7 @@ Status Cta<kTraced>::combine(LaneActor& a) {
         if (status != Status::kOk) return status;
         a.doing(EventKind::k_combine, kNoPeer, kNoExpert, cta_);
       }
-      sum_token(t, sum.data());
+      sum_token(t, sum.data(), widened.data());
       ++summed;
     }
   }
@@ -116,40 +116,25 @@ Status Cta<kTraced>::combine(LaneActor& a) {
   return Status::kOk;
 }
 
-// y = sum over k, in order, of weight times the result row; rounded once.
+// y = sum over k, in order, of weight times the result row; rounded once.  `sum` and `widened` are
+// scratch of H floats.
 template <bool kTraced>
-void Cta<kTraced>::sum_token(uint32_t token, float* sum) {
+void Cta<kTraced>::sum_token(uint32_t token, float* sum, float* widened) {
   const uint32_t* ids = heap_.at<uint32_t>(l_.ids);
   const uint32_t* slots = heap_.at<uint32_t>(l_.slots);
   const float* weights = heap_.at<float>(l_.weights);
-  std::vector<float> row(s_.hidden);
   std::fill_n(sum, s_.hidden, 0.0f);
   for (uint32_t j = 0; j < s_.top_k; ++j) {
     const uint64_t at = static_cast<uint64_t>(token) * s_.top_k + j;
     const uint32_t e = ids[at];
     const uint32_t place = return_row(tables_, s_, rank_, e, tables_.chunk_prefix[e] + slots[at]);
     widen(m_.config.dtype, heap_.at<uint16_t>(l_.ret) + static_cast<uint64_t>(place) * s_.hidden,
-          row.data(), s_.hidden);
+          widened, s_.hidden);
     const float weight = weights[at];
-    for (uint32_t i = 0; i < s_.hidden; ++i) sum[i] += weight * row[i];
+    for (uint32_t i = 0; i < s_.hidden; ++i) sum[i] += weight * widened[i];
   }
   narrow(m_.config.dtype, sum, m_.y[rank_].data() + static_cast<uint64_t>(token) * s_.hidden,
          s_.hidden);
-}
-
-// This CTA's share of the counters that the next launch will use.
-template <bool kTraced>
-void Cta<kTraced>::clear_idle_set() {
-  const uint32_t idle = epoch_ + 1;
-  const uint32_t tiles = max_pool_tiles(s_);
-  const uint32_t begin = static_cast<uint32_t>(uint64_t{cta_} * tiles / s_.chunks);
-  const uint32_t end = static_cast<uint32_t>(uint64_t{cta_ + 1} * tiles / s_.chunks);
-  for (const uint64_t section : {l_.rows_ready, l_.h_ready, l_.y_ready}) {
-    for (uint32_t tile = begin; tile < end; ++tile) {
-      HostPlatform::store_relaxed(tile_counter(heap_, section, s_, idle, tile), 0);
-    }
-  }
-  if (cta_ == 0) HostPlatform::store_relaxed(next_tile_word(heap_, l_, idle), 0);
 }
 
 }  // namespace flashmoe::host

@@ -143,4 +143,19 @@ void Cta<kTraced>::plan(LaneActor& a) {
   a.span(EventKind::k_plan, kNoPeer, kNoExpert, kNoTile, 0);
 }
 
+// This CTA's share of the counters that the next launch will use.
+template <bool kTraced>
+void Cta<kTraced>::clear_idle_set() {
+  const uint32_t idle = epoch_ + 1;
+  const uint32_t tiles = max_pool_tiles(s_);
+  const uint32_t begin = static_cast<uint32_t>(uint64_t{cta_} * tiles / s_.chunks);
+  const uint32_t end = static_cast<uint32_t>(uint64_t{cta_ + 1} * tiles / s_.chunks);
+  for (const uint64_t section : {l_.rows_ready, l_.h_ready, l_.y_ready}) {
+    for (uint32_t tile = begin; tile < end; ++tile) {
+      HostPlatform::store_relaxed(tile_counter(heap_, section, s_, idle, tile), 0);
+    }
+  }
+  if (cta_ == 0) HostPlatform::store_relaxed(next_tile_word(heap_, l_, idle), 0);
+}
+
 }  // namespace flashmoe::host

@@ -122,7 +122,6 @@ Status Cta<kTraced>::load_lane(LaneActor& a) {
 // Half of each tile's rows: the first lane has the larger half.
 template <bool kTraced>
 Status Cta<kTraced>::math_lane(LaneActor& a, uint32_t half) {
-  if (half == 1) clear_idle_set();
   std::vector<float> sums(kTileM * kPanelColumns);
   for (;;) {
     const Task task = tasks_.take(1 + half);

@@ -221,7 +221,7 @@ LaunchResult Engine::launch() {
   if (!all_started) {
     --last_epoch_;
     throw std::runtime_error("the system does not allow " + std::to_string(m.actors()) +
-                             " threads: use fewer ranks or SMs");
+                             " threads");
   }
   ++m.iteration;
 

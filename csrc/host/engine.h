@@ -4,7 +4,6 @@
 // forward of all ranks.  It is not thread-safe but for abort() and flight().
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>

@@ -84,8 +84,6 @@ class Ring {
     consumed_[reader].notify_one();
   }
 
-  std::array<T, kSlots>& entries() { return entries_; }
-
  private:
   std::array<T, kSlots> entries_{};
   std::atomic<uint32_t> produced_{0};
