@@ -173,7 +173,8 @@ Deadline = Annotated[
     _option(
         "--deadline",
         metavar="SECONDS",
-        help="Longest that any wait may take before the run counts as hung (10).",
+        help="Longest that any wait may take before the run counts as hung (10); four times that "
+        "in the first launch.",
         panel=WHERE,
         min=0.001,
     ),

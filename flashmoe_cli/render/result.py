@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import statistics
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from flashmoe_cli.output import Terminal
@@ -38,10 +39,12 @@ def check_text(check: dict[str, Any] | None) -> str:
     out, routing = check["output"], check["routing"]
     verdict = "ok" if out["ok"] else f"WRONG: {count_text(out['over'])} elements over the bound"
     text = f"{verdict}; max error {out['max_abs']:.2g}, {out['max_ratio']:.2f} of its bound"
+    if out["not_finite"]:
+        text += f"; {count_text(out['not_finite'])} elements NaN or infinite"
     if out["unbounded"]:
         text += f"; {count_text(out['unbounded'])} elements not judged (overflow)"
     if routing is not None:
-        wrong = routing["wrong"] + routing["bad_ids"]
+        wrong = routing["wrong"] + routing["bad_ids"] + routing["wrong_weights"]
         text += "; routing ok" if routing["ok"] else f"; routing WRONG in {plural(wrong, 'token')}"
         text += f", {plural(routing['near_ties'], 'near-tie')}"
     return text
@@ -69,7 +72,7 @@ def result_lines(result: Result, where: Terminal, *, verbose: bool = False) -> l
         lines.append(f"  no GPU   {result.why_world}")
     lines.append(f"  shape    {shape_text(result.config.to_dict(), list(result.tokens))}")
     if result.hang is not None:
-        lines += ["", *hang_lines(result)]
+        lines += ["", *hang_lines(result, where), ""]
     else:
         text = check_text(result.check)
         good = result.check is None or result.check["ok"]
@@ -117,10 +120,17 @@ def _verbose(result: Result) -> list[str]:
     return lines
 
 
-def hang_lines(result: Result) -> list[str]:
-    """The hang report as the diagnosis words it."""
+def hang_lines(result: Result, where: Terminal) -> list[str]:
+    """The hang report as the diagnosis words it, long lines wrapped under their beginning."""
     assert result.hang is not None
-    return list(result.hang.text)
+    lines = []
+    for i, text in enumerate(result.hang.text):
+        indent = " " * (len(text) - len(text.lstrip()))
+        parts = wrap(
+            text.strip(), where.width, initial_indent=indent, subsequent_indent=indent + "  "
+        )
+        lines += [paint(part, "1;31" if i == 0 else "", where.colour and i == 0) for part in parts]
+    return lines
 
 
 def next_lines(result: Result) -> list[str]:
@@ -130,13 +140,13 @@ def next_lines(result: Result) -> list[str]:
     run = ""
     if result.path is not None and result.path.absolute().parent != runs_folder().absolute():
         run = " " + shlex.quote(str(result.path))
-    lines = ["next:"]
+    exported = f"flashmoe export{run} --format perfetto -o trace.pftrace"
+    rows = [(exported, "for https://ui.perfetto.dev")]
     if result.hang is None:
-        lines += [
-            f"  flashmoe timeline{run} --sm 0-1 --lane math0    one lane of two SMs",
-            f"  flashmoe traffic{run}                           who sent what to whom",
+        rows = [
+            (f"flashmoe timeline{run} --sm 0 --lane all", "every lane of one SM"),
+            (f"flashmoe traffic{run}", "who sent what to whom"),
+            *rows,
         ]
-    lines += [
-        f"  flashmoe export{run} --format perfetto -o trace.pftrace    then open ui.perfetto.dev"
-    ]
-    return lines
+    width = max(len(command) for command, _ in rows)
+    return ["next:", *(f"  {command:<{width}}  {why}" for command, why in rows)]
