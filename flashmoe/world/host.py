@@ -43,6 +43,9 @@ RING_MEMORY = 256 << 20
 
 FIRST_DEADLINE_FACTOR = 4
 
+MAX_ROWS = 2**31
+"""Rows of all ranks: core counts rows and tiles in 32 bits."""
+
 _TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -102,6 +105,13 @@ class HostEngine:
             raise FlashmoeError(
                 f"{len(self.tokens)} numbers of tokens for {ranks} ranks",
                 "give each rank's T, 0 or more",
+                exit_code=2,
+            )
+        rows = sum(self.tokens) * self.config.top_k
+        if rows > MAX_ROWS:
+            raise FlashmoeError(
+                f"{rows} rows: tokens times experts a token may be {MAX_ROWS}",
+                "use fewer tokens (-T)",
                 exit_code=2,
             )
         if self.sms_per_rank < 1:
@@ -243,7 +253,10 @@ class HostEngine:
 
     def _launch_once(self) -> Launch:
         iteration = self._engine.iteration
-        status, elapsed_ns, rows_needed = self._engine.launch()
+        try:
+            status, elapsed_ns, rows_needed = self._engine.launch()
+        except RuntimeError as exc:
+            raise FlashmoeError(str(exc), "use fewer --ranks or SMs a rank") from exc
         return Launch(Status(status), elapsed_ns / 1e6, iteration, rows_needed)
 
     def outputs(self) -> list[RankOutput]:

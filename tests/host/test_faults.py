@@ -140,6 +140,29 @@ def test_overflow_says_the_rows_needed_and_moves_none() -> None:
         assert engine.launch().status is Status.OK
 
 
+def test_launches_after_an_overflow_start_afresh() -> None:
+    # The counters that the launch before the overflow used serve again in the one after it.
+    what = layer(EXTERNAL, 40)
+    assert what.shares is not None
+    even = torch.tensor([[0, 5]] * 40, dtype=torch.int32)
+    crowded = torch.tensor([[0, 1]] * 40, dtype=torch.int32)
+    options = {"deadline_s": 2.0, "first_deadline_s": 2.0}
+    with engine_for(what, [20, 20], pool_rows=40, **options) as engine:
+        for ids, status in (
+            (even, Status.OK),
+            (crowded, Status.OVERFLOW),
+            (even, Status.OK),
+            (crowded, Status.OVERFLOW),
+            (crowded, Status.OVERFLOW),
+            (even, Status.OK),
+        ):
+            engine.load(what.split([20, 20]), list(ids.split(20)), list(what.shares.split(20)))
+            assert engine.launch().status is status
+        y = torch.cat([o.y for o in engine.outputs()])
+    what.ids = even
+    assert torch.equal(y, forward(what, [40]).y)
+
+
 def test_pools_below_the_worst_case_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     # All tokens go to the first rank's two experts: three times the mean.
     what = layer(EXTERNAL, 96)
@@ -211,6 +234,8 @@ def test_too_little_memory_is_said_with_the_figure() -> None:
     what = layer(config, 1)
     with pytest.raises(FlashmoeError, match=r"needs \d+\.\d GB of memory"):
         host.HostEngine(config, what.weights, [500_000_000] * 2, EngineOptions(ranks=2))
+    with pytest.raises(FlashmoeError, match="rows"):
+        host.HostEngine(config, what.weights, [10**10], EngineOptions())
 
 
 @pytest.mark.parametrize(
