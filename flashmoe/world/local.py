@@ -22,6 +22,7 @@ from flashmoe.world.base import (
     WorldKind,
 )
 from flashmoe.world.tensor_maps import encode_tensor_map
+from flashmoe.world.tiles import extension, tile_plan
 
 if TYPE_CHECKING:
     from flashmoe.config import MoEConfig, MoEWeights
@@ -105,7 +106,7 @@ class LocalEngine:
             )
         self._fixed_pool = pool_rows is not None
         self._shape = self._make_shape(pool_rows, properties.total_memory)
-        self._layout = _host().heap_layout(self._shape)
+        self._layout = extension().heap_layout(self._shape)
         self.ring_capacity = options.ring_capacity or self._default_ring_capacity()
         self._check_memory(weights)
         self._weights = self._place_weights(weights)
@@ -149,8 +150,8 @@ class LocalEngine:
         if pool_rows is None:
             # The worst case while the arenas then take less than a quarter of the memory, else
             # twice the mean; launch() grows the pools should that overflow.
-            pool_rows = _host().heap_layout(shape)["worst_pool_rows"]
-            arenas = _host().heap_layout({**shape, "pool_rows": pool_rows})["bytes"]
+            pool_rows = extension().heap_layout(shape)["worst_pool_rows"]
+            arenas = extension().heap_layout({**shape, "pool_rows": pool_rows})["bytes"]
             if arenas * self.options.ranks > memory // 4:
                 mean = sum(self.tokens) * config.top_k // self.options.ranks
                 pool_rows = min(pool_rows, 2 * mean)
@@ -331,7 +332,7 @@ class LocalEngine:
             }
             for rank in range(self.options.ranks)
         ]
-        args = _host().launch_args(
+        args = extension().launch_args(
             self._shape,
             [heap.data_ptr() for heap in self._heaps],
             ranks,
@@ -398,7 +399,7 @@ class LocalEngine:
         """Makes room for ``rows`` rows a pool.  The epoch goes back to 0; iterations go on."""
         self._shape = {**self._shape, "pool_rows": rows}
         self._heaps = []
-        self._layout = _host().heap_layout(self._shape)
+        self._layout = extension().heap_layout(self._shape)
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(self.device)
         needed = self._layout["bytes"] * self.options.ranks
@@ -479,14 +480,18 @@ class LocalEngine:
         return self._slots.numpy().reshape(-1).view(schema.FLIGHT_SLOT).copy()
 
     def counts_seen(self) -> np.ndarray:
-        """Counts as each rank holds them, uint32 [W, W, E]: [holder, source, expert]."""
+        """Counts as each rank holds them, uint32 [W, W, E]: [holder, source, expert].
+
+        0xffffffff where that source's count has not arrived.
+        """
         ranks, experts = self.options.ranks, self.config.experts
         seen = np.zeros((ranks, ranks, experts), np.uint32)
         for rank in range(ranks):
             words = self._section(rank, "counts", 16 * ranks * experts).numpy().view(np.uint64)
             epoch = self._launches
             both = words.reshape(2, ranks, experts)[epoch & 1]
-            seen[rank] = np.where(both >> np.uint64(32) == epoch, both & np.uint64(0xFFFFFFFF), 0)
+            arrived = both >> np.uint64(32) == epoch
+            seen[rank] = np.where(arrived, both & np.uint64(0xFFFFFFFF), 0xFFFFFFFF)
         return seen
 
     def clock(self) -> ClockInfo:
@@ -536,30 +541,3 @@ class LocalEngine:
 
     def _word(self, rank: int, name: str) -> int:
         return int(self._section(rank, name, 8).view(torch.int64).item())
-
-
-def tile_plan(shape: dict[str, Any], chunk_counts: np.ndarray, family: str) -> np.ndarray:
-    """The tiles of all ranks in order, columns as in plan.parquet but ``iter``.
-
-    ``chunk_counts``: uint32 [W, chunks, E].
-    """
-    columns = _host().plan(shape, np.ascontiguousarray(chunk_counts, np.uint32))
-    names = list(columns)
-    dtype = [(name, np.uint32) for name in names] + [("family", f"U{len(family)}")]
-    tiles = np.empty(len(columns[names[0]]), dtype)
-    for name in names:
-        tiles[name] = columns[name]
-    tiles["family"] = family
-    return tiles
-
-
-def _host() -> Any:
-    """The extension, which derives layouts and plans through the same headers as the kernel."""
-    try:
-        import flashmoe._host as module
-    except ImportError as exc:
-        raise FlashmoeError(
-            "this installation holds no compiled extension",
-            "reinstall flashmoe on Linux with a C++ compiler",
-        ) from exc
-    return module
