@@ -8,6 +8,7 @@ the bound follows from x, the weights, the dtype and the sizes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -143,23 +144,26 @@ def _bound(
 
 @dataclass(frozen=True)
 class OutputCheck:
-    """The verdict on y.
+    """The verdict on y; every figure is finite, so that JSON holds it.
 
-    ``max_ratio`` is the largest |kernel - reference| / bound, at ``worst`` (token, column);
-    ``over`` counts elements beyond their bound, ``unbounded`` those whose bound is infinite or
-    whose reference is not finite: they are not judged.  ``relative_rms`` is the root mean square of
-    the difference over that of the reference.
+    ``max_ratio`` is the largest |kernel - reference| / bound; ``over`` counts elements beyond their
+    bound, ``not_finite`` those of them that are NaN or infinite, which the maxima leave out;
+    ``unbounded`` counts elements whose bound is infinite or whose reference is not finite: they are
+    not judged.  ``relative_rms`` is the root mean square of the difference over that of the
+    reference.  ``worst`` is the (token, column) of the first element that is not finite, else of
+    ``max_ratio``; None where nothing was judged.  ``worst_value`` is None where it is not finite.
     """
 
     ok: bool
     elements: int
     over: int
+    not_finite: int
     unbounded: int
     max_abs: float
     max_ratio: float
     relative_rms: float
     worst: tuple[int, int] | None
-    worst_value: float
+    worst_value: float | None
     worst_reference: float
     worst_bound: float
 
@@ -167,27 +171,33 @@ class OutputCheck:
 def compare(y: torch.Tensor, reference: torch.Tensor, bound: torch.Tensor) -> OutputCheck:
     """Holds y [T, H] against the reference and its bound, float32 [T, H], on one device."""
     elements = reference.numel()
-    if elements == 0:
-        return OutputCheck(True, 0, 0, 0, 0.0, 0.0, 0.0, None, 0.0, 0.0, 0.0)
     judged = bound.isfinite() & reference.isfinite()
-    difference = (y.float() - reference).abs()
-    difference = difference.masked_fill(difference.isnan(), torch.inf).masked_fill(~judged, 0.0)
-    # A bound of 0 is one of an exact result: any difference at all is infinitely beyond it.
-    ratio = torch.where(difference == 0, 0.0, difference / bound.masked_fill(~judged, 1.0))
-    over = int((ratio > 1).sum())
-    at = int(ratio.argmax())
-    token, column = divmod(at, reference.shape[1])
-    norm = float(reference.masked_fill(~judged, 0.0).double().norm())
+    unbounded = elements - int(judged.sum())
+    if elements == unbounded:
+        return OutputCheck(True, elements, 0, 0, unbounded, 0.0, 0.0, 0.0, None, 0.0, 0.0, 0.0)
+    broken = judged & ~y.isfinite()
+    left_out = ~judged | broken
+    difference = (y.float() - reference).abs().masked_fill_(left_out, 0.0)
+    # A bound of 0 is that of an exact result: any difference is beyond it.
+    largest = torch.finfo(torch.float32).max
+    ratio = (difference / bound).masked_fill_(difference == 0, 0.0).clamp_max_(largest)
+    not_finite = int(broken.sum())
+    over = int((ratio > 1).sum()) + not_finite
+    blame = ratio.masked_fill(broken, torch.inf).masked_fill_(~judged, -1.0)
+    token, column = divmod(int(blame.argmax()), reference.shape[1])
+    value = float(y[token, column])
+    norm = float(reference.masked_fill(left_out, 0.0).double().norm())
     return OutputCheck(
         ok=over == 0,
         elements=elements,
         over=over,
-        unbounded=elements - int(judged.sum()),
+        not_finite=not_finite,
+        unbounded=unbounded,
         max_abs=float(difference.max()),
         max_ratio=float(ratio.max()),
         relative_rms=float(difference.double().norm()) / norm if norm else 0.0,
         worst=(token, column),
-        worst_value=float(y[token, column]),
+        worst_value=value if math.isfinite(value) else None,
         worst_reference=float(reference[token, column]),
         worst_bound=float(bound[token, column]),
     )

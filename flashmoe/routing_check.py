@@ -25,13 +25,15 @@ class RoutingCheck:
     ``bad_ids``: tokens with an id out of range or twice.  ``wrong``: tokens with an expert whose
     score is below that of one left out by more than both bounds.  ``near_ties``: tokens where the
     bounds leave the choice open; ``differ``: tokens chosen otherwise than by the reference.
-    ``max_weight_ratio``: largest |weight - reference| / bound, on the kernel's ids.
+    ``wrong_weights``: tokens with a weight beyond its bound, and ``max_weight_ratio`` the largest
+    |weight - reference| / bound, on the kernel's ids.
     """
 
     ok: bool
     tokens: int
     bad_ids: int
     wrong: int
+    wrong_weights: int
     near_ties: int
     differ: int
     max_weight_abs: float
@@ -127,7 +129,7 @@ def check_routing(
     """
     tokens = ids.shape[0]
     if tokens == 0:
-        return RoutingCheck(True, 0, 0, 0, 0, 0, 0.0, 0.0, None)
+        return RoutingCheck(True, 0, 0, 0, 0, 0, 0, 0.0, 0.0, None)
     logits_ = logits(x, weights)
     bound = _logit_bound(x, weights.gate, logits_, confidence(tokens * config.experts))
     scores = selection_scores(logits_, weights, config)
@@ -155,16 +157,20 @@ def check_routing(
     relative_weight = _weight_error(logits_, relative, given, config)
     weight_bound = reference * relative_weight.expm1() + torch.finfo(torch.float32).tiny
     difference = (routing_weights.float() - reference).abs()
-    difference = difference.masked_fill(difference.isnan(), torch.inf)
+    # Kept finite, so that JSON holds it: a weight that is NaN errs by the largest number there is.
+    largest = torch.finfo(torch.float32).max
+    difference = difference.nan_to_num(nan=largest, posinf=largest)
     difference = difference.masked_fill(~judged[:, None], 0.0)
     ratio = (difference / weight_bound.masked_fill(~judged[:, None], 1.0)).amax(1)
+    ratio = ratio.clamp_max(largest)
     blame = ratio.masked_fill(bad | wrong, torch.inf)
-    bad_count, wrong_count = int(bad.sum()), int(wrong.sum())
+    bad_count, wrong_count, wrong_weights = (int(t.sum()) for t in (bad, wrong, ratio > 1))
     return RoutingCheck(
-        ok=bad_count == 0 and wrong_count == 0 and float(ratio.max()) <= 1,
+        ok=bad_count == wrong_count == wrong_weights == 0,
         tokens=tokens,
         bad_ids=bad_count,
         wrong=wrong_count,
+        wrong_weights=wrong_weights,
         near_ties=int(open_.sum()),
         differ=int(differ.sum()),
         max_weight_abs=float(difference.max()),

@@ -50,7 +50,10 @@ def check(inputs: Inputs, outputs: Sequence[RankOutput], progress: Progress) -> 
     return {"ok": ok, "output": output, "routing": routing, "ranks": ranks}
 
 
-_SUMS = ("elements", "over", "unbounded", "tokens", "bad_ids", "wrong", "near_ties", "differ")
+_SUMS = (
+    *("elements", "over", "not_finite", "unbounded"),
+    *("tokens", "bad_ids", "wrong", "wrong_weights", "near_ties", "differ"),
+)
 _MAXIMA = ("max_abs", "max_ratio", "relative_rms", "max_weight_abs", "max_weight_ratio")
 
 
@@ -117,8 +120,9 @@ def diagnose_hang(engine: Engine, slots: np.ndarray) -> HangReport:
     from flashmoe.trace.diagnosis import diagnose
 
     options = engine.options
-    first = int(slots["epoch"].max(initial=0)) <= 1 and options.first_deadline_s is not None
-    deadline_s = options.first_deadline_s if first else options.deadline_s
+    deadline_s = options.deadline_s
+    if int(slots["epoch"].max(initial=0)) <= 1:
+        deadline_s = options.first_deadline_s or 4 * options.deadline_s
     # The host engine stamps by CLOCK_MONOTONIC; a GPU's clock cannot be read from here, and the
     # launch has just ended, so that its last change of state is now.
     on_host = engine.world == "host"
@@ -127,7 +131,7 @@ def diagnose_hang(engine: Engine, slots: np.ndarray) -> HangReport:
     return diagnose(
         slots,
         ranks=options.ranks,
-        deadline_s=deadline_s or options.deadline_s,
+        deadline_s=deadline_s,
         now_ns=now_ns,
         counts_seen=engine.counts_seen(),
         chunk_counts=routing.chunk_counts,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+import json
+from dataclasses import asdict, dataclass, replace
 
 import pytest
 import torch
@@ -200,8 +201,10 @@ def test_what_is_not_finite_is_wrong_unless_the_dtype_overflows() -> None:
     y = case.combine(case.rows)
     y[3, 5] = torch.nan
     verdict = check_output(y, case.x, case.weights, config, case.ids, case.shares)
-    assert not verdict.ok and verdict.over == 1 and verdict.worst == (3, 5)
-    assert verdict.max_ratio == float("inf")
+    assert not verdict.ok and verdict.over == verdict.not_finite == 1
+    assert (verdict.worst, verdict.worst_value) == ((3, 5), None)
+    assert verdict.max_ratio < 1, "the others are right"
+    json.dumps(asdict(verdict), allow_nan=False)
     loud = replace(case.weights, up=case.weights.up * 1000)
     rows = _honest_rows(case.x, loud, config, case.ids)
     assert not rows.isfinite().all(), "fp16 overflows here"
@@ -218,6 +221,9 @@ def test_compare_names_the_worst_element() -> None:
     assert (verdict.max_abs, verdict.max_ratio, verdict.worst_value) == (3.0, 3.0, -3.0)
     exact = compare(y, reference, torch.zeros(2, 3))
     assert exact.over == 2
+    json.dumps(asdict(exact), allow_nan=False)
+    nothing = compare(y, reference, torch.full((2, 3), torch.inf))
+    assert (nothing.ok, nothing.unbounded, nothing.worst) == (True, 6, None)
     assert compare(reference, reference, torch.zeros(2, 3)).ok
 
 

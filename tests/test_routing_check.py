@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -122,6 +123,10 @@ def test_ids_out_of_range_or_twice_and_wrong_weights() -> None:
     shares[9] *= 1.0001
     verdict = check_routing(x, weights, TINY, routed.ids, shares)
     assert (verdict.ok, verdict.wrong, verdict.worst_token) == (False, 0, 9)
+    shares[9, 0] = torch.nan
+    verdict = check_routing(x, weights, TINY, routed.ids, shares)
+    assert (verdict.ok, verdict.wrong_weights, verdict.worst_token) == (False, 1, 9)
+    json.dumps(asdict(verdict), allow_nan=False)
 
 
 def test_no_tokens_is_no_error() -> None:
