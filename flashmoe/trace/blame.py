@@ -163,7 +163,7 @@ class WaitGraph:
         mine = self.flight.of(source, chunk)
         mine = mine[np.isin(self.flight.lane[mine], _COMM)]
         # The math lanes may combine too, but only what the comm lanes have dispatched.
-        if self._at(mine, (EventKind.DISPATCH,)).any():
+        if self._at(mine, (EventKind.DISPATCH,)).any() or self.flight.late[mine].any():
             return False
         done = self.flight.state[mine] == ActorState.DONE
         return bool((self._at(mine, _AFTER_DISPATCH) | done).any())
@@ -270,7 +270,8 @@ class WaitGraph:
             return Verdict("unknown", None, f"{wait.sentence()}, of no rank", ""), None
         if (held := self._held_up(owner, wait.kind)) is not None:
             return None, held
-        if self._at(self.flight.of(owner), _TILE_WORK).any():
+        mine = self.flight.of(owner)
+        if self._at(mine, _TILE_WORK).any() or self.flight.tardy[mine].any():
             return self._slow(owner, f"had not computed row tile {wait.tile}"), None
         reason = (
             f"a signal of rank {owner} was lost: none of its actors computes or waits for rows, "

@@ -226,7 +226,8 @@ def _wrong_count(
         for rank in range(flight.ranks):
             told = seen[rank, source]
             known = told != NOT_SEEN
-            if rank in lacking or not known.any():
+            # A row of zeros where there are rows is one that had not arrived either.
+            if rank in lacking or not known.any() or (truth.any() and not told.any()):
                 continue
             known &= truth != NOT_SEEN
             wrong = np.flatnonzero(known & (told != truth))

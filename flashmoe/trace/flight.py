@@ -122,13 +122,18 @@ class Flight:
         self.absent = (self.state == ActorState.NEVER_STARTED) | (slots["epoch"] < self.epoch)
         since = slots["since_ns"].astype(np.int64)
         self.age_ns = np.where(self.absent, 0, np.maximum(now_ns - since, 0))
-        # Who came to a wait only after the abort was raised was at work when it was, and what it
-        # then found says nothing of the cause: its slot counts as one that was at no wait.
+        # Who came to a wait only after the abort was raised, or finished then, was at work when it
+        # was.  What such a wait found says nothing of the cause: its slot counts as at no wait.
+        left = np.isin(self.state, [ActorState.ABORTED, ActorState.DONE]) & ~self.absent
+        at_wait = np.isin(slots["kind"], list(WAIT_REASON))
         gave_up = (self.state == ActorState.GAVE_UP) & ~self.absent
-        raised = int(since[gave_up].min()) + deadline_ns if gave_up.any() else None
-        self.late = np.zeros(len(slots), bool)
-        if raised is not None:
-            self.late = (self.state == ActorState.ABORTED) & ~self.absent & (since >= raised)
+        raised = (
+            int(since[gave_up].min()) + deadline_ns if gave_up.any() else np.iinfo(np.int64).max
+        )
+        self.late = left & (at_wait | (self.state == ActorState.DONE)) & (since >= raised)
+        # Others leave at once; one that took this long was at work too.
+        grace = max(deadline_ns // 4, 50_000_000)
+        self.tardy = self.late | (left & ~at_wait & (since - grace >= raised))
         self.kind = np.where(self.late, np.uint8(EventKind.LAUNCH), slots["kind"])
         held = np.isin(self.state, list(_STATE_NAME)) & np.isin(self.kind, list(WAIT_REASON))
         self.waiting = held & ~self.absent

@@ -275,3 +275,26 @@ def test_slots_of_idle_ranks_are_placed_by_position() -> None:
     report = launch.diagnose()
     assert [r["never_started"] for r in report.ranks] == [0, 0, 6]
     assert report.culprit == 2
+
+
+@pytest.mark.parametrize("state", [ActorState.DONE, ActorState.ABORTED])
+def test_owner_that_ended_long_after_the_abort_was_slow(state: ActorState) -> None:
+    launch = Launch(2, 1)
+    for rank in range(2):
+        launch.left(rank)
+    launch.waits(0, EventKind.WAIT_RETURN, 0, Lane.COMM0, gave_up=True, peer=1, expert=4, tile=9,
+                 expected=1)  # fmt: skip
+    launch.set(1, state, EventKind.LAUNCH, 0, Lane.MATH0, since=RAISED_NS + DEADLINE_NS // 2)
+    report = launch.diagnose(now_ns=RAISED_NS + DEADLINE_NS)
+    assert (report.cause, report.culprit) == ("slow", 1)
+    assert "--deadline" in report.hint
+
+
+def test_comm_lane_that_finished_after_the_abort_was_still_dispatching() -> None:
+    """One comm lane of a chunk waits for results, the other had rows left to send."""
+    rows = counts()
+    launch = dispatched()
+    lacking_rows(launch, 1, 16, 13)
+    launch.set(0, ActorState.DONE, EventKind.LAUNCH, 1, Lane.COMM1, since=RAISED_NS + 5_000_000)
+    report = launch.diagnose(chunk_counts=rows, tiles=tiles(rows))
+    assert (report.cause, report.culprit) == ("slow", 0)
