@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from flashmoe.config import Activation, DType, MoEConfig, MoEWeights, Routing
-from flashmoe.errors import FlashmoeError
+from flashmoe.tensor_files import ROUNDABLE, TensorFiles, unsupported, wrong
 from flashmoe.weights import TORCH_DTYPES
 
 # Names of a gated activation by what config.json calls the function applied to the gate.
@@ -25,7 +25,6 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 
 _DTYPES: dict[str, DType] = {"BF16": "bf16", "F16": "fp16"}
-_ROUNDABLE = frozenset({"BF16", "F16", "F32", "F64"})
 
 
 @dataclass(frozen=True)
@@ -64,10 +63,6 @@ class _Family:
     dense: Callable[[_Settings, int], bool] = lambda settings, layer: False
 
 
-def _wrong(message: str, hint: str) -> FlashmoeError:
-    return FlashmoeError(message, hint, exit_code=2)
-
-
 class _Settings:
     """config.json, with errors that name the file."""
 
@@ -76,9 +71,9 @@ class _Settings:
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as why:
-            raise _wrong(f"{file} can't be read: {why}", "download the checkpoint again") from why
+            raise wrong(f"{file} can't be read: {why}", "download the checkpoint again") from why
         if not isinstance(values, dict):
-            raise _wrong(f"{file} holds no JSON object", "download the checkpoint again")
+            raise wrong(f"{file} holds no JSON object", "download the checkpoint again")
         self.values: dict[str, Any] = values
 
     def get(self, *keys: str, default: Any = None) -> Any:
@@ -90,7 +85,7 @@ class _Settings:
         """A whole number from 0 up under the first of ``keys``; raises FlashmoeError."""
         value = self.get(*keys)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise _wrong(
+            raise wrong(
                 f"{self.file}: '{keys[0]}' is {json.dumps(value)}, not a size",
                 "the folder may be of another model or incomplete; download it again",
             )
@@ -110,7 +105,7 @@ def _qwen_dense(settings: _Settings, layer: int) -> bool:
 def _deepseek_routing(settings: _Settings) -> Routing:
     scoring = settings.get("scoring_func", default="sigmoid")
     if scoring != "sigmoid":
-        raise _wrong(
+        raise wrong(
             f"{settings.file}: scoring_func '{scoring}' is not DeepSeek-V3's",
             "only sigmoid scores with a correction bias are known for this model type",
         )
@@ -151,101 +146,6 @@ _FAMILIES: dict[str, _Family] = {
 }
 
 
-class _Tensors:
-    """The tensors of a folder by name, each in its own safetensors file, opened when needed."""
-
-    def __init__(self, folder: Path, files: ExitStack) -> None:
-        self.folder = folder
-        self._files = files
-        self._open: dict[str, Any] = {}
-        index = folder / "model.safetensors.index.json"
-        single = folder / "model.safetensors"
-        if index.is_file():
-            self.file_of = self._read_index(index)
-        elif single.is_file():
-            self.file_of = dict.fromkeys(self._file(single.name).keys(), single.name)
-        elif any(folder.glob("pytorch_model*.bin")):
-            raise _wrong(
-                f"{folder} holds pytorch_model.bin, not safetensors",
-                "convert it: from_pretrained(...).save_pretrained(...) writes safetensors",
-            )
-        else:
-            raise _wrong(
-                f"{folder} holds neither model.safetensors nor model.safetensors.index.json",
-                "download the weights too, not only the configuration",
-            )
-
-    @staticmethod
-    def _read_index(index: Path) -> dict[str, str]:
-        try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            # A file name with a folder in it would leave the checkpoint.
-            if all(Path(f).name == f for f in names.values()):
-                return dict(names)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as why:
-            raise _wrong(f"{index} is no index of tensors", "download it again") from why
-        raise _wrong(f"{index} names files outside its folder", "download it again")
-
-    def _file(self, name: str) -> Any:
-        from safetensors import SafetensorError, safe_open
-
-        if name not in self._open:
-            path = self.folder / name
-            if not path.is_file():
-                raise _wrong(f"{path} is missing", "the index names it; download it")
-            try:
-                opened = safe_open(path, framework="pt")
-                self._open[name] = self._files.enter_context(opened)
-            except (OSError, SafetensorError) as why:
-                raise _wrong(
-                    f"{path} can't be read: {why}", "it may be truncated; download it again"
-                ) from why
-        return self._open[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.file_of
-
-    def dtype(self, name: str) -> str:
-        """safetensors' name of the dtype: BF16, F32, F8_E4M3 and so on."""
-        return str(self._slice(name).get_dtype())
-
-    def _slice(self, name: str) -> Any:
-        if name not in self.file_of:
-            raise _wrong(
-                f"{self.folder} lacks the tensor {name}",
-                "the download may be incomplete, or the layer of another kind",
-            )
-        from safetensors import SafetensorError
-
-        try:
-            return self._file(self.file_of[name]).get_slice(name)
-        except SafetensorError as why:
-            raise _wrong(
-                f"{self.folder / self.file_of[name]} lacks the tensor {name}",
-                "the index says it is there; download the file again",
-            ) from why
-
-    def read_into(self, name: str, into: torch.Tensor) -> None:
-        """Copies a tensor to ``into``, rounding to its dtype; shapes must agree."""
-        found = self._slice(name)
-        shape = list(found.get_shape())
-        if shape != list(into.shape):
-            raise _wrong(
-                f"{name} has shape {shape}, config.json asks for {list(into.shape)}",
-                "config.json and the weights are not of the same model",
-            )
-        if found.get_dtype() not in _ROUNDABLE:
-            raise _unsupported(name, str(found.get_dtype()))
-        into.copy_(found[:])
-
-
-def _unsupported(name: str, dtype: str) -> FlashmoeError:
-    return _wrong(
-        f"{name} is {dtype}, the kernel takes bf16 and fp16",
-        "use a checkpoint in bfloat16: quantised ones must be dequantised first",
-    )
-
-
 def load_layer(
     folder: str | os.PathLike[str],
     layer: int,
@@ -277,14 +177,14 @@ class _Layer:
     def __init__(self, folder: Path, layer: int, dtype: str | None, files: ExitStack) -> None:
         if not (folder / "config.json").is_file():
             what = "holds no config.json" if folder.is_dir() else "is no folder"
-            raise _wrong(f"{folder} {what}", "--checkpoint takes a Hugging Face model folder")
+            raise wrong(f"{folder} {what}", "--checkpoint takes a Hugging Face model folder")
         if dtype is not None and dtype not in TORCH_DTYPES:
-            raise _wrong(f"unknown dtype '{dtype}'", f"use one of: {', '.join(TORCH_DTYPES)}")
+            raise wrong(f"unknown dtype '{dtype}'", f"use one of: {', '.join(TORCH_DTYPES)}")
         self.folder, self.layer = folder, layer
         self.settings = _Settings(folder / "config.json")
         self.family = self._family()
         self._require_moe_layer()
-        self.tensors = _Tensors(folder, files)
+        self.tensors = TensorFiles(folder, files)
         self.block = self._block()
         first = f"{self.block}.experts.0.{self.family.matrices[0]}.weight"
         self.fused = f"{self.block}.experts.gate_up_proj" in self.tensors
@@ -296,7 +196,7 @@ class _Layer:
     def _family(self) -> _Family:
         model_type = self.settings.get("model_type", default="")
         if model_type not in _FAMILIES:
-            raise _wrong(
+            raise wrong(
                 f"{self.settings.file}: model type '{model_type}' is not known",
                 f"known are: {', '.join(_FAMILIES)}",
             )
@@ -305,13 +205,13 @@ class _Layer:
     def _require_moe_layer(self) -> None:
         count = self.settings.size("num_hidden_layers")
         if not 0 <= self.layer < count:
-            raise _wrong(
+            raise wrong(
                 f"layer {self.layer} does not exist: the model has {count} layers",
                 f"use --layer 0 to {count - 1}",
             )
         if self.family.dense(self.settings, self.layer):
             moe = [n for n in range(count) if not self.family.dense(self.settings, n)]
-            raise _wrong(
+            raise wrong(
                 f"layer {self.layer} is dense: it has no experts",
                 f"layers with experts: {_spans(moe)}" if moe else "no layer has experts",
             )
@@ -326,19 +226,19 @@ class _Layer:
         for name in tried:
             if f"{name}.gate.weight" in self.tensors:
                 return name
-        raise _wrong(
+        raise wrong(
             f"{self.folder} lacks the tensor {tried[0]}.gate.weight",
             "the download may be incomplete, or the weights of another model",
         )
 
     def _expert_dtype(self, name: str, asked: str | None) -> DType:
         found = self.tensors.dtype(name)
-        if found not in _ROUNDABLE:
-            raise _unsupported(name, found)
+        if found not in ROUNDABLE:
+            raise unsupported(name, found)
         if asked is not None:
             return "bf16" if asked == "bf16" else "fp16"
         if found not in _DTYPES:
-            raise _wrong(
+            raise wrong(
                 f"{name} is {found}, the kernel takes bf16 and fp16",
                 "round the weights with --dtype bf16",
             )
@@ -348,7 +248,7 @@ class _Layer:
         settings = self.settings
         name = settings.get("hidden_act", default="silu")
         if name not in _ACTIVATIONS:
-            raise _wrong(
+            raise wrong(
                 f"{settings.file}: activation '{name}' is not known",
                 f"known are: {', '.join(_ACTIVATIONS)}",
             )
