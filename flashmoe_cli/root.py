@@ -93,7 +93,8 @@ class Root(TyperGroup):
         except Exception as exc:
             if debug:
                 traceback.print_exc()
-            message, hint, code = _explain(exc)
+            verb = next((a for a in own if a in self.commands), None)
+            message, hint, code = _explain(exc, verb)
             show_error(message, hint, code, as_json=as_json)
         except KeyboardInterrupt:
             code = _INTERRUPTED
@@ -105,12 +106,12 @@ class Root(TyperGroup):
         sys.exit(code)
 
 
-def _explain(exc: Exception) -> tuple[str, str, int]:
-    """An exception as (message, hint, exit code)."""
+def _explain(exc: Exception, verb: str | None) -> tuple[str, str, int]:
+    """An exception of ``verb`` as (message, hint, exit code)."""
     if isinstance(exc, FlashmoeError):
         return exc.message, exc.hint, exc.exit_code
     if isinstance(exc, typer.TyperException):
-        return _explain_usage(exc)
+        return _explain_usage(exc, verb)
     if isinstance(exc, typer.Abort):
         return "aborted", "", 1
     if isinstance(exc, OSError):
@@ -122,11 +123,11 @@ def _explain(exc: Exception) -> tuple[str, str, int]:
     return f"internal error: {what}", "run it again with --debug and report the traceback", 1
 
 
-def _explain_usage(exc: typer.TyperException) -> tuple[str, str, int]:
+def _explain_usage(exc: typer.TyperException, verb: str | None) -> tuple[str, str, int]:
     """A misused command line, with the nearest flag and where to read on."""
     message = " ".join(exc.format_message().split())
     ctx = getattr(exc, "ctx", None)
-    path = ctx.command_path if ctx is not None else "flashmoe"
+    path = f"flashmoe {verb}" if verb else "flashmoe"
     hint = f"{path} --help lists what there is"
     option = getattr(exc, "option_name", None)
     if option and ctx is not None and message.lower().startswith("no such option"):
