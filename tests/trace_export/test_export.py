@@ -14,6 +14,7 @@ from flashmoe.errors import FlashmoeError
 from flashmoe.trace.columns import Events
 from flashmoe.trace.export import FORMATS, export
 from flashmoe.trace.export import writer as export_writer
+from flashmoe.trace.export.layout import lay_out
 from flashmoe.trace.schema import KIND_NAME, EventKind, Lane, RecordFlag
 
 from .synthetic import START_NS, Run, Table, run_of
@@ -202,6 +203,38 @@ def test_slices_that_would_not_nest_are_kept_on_a_track_of_their_own(
     wanted = sorted(zip((e.t0_ns - START_NS).tolist(), e.dur_ns.tolist(), strict=True))
     assert sorted(trace.sql("select ts, dur from slice")) == wanted
     assert trace.sql("select count(distinct track_id) > 1 from slice") == [(1,)]
+
+
+@pytest.mark.parametrize("format", sorted(FORMATS))
+@pytest.mark.parametrize(("begin", "duration"), [(200, 101), (-50, 51)])
+def test_slice_that_crosses_the_edge_of_its_launch_keeps_its_length(
+    format: str, begin: int, duration: int, tmp_path: Path
+) -> None:
+    t = Table()
+    where = {"rank": 0, "cta": 0, "sm": 5, "lane": int(Lane.SCHED)}
+    t.add(EventKind.SCHEDULE, begin + 50, duration, **where)
+    t.add(EventKind.LAUNCH, 50, 300, **where)
+    small = run_of(np.ones((1, 1, 1, 1), int))
+    export(Run(t.table(), small.plan, small.counts, {}), format, tmp_path / "out")
+    trace = Loaded(tmp_path / "out")
+    assert trace.complaints() == []
+    assert trace.sql("select name, dur, depth from slice order by name") == [
+        ("launch", 300, 0),
+        ("schedule", duration, 0),
+    ]
+
+
+def test_instant_at_the_begin_of_a_span_written_earlier_shares_its_track() -> None:
+    t = Table()
+    where = {"rank": 0, "cta": 0, "sm": 5, "lane": int(Lane.MATH0)}
+    t.add(EventKind.GEMM2, 0, 100, **where)
+    t.add(EventKind.GEMM2, 100, 50, **where)
+    t.add(EventKind.PUT, 100, 0, peer=1, aux=5, **where)
+    t.add(EventKind.LAUNCH, 0, 300, **where)
+    plan = lay_out(Events.of(t.table()))
+    assert [track.name for track in plan.tracks] == ["SM 5 math0"]
+    assert plan.event[~plan.is_end].tolist() == [3, 0, 2, 1]
+    assert np.flatnonzero(plan.is_end).tolist() == [4]
 
 
 @pytest.mark.parametrize("format", sorted(FORMATS))
