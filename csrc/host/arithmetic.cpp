@@ -51,19 +51,6 @@ FLASHMOE_VARIANT(multiply_add_avx512, __attribute__((target("avx512f"))))
 #endif
 #undef FLASHMOE_VARIANT
 
-struct Variant {
-  MultiplyAdd function;
-  const char* name;
-};
-
-Variant variant() {
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f")) return {multiply_add_avx512, "avx512"};
-  if (__builtin_cpu_supports("avx2")) return {multiply_add_avx2, "avx2"};
-#endif
-  return {multiply_add_any, "baseline"};
-}
-
 float silu(float x) { return x / (1.0f + std::exp(-x)); }
 float gelu_tanh(float x) {
   constexpr float kRootTwoOverPi = 0.797884560802865f;
@@ -89,12 +76,19 @@ void narrow_as(const float* from, uint16_t* to, uint32_t n) {
 
 }  // namespace
 
-MultiplyAdd multiply_add() {
-  static const MultiplyAdd function = variant().function;
-  return function;
+std::vector<Variant> variants() {
+  std::vector<Variant> found;
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f")) found.push_back({multiply_add_avx512, "avx512"});
+  if (__builtin_cpu_supports("avx2")) found.push_back({multiply_add_avx2, "avx2"});
+#endif
+  found.push_back({multiply_add_any, "baseline"});
+  return found;
 }
 
-const char* vector_unit() { return variant().name; }
+MultiplyAdd multiply_add() { return variants().front().function; }
+
+const char* vector_unit() { return variants().front().name; }
 
 void widen(Dtype dtype, const uint16_t* from, float* to, uint32_t n) {
   dtype == Dtype::kBf16 ? widen_as<Dtype::kBf16>(from, to, n) : widen_as<Dtype::kFp16>(from, to, n);

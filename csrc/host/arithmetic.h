@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "core/shape.h"
 #include "host/dtype.h"
@@ -22,6 +23,13 @@ using MultiplyAdd = void (*)(const float* a, uint32_t lda, const float* b, uint3
 // The variant for this machine's vector unit, and its name.
 MultiplyAdd multiply_add();
 const char* vector_unit();
+
+struct Variant {
+  MultiplyAdd function;
+  const char* name;
+};
+// All that this machine can run, the widest first.
+std::vector<Variant> variants();
 
 // to[i] = from[i] as floats.
 void widen(Dtype dtype, const uint16_t* from, float* to, uint32_t n);

@@ -337,7 +337,32 @@ void check_rounding(Dtype dtype, uint16_t largest) {
   CHECK(std::isnan(value(rounded(NAN))) && std::isnan(value(nan_bits(dtype))), "NaN");
 }
 
+// Every instruction set gives the bits of one chain of multiply, then add, for each element.
+void check_variants() {
+  constexpr uint32_t kRows = 7, kColumns = 48, kDepth = 100, kLda = 103, kLdb = 64, kLdc = 50;
+  std::mt19937 random(3);
+  std::normal_distribution<float> normal;
+  std::vector<float> a(kRows * kLda), b(kDepth * kLdb), start(kRows * kLdc);
+  for (auto* to : {&a, &b, &start}) {
+    for (float& v : *to) v = normal(random);
+  }
+  for (const Variant& variant : variants()) {
+    std::vector<float> acc = start;
+    variant.function(a.data(), kLda, b.data(), kLdb, acc.data(), kLdc, kRows, kColumns, kDepth);
+    for (uint32_t r = 0; r < kRows; ++r) {
+      for (uint32_t c = 0; c < kLdc; ++c) {
+        float sum = start[r * kLdc + c];
+        for (uint32_t k = 0; c < kColumns && k < kDepth; ++k)
+          sum += a[r * kLda + k] * b[k * kLdb + c];
+        CHECK(acc[r * kLdc + c] == sum, "%s: row %u, column %u", variant.name, r, c);
+      }
+    }
+    std::printf("ok  products with %s\n", variant.name);
+  }
+}
+
 int run(bool quick) {
+  check_variants();
   check_rounding(Dtype::kBf16, 0x7f7f);
   check_rounding(Dtype::kFp16, 0x7bff);
   std::printf("ok  rounding\n");
