@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -52,6 +53,20 @@ def _throttle_reasons(nvml: Any, handle: Any) -> list[str]:
     return [name for bit, name in names.items() if bits and bits & bit]
 
 
+def _handle(nvml: Any, device: int) -> Any:
+    """NVML's handle of what CUDA calls GPU ``device``, or None: CUDA_VISIBLE_DEVICES renumbers."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    name = str(device)
+    if visible is not None:
+        names = [n.strip() for n in visible.split(",") if n.strip()]
+        if device >= len(names):
+            return None
+        name = names[device]
+    if name.isdigit():
+        return _ask(nvml, nvml.nvmlDeviceGetHandleByIndex, int(name))
+    return _ask(nvml, nvml.nvmlDeviceGetHandleByUUID, name)
+
+
 def snapshot(device: int = 0) -> dict[str, Any] | None:
     """What NVML says of GPU ``device`` now: clocks MHz, power W, temperature C, memory bytes.
 
@@ -60,9 +75,9 @@ def snapshot(device: int = 0) -> dict[str, Any] | None:
     try:
         with _nvml() as nvml:
             count = nvml.nvmlDeviceGetCount()
-            if device >= count:
+            handle = _handle(nvml, device)
+            if handle is None:
                 return None
-            handle = nvml.nvmlDeviceGetHandleByIndex(device)
             memory = _ask(nvml, nvml.nvmlDeviceGetMemoryInfo, handle)
             cc = _ask(nvml, nvml.nvmlDeviceGetCudaComputeCapability, handle)
             power = _ask(nvml, nvml.nvmlDeviceGetPowerUsage, handle)

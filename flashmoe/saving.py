@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashmoe.verdict import experts_of_rank
-
 if TYPE_CHECKING:
     from flashmoe.inputs import Inputs
     from flashmoe.session import Record, Request, Result
@@ -37,6 +35,7 @@ def metadata(
     """run.json but for what ``RunWriter`` adds: see docs/trace-format.md."""
     from flashmoe.build_info import build_info
     from flashmoe.trace.schema import LANE_NAME
+    from flashmoe.verdict import experts_of_rank
 
     build = build_info()
     config = inputs.config
@@ -74,15 +73,6 @@ def metadata(
         "faults": [fault.kind for fault in request.faults],
         "timing": {"launch_ms": result.launch_ms},
         "check": result.check,
-        "status": {"code": result.exit_code, "message": status_text(result)},
+        "status": {"code": result.exit_code, "message": result.message},
         "hang": None if result.hang is None else result.hang.as_dict(),
     }
-
-
-def status_text(result: Result) -> str:
-    """How the run ended, in a few words."""
-    if result.hang is not None:
-        return "a wait passed its deadline"
-    if result.check is not None and not result.check["ok"]:
-        return "wrong result"
-    return "ok" if result.check is not None else "ok, not checked"

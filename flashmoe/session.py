@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashmoe import gpu, saving
 from flashmoe.errors import FlashmoeError
 from flashmoe.world.base import EngineOptions, Fault, Launch, RingMode, Status
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from flashmoe.config import MoEConfig
     from flashmoe.inputs import Inputs
     from flashmoe.trace.diagnosis import HangReport
-    from flashmoe.world.base import Engine, RankOutput, Routing
+    from flashmoe.world.base import Engine, Routing
 
 #: Called with the phase's name, steps done and steps in all (0, 0 where it has no steps).
 Progress = Callable[[str, int, int], None]
@@ -31,6 +32,7 @@ FIRST_DEADLINE = 4
 EXIT_WRONG = 1
 EXIT_NO_GPU = 5
 EXIT_HANG = 124
+EXIT_STOPPED = 130
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Result:
 
     ``check`` holds the verdicts on output and routing (None: not checked), ``device`` what NVML
     said after the last launch (None: no GPU), ``why_world`` why ``auto`` chose as it did.
+    ``message`` says in a few words how it ended.
     """
 
     name: str
@@ -89,16 +92,17 @@ class Result:
     status: Status
     traffic: np.ndarray
     rows: np.ndarray
-    check: dict[str, Any] | None
-    device: dict[str, Any] | None
-    clock: dict[str, Any] | None
-    path: Path | None
-    saved_output: Path | None
-    hang: HangReport | None
-    flight: np.ndarray | None
     shared_expert: bool
-    exit_code: int
-    remarks: list[str] = field(default_factory=list)
+    remarks: list[str]
+    check: dict[str, Any] | None = None
+    device: dict[str, Any] | None = None
+    clock: dict[str, Any] | None = None
+    path: Path | None = None
+    saved_output: Path | None = None
+    hang: HangReport | None = None
+    flight: np.ndarray | None = None
+    exit_code: int = 0
+    message: str = "ok"
 
 
 def choose_world(asked: str, device: int) -> tuple[str, str]:
@@ -173,9 +177,8 @@ class Record:
     status: Status = Status.OK
 
 
-def _launch_all(engine: Engine, request: Request, progress: Progress) -> Record:
-    """Warm-up, then the measured launches; stops at the first that does not end well."""
-    record = Record()
+def _launch_all(engine: Engine, request: Request, record: Record, progress: Progress) -> None:
+    """Warm-up, then the measured launches, into ``record``; stops at the first that fails."""
     with _phase(progress, "warm-up"):
         for i in range(request.warmup):
             progress("warm-up", i, request.warmup)
@@ -183,7 +186,7 @@ def _launch_all(engine: Engine, request: Request, progress: Progress) -> Record:
             if launch.status is not Status.OK:
                 record.launches.append(launch)
                 record.status = launch.status
-                return record
+                return
         if request.warmup:
             engine.reset_rings()
     with _phase(progress, "running"):
@@ -193,9 +196,8 @@ def _launch_all(engine: Engine, request: Request, progress: Progress) -> Record:
             record.launches.append(launch)
             if launch.status is not Status.OK:
                 record.status = launch.status
-                return record
+                return
             record.routings.append(engine.routing())
-    return record
 
 
 def run(request: Request, progress: Progress) -> Result:
@@ -214,51 +216,36 @@ def run(request: Request, progress: Progress) -> Result:
         inputs = prepare(request, device=f"cuda:{request.device}" if world == "local" else "cpu")
     with _phase(progress, f"building the {world} engine"):
         engine = build_engine(world, request, inputs)
+    record = Record()
     try:
         engine.load(inputs.x)
-        record = _launch_all(engine, request, progress)
-        return _finish(request, engine, inputs, record, why_world, progress)
+        try:
+            _launch_all(engine, request, record, progress)
+            result = _begun(request, engine, inputs, record, why_world)
+            _judge(result, request, engine, inputs, record, progress)
+        except BaseException as exc:
+            # What the launches left so far is kept, and the failure goes on.
+            with contextlib.suppress(Exception):
+                _keep(exc, _begun(request, engine, inputs, record, why_world), request, engine,
+                      inputs, record)  # fmt: skip
+            raise
+        out = request.out or (request.hang_out if result.hang is not None else None)
+        if out is not None:
+            with _phase(progress, "writing the run"):
+                result.path = saving.save_run(out, request, engine, inputs, record, result)
+        return result
     finally:
         engine.close()
 
 
-def _finish(
-    request: Request,
-    engine: Engine,
-    inputs: Inputs,
-    record: Record,
-    why_world: str,
-    progress: Progress,
+def _begun(
+    request: Request, engine: Engine, inputs: Inputs, record: Record, why_world: str
 ) -> Result:
-    """Checks, saves and sums up what the launches left."""
+    """What the launches left, not judged yet."""
     from flashmoe import verdict
-    from flashmoe.gpu import snapshot
 
-    device = snapshot(request.device) if engine.world != "host" else None
-    hang, flight = None, None
-    outputs: list[RankOutput] = []
-    if record.status is Status.HANG:
-        with _phase(progress, "diagnosing the hang"):
-            flight = engine.flight()
-            hang = verdict.diagnose_hang(engine, flight)
-    elif record.status is Status.OK:
-        outputs = engine.outputs()
-    else:
-        raise _status_error(record.launches[-1])
-
-    check = None
-    if outputs and request.check:
-        with _phase(progress, "checking against the float32 reference"):
-            check = verdict.check(inputs, outputs, progress)
-    saved_output = None
-    if outputs and request.save_output is not None:
-        with _phase(progress, "writing the output"):
-            saved_output = verdict.save_output(request, inputs, outputs)
-
-    ok = record.status is Status.OK and (check is None or check["ok"])
-    exit_code = EXIT_HANG if hang is not None else 0 if ok else EXIT_WRONG
     rows, traffic = verdict.traffic_of(record.routings[-1:], inputs.config, request.ranks)
-    result = Result(
+    return Result(
         name=inputs.name,
         config=inputs.config,
         world=engine.world,
@@ -269,24 +256,69 @@ def _finish(
         status=record.status,
         traffic=traffic,
         rows=rows,
-        check=check,
-        device=device,
-        clock=verdict.clock_dict(engine) if request.traced else None,
-        path=None,
-        saved_output=saved_output,
-        hang=hang,
-        flight=flight,
         shared_expert=inputs.shared is not None,
-        exit_code=exit_code,
         remarks=list(inputs.remarks),
+        device=_device(request.device) if engine.world != "host" else None,
+        clock=asdict(engine.clock()) if request.traced else None,
     )
-    out = request.out or (request.hang_out if hang is not None else None)
-    if out is not None:
-        from flashmoe.saving import save_run
 
-        with _phase(progress, "writing the run"):
-            result.path = save_run(out, request, engine, inputs, record, result)
-    return result
+
+def _device(device: int) -> dict[str, Any] | None:
+    """What NVML says of the GPU right after the last launch, and its number of SMs."""
+    import torch
+
+    seen = gpu.snapshot(device)
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    return None if seen is None else seen | {"sms": sms}
+
+
+def _judge(
+    result: Result,
+    request: Request,
+    engine: Engine,
+    inputs: Inputs,
+    record: Record,
+    progress: Progress,
+) -> None:
+    """Holds the outputs against the reference and saves them, or says why the launch hung."""
+    from flashmoe import verdict
+
+    if record.status is Status.HANG:
+        with _phase(progress, "diagnosing the hang"):
+            result.flight = engine.flight()
+            result.hang = verdict.diagnose_hang(engine, result.flight)
+        result.exit_code, result.message = EXIT_HANG, "a wait passed its deadline"
+        return
+    if record.status is not Status.OK:
+        raise _status_error(record.launches[-1])
+    outputs = engine.outputs()
+    if request.check:
+        with _phase(progress, "checking against the float32 reference"):
+            result.check = verdict.check(inputs, outputs, progress)
+        if not result.check["ok"]:
+            result.exit_code, result.message = EXIT_WRONG, "wrong result"
+    else:
+        result.message = "ok, not checked"
+    if request.save_output is not None:
+        with _phase(progress, "writing the output"):
+            result.saved_output = verdict.save_output(request, inputs, outputs)
+
+
+def _keep(
+    exc: BaseException,
+    result: Result,
+    request: Request,
+    engine: Engine,
+    inputs: Inputs,
+    record: Record,
+) -> None:
+    """Saves a run that ``exc`` ended, where a run directory was asked for."""
+    if request.out is None or not record.routings:
+        return
+    stopped = isinstance(exc, KeyboardInterrupt)
+    result.exit_code = EXIT_STOPPED if stopped else getattr(exc, "exit_code", EXIT_WRONG)
+    result.message = "interrupted" if stopped else str(exc).partition("\n")[0]
+    saving.save_run(request.out, request, engine, inputs, record, result)
 
 
 def _refuse_existing(request: Request) -> None:

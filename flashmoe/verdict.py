@@ -137,8 +137,3 @@ def diagnose_hang(engine: Engine, slots: np.ndarray) -> HangReport:
         chunk_counts=routing.chunk_counts,
         tiles=routing.tiles,
     )
-
-
-def clock_dict(engine: Engine) -> dict[str, Any]:
-    """The engine's clock as run.json has it."""
-    return asdict(engine.clock())

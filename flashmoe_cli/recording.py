@@ -95,8 +95,6 @@ def record(options: dict[str, Any], *, traced: bool) -> Result:
 
 def result_json(verb: str, result: Result) -> dict[str, Any]:
     """A result as the object that ``--json`` prints."""
-    from flashmoe.saving import status_text
-
     times = result.launch_ms
     return {
         "schema": SCHEMA,
@@ -120,7 +118,7 @@ def result_json(verb: str, result: Result) -> dict[str, Any]:
         "run": None if result.path is None else str(result.path),
         "saved_output": None if result.saved_output is None else str(result.saved_output),
         "hang": None if result.hang is None else result.hang.as_dict(),
-        "status": {"code": result.exit_code, "message": status_text(result)},
+        "status": {"code": result.exit_code, "message": result.message},
     }
 
 

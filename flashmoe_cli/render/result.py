@@ -142,7 +142,7 @@ def next_lines(result: Result) -> list[str]:
         run = " " + shlex.quote(str(result.path))
     exported = f"flashmoe export{run} --format perfetto -o trace.pftrace"
     rows = [(exported, "for https://ui.perfetto.dev")]
-    if result.hang is None:
+    if result.clock is not None:
         rows = [
             (f"flashmoe timeline{run} --sm 0 --lane all", "every lane of one SM"),
             (f"flashmoe traffic{run}", "who sent what to whom"),

@@ -164,6 +164,24 @@ def test_ctrl_c_ends_with_130(runs: Path, cli: Any, torch_engine: Any) -> None:
     assert "Traceback" not in done.output
 
 
+def test_a_stopped_trace_leaves_a_readable_run(
+    runs: Path, cli: Any, torch_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = torch_engine.launch
+
+    def stopped_at_the_fourth(self: Any) -> Any:
+        if self.launches == 3:
+            raise KeyboardInterrupt
+        return launch(self)
+
+    monkeypatch.setattr(torch_engine, "launch", stopped_at_the_fourth)
+    assert cli("trace", "tiny", "-n", "5", *HOST, "-o", "a.fmoe").exit_code == 130
+    meta = json.loads(Path("a.fmoe/run.json").read_text())
+    assert meta["status"] == {"code": 130, "message": "interrupted"}
+    assert meta["iterations"] == 2
+    assert cli("timeline", "a").exit_code == 0
+
+
 def test_too_little_memory_is_said_before_allocating(
     runs: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
