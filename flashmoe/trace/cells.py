@@ -106,9 +106,9 @@ def timeline_cells(
 
     In a row of one lane a cell shows the state that took most of its time.  In a row of several it
     shows the largest of busy and communication (handing out tiles apart) if these together fill at
-    least half of the SMs' time, else the wait of the earliest stage that does (what holds the SMs up: the later waits,
-    such as those for returned rows, follow from it), else the largest wait if all together do, else
-    whether it was idle.  Raises FlashmoeError where nothing is chosen.
+    least half of the SMs' time, else the wait of the earliest stage that does (what holds the SMs
+    up: the later waits, such as those for returned rows, follow from it), else the largest wait if
+    all together do, else whether it was idle.  Raises FlashmoeError where nothing is chosen.
     """
     events = Events.of(run.events)
     spent = account(events, Actors.of(run.meta), int(run.meta.get("iterations") or 1))

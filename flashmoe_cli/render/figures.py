@@ -44,7 +44,9 @@ def figure_lines(summary: dict[str, Any], run: Run, iteration: int, where: Termi
     lines += ["", _heading("of that, waiting for", where), *_wait_table(of_launch, where)]
     launches = sorted({e["iter"] for e in summary["iterations"]})
     if len(launches) > 1:
-        lines += ["", _heading("every launch, all ranks together", where)]
+        which = f"the {MOST_LAUNCHES} slowest of {len(launches)} launches"
+        which = "every launch" if len(launches) <= MOST_LAUNCHES else which
+        lines += ["", _heading(f"{which}, all ranks together", where)]
         lines += _launch_table(summary["iterations"], launches, where)
     return [*lines, "", *_remarks(summary, where)]
 
@@ -136,8 +138,11 @@ def _launch_table(
     classes = _classes(entries)
     head = ["launch", "slowest rank", *classes, "comm hidden"]
     body = []
-    shown = launches if len(launches) <= MOST_LAUNCHES else launches[:MOST_LAUNCHES]
-    for launch in shown:
+    walls = {e["iter"]: 0 for e in entries}
+    for e in entries:
+        walls[e["iter"]] = max(walls[e["iter"]], e["wall_ns"])
+    slowest_first = sorted(launches, key=lambda launch: -walls[launch])
+    for launch in sorted(slowest_first[:MOST_LAUNCHES]):
         mine = [e for e in entries if e["iter"] == launch]
         slow = max(mine, key=lambda e: e["wall_ns"])
         ns = [sum(e[f"{name}_ns"] for e in mine) for name in classes]
@@ -146,10 +151,7 @@ def _launch_table(
         slowest = f"{time_text(slow['wall_ns'])} (rank {slow['rank']})"
         cells = shares(ns, sum(e["actor_ns"] for e in mine))
         body.append([str(launch), slowest, *cells, percent(hidden / comm if comm else None)])
-    lines = table(head, body, [True] * len(head), where.width, "  ")
-    if len(shown) < len(launches):
-        lines.append(f"  ... {len(launches) - len(shown)} more; --json has them all")
-    return lines
+    return table(head, body, [True] * len(head), where.width, "  ")
 
 
 def _remarks(summary: dict[str, Any], where: Terminal) -> list[str]:
