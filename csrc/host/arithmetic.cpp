@@ -1,6 +1,7 @@
 #include "host/arithmetic.h"
 
 #include <cmath>
+#include <cstring>
 
 namespace flashmoe {
 namespace {
@@ -69,6 +70,65 @@ template <Dtype kDtype>
 void widen_column_as(const uint16_t* from, float* to, uint32_t ld, uint32_t n) {
   for (uint32_t k = 0; k < n; ++k) to[static_cast<uint64_t>(k) * ld] = to_float<kDtype>(from[k]);
 }
+typedef uint16_t Eight __attribute__((vector_size(16)));
+typedef uint16_t LooseEight __attribute__((vector_size(16), aligned(2), may_alias));
+
+// Transposes 8 x 8 by interleaving rows i and i + 4 three times.
+FLASHMOE_INLINE void transpose(Eight (&block)[8]) {
+  for (int step = 0; step < 3; ++step) {
+    Eight next[8];
+    for (int i = 0; i < 4; ++i) {
+      next[2 * i] = __builtin_shuffle(block[i], block[i + 4], Eight{0, 8, 1, 9, 2, 10, 3, 11});
+      next[2 * i + 1] =
+          __builtin_shuffle(block[i], block[i + 4], Eight{4, 12, 5, 13, 6, 14, 7, 15});
+    }
+    for (int i = 0; i < 8; ++i) block[i] = next[i];
+  }
+}
+
+typedef uint32_t Words __attribute__((vector_size(16)));
+typedef float Floats __attribute__((vector_size(16)));
+
+// fp16_to_float of four values, each in the lower half of a word.
+FLASHMOE_INLINE Words fp16_words_to_float(Words bits) {
+  const Words magnitude = (bits & 0x7fffu) << 13;
+  const Words finite = (Words)((Floats)magnitude * 0x1p112f);
+  const Words special = (Words)((bits & 0x7c00u) == 0x7c00u);
+  return (bits & 0x8000u) << 16 | (special & (magnitude | 0x7f800000u)) | (~special & finite);
+}
+
+template <Dtype kDtype>
+FLASHMOE_INLINE void widen_eight(Eight values, float* to) {
+  constexpr Eight kLow{0, 8, 1, 9, 2, 10, 3, 11}, kHigh{4, 12, 5, 13, 6, 14, 7, 15};
+  Words low, high;
+  if constexpr (kDtype == Dtype::kBf16) {
+    // A float is a bf16 above 16 zero bits.
+    low = (Words)__builtin_shuffle(Eight{}, values, kLow);
+    high = (Words)__builtin_shuffle(Eight{}, values, kHigh);
+  } else {
+    low = fp16_words_to_float((Words)__builtin_shuffle(values, Eight{}, kLow));
+    high = fp16_words_to_float((Words)__builtin_shuffle(values, Eight{}, kHigh));
+  }
+  std::memcpy(to, &low, sizeof(low));
+  std::memcpy(to + 4, &high, sizeof(high));
+}
+
+template <Dtype kDtype>
+void widen_columns_as(const uint16_t* from, uint64_t stride, float* to, uint32_t ld,
+                      uint32_t columns, uint32_t n) {
+  for (uint32_t k = 0; k < n; k += 8) {
+    for (uint32_t c = 0; c < columns; c += 8) {
+      Eight block[8];
+      for (uint32_t i = 0; i < 8; ++i) {
+        block[i] = *reinterpret_cast<const LooseEight*>(from + (c + i) * stride + k);
+      }
+      transpose(block);
+      for (uint32_t i = 0; i < 8; ++i) {
+        widen_eight<kDtype>(block[i], to + static_cast<uint64_t>(k + i) * ld + c);
+      }
+    }
+  }
+}
 template <Dtype kDtype>
 void narrow_as(const float* from, uint16_t* to, uint32_t n) {
   for (uint32_t i = 0; i < n; ++i) to[i] = from_float<kDtype>(from[i]);
@@ -97,6 +157,12 @@ void widen(Dtype dtype, const uint16_t* from, float* to, uint32_t n) {
 void widen_column(Dtype dtype, const uint16_t* from, float* to, uint32_t ld, uint32_t n) {
   dtype == Dtype::kBf16 ? widen_column_as<Dtype::kBf16>(from, to, ld, n)
                         : widen_column_as<Dtype::kFp16>(from, to, ld, n);
+}
+
+void widen_columns(Dtype dtype, const uint16_t* from, uint64_t stride, float* to, uint32_t ld,
+                   uint32_t columns, uint32_t n) {
+  dtype == Dtype::kBf16 ? widen_columns_as<Dtype::kBf16>(from, stride, to, ld, columns, n)
+                        : widen_columns_as<Dtype::kFp16>(from, stride, to, ld, columns, n);
 }
 
 void narrow(Dtype dtype, const float* from, uint16_t* to, uint32_t n) {

@@ -35,6 +35,10 @@ std::vector<Variant> variants();
 void widen(Dtype dtype, const uint16_t* from, float* to, uint32_t n);
 // to[k * ld + column] = from[k] for k in [0, n): one row of weights becomes a column of a panel.
 void widen_column(Dtype dtype, const uint16_t* from, float* to, uint32_t ld, uint32_t n);
+// The same for `columns` rows of weights, `stride` apart, at once: to[k * ld + c] = from[c * stride +
+// k].  n and columns are multiples of 8.
+void widen_columns(Dtype dtype, const uint16_t* from, uint64_t stride, float* to, uint32_t ld,
+                   uint32_t columns, uint32_t n);
 // to[i] = round(from[i]).
 void narrow(Dtype dtype, const float* from, uint16_t* to, uint32_t n);
 

@@ -74,10 +74,8 @@ void Cta<kTraced>::fill(const Tile& tile, uint32_t k0, uint32_t depth, Stage& st
   const uint32_t columns = tile_columns(tile);
   const uint32_t padded = static_cast<uint32_t>(align_up(columns, kColumnStep));
   auto panel = [&](const uint16_t* weights, uint32_t at) {
-    for (uint32_t c = 0; c < columns; ++c) {
-      widen_column(m_.config.dtype, weights + c * width, stage.columns + at + c, kPanelColumns,
-                   depth);
-    }
+    widen_columns(m_.config.dtype, weights, width, stage.columns + at, kPanelColumns, columns,
+                  depth);
     for (uint32_t c = columns; c < padded; ++c) {
       for (uint32_t k = 0; k < depth; ++k) stage.columns[k * kPanelColumns + at + c] = 0.0f;
     }

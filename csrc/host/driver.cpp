@@ -361,7 +361,26 @@ void check_variants() {
   }
 }
 
+// All 16-bit values, eight by eight, as the loops over single ones widen them.
+void check_widening(Dtype dtype) {
+  constexpr uint32_t kRows = 256, kDepth = 256, kLd = 264;
+  std::vector<uint16_t> from(kRows * kDepth);
+  for (size_t i = 0; i < from.size(); ++i) from[i] = static_cast<uint16_t>(i);
+  std::vector<float> one(kDepth * kLd), eight(kDepth * kLd), row(kDepth);
+  for (uint32_t r = 0; r < kRows; ++r) {
+    widen_column(dtype, from.data() + r * kDepth, one.data() + r, kLd, kDepth);
+    widen(dtype, from.data() + r * kDepth, row.data(), kDepth);
+    for (uint32_t k = 0; k < kDepth; ++k) {
+      CHECK(std::memcmp(&row[k], &one[k * kLd + r], sizeof(float)) == 0, "row %u, k %u", r, k);
+    }
+  }
+  widen_columns(dtype, from.data(), kDepth, eight.data(), kLd, kRows, kDepth);
+  CHECK(std::memcmp(one.data(), eight.data(), one.size() * sizeof(float)) == 0, "by eights");
+}
+
 int run(bool quick) {
+  check_widening(Dtype::kBf16);
+  check_widening(Dtype::kFp16);
   check_variants();
   check_rounding(Dtype::kBf16, 0x7f7f);
   check_rounding(Dtype::kFp16, 0x7bff);
