@@ -43,6 +43,10 @@ RING_MEMORY = 256 << 20
 
 FIRST_DEADLINE_FACTOR = 4
 
+SLOWEST_FLOPS = 2e9
+"""Floating-point operations per second that the slowest machine worth the name sustains; a tenth to
+a thirtieth of what two cores were seen to reach."""
+
 MAX_ROWS = 2**31
 """Rows of all ranks: core counts rows and tiles in 32 bits."""
 
@@ -54,7 +58,10 @@ class HostEngine:
 
     ``tokens``: T of each rank.  ``pool_rows``: rows that each rank's pool holds; more needed is
     Status.OVERFLOW.  None sizes the pool for the worst case while that stays below a quarter of the
-    memory, else for twice the mean, and :meth:`launch` grows it when that overflows.  Implements
+    memory, else for twice the mean, and :meth:`launch` grows it when that overflows.  Arithmetic on
+    a CPU may take longer than any sensible deadline, so that each wait is allowed the time of the
+    whole layer at ``SLOWEST_FLOPS`` on top of ``options.deadline_s``: a second at 2 GFLOP, next to
+    nothing for a small layer.  Implements
     :class:`flashmoe.world.base.Engine`.  Raises FlashmoeError for a layer or a number of ranks that
     no host engine runs, and, before allocating, where memory does not suffice.
     """
@@ -171,11 +178,19 @@ class HostEngine:
         most = RING_MEMORY // (actors * schema.RECORD.itemsize)
         return int(min(max(records * RING_LAUNCHES, 1024), most))
 
+    def _flops(self) -> int:
+        """Floating-point operations of one launch: router, GEMM1 and GEMM2 of all ranks."""
+        config = self.config
+        per_row = config.hidden * (config.up_rows + config.intermediate)
+        per_token = config.hidden * config.experts + config.top_k * per_row
+        return 2 * sum(self.tokens) * per_token
+
     def _settings(self) -> Any:
         options = self.options
         first = options.first_deadline_s
         if first is None:
             first = FIRST_DEADLINE_FACTOR * options.deadline_s
+        arithmetic = self._flops() / SLOWEST_FLOPS
         return self._host.EngineConfig(
             self._shape,
             self.config.dtype,
@@ -183,8 +198,8 @@ class HostEngine:
             options.traced,
             self.ring_capacity,
             options.ring_mode == "keep-last",
-            int(options.deadline_s * 1e9),
-            int(first * 1e9),
+            int((options.deadline_s + arithmetic) * 1e9),
+            int((first + arithmetic) * 1e9),
             [(f.kind, f.rank, f.peer, f.expert, f.seconds) for f in options.faults],
         )
 

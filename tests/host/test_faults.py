@@ -119,6 +119,15 @@ def test_a_slow_rank_is_no_hang() -> None:
     assert torch.equal(y, forward(what, [40]).y)
 
 
+def test_long_arithmetic_is_no_hang() -> None:
+    # The comm lanes wait for the first row for longer than the deadline: 6.4 GFLOP come before it.
+    what = layer(MoEConfig(1024, 2048, 2, 2), 256)
+    options = {"deadline_s": 0.02, "first_deadline_s": 0.02}
+    with engine_for(what, [256], sms_per_rank=1, **options) as engine:
+        launch = engine.launch()
+        assert launch.status is Status.OK and launch.elapsed_ms > 20
+
+
 def test_overflow_says_the_rows_needed_and_moves_none() -> None:
     what = layer(SMALL, 64)
     with engine_for(what, [32, 32], traced=True) as engine:
