@@ -215,15 +215,11 @@ class WaitGraph:
         hint = "the rows were moved and not announced: report it"
         names = sorted({s for group in sources for s in group})
         if len(sources) == 1 and len(names) == 1:
-            own = self._per_source(wait) or {}
-            share = own.get(names[0])
-            given = (
-                f"gives exactly {share} of them" if share == wait.lacking else "is the one missing"
-            )
-            reason = (
-                f"a signal of rank {names[0]} was lost: {where} {lost}; rank {names[0]} {given}"
-            )
-            return Verdict("lost-signal", names[0], reason, hint, (names[0],))
+            culprit = names[0]
+            share = (self._per_source(wait) or {}).get(culprit)
+            given = f"has exactly {share} there" if share == wait.lacking else "is the one it fits"
+            reason = f"a signal of rank {culprit} was lost: {where} {lost}; rank {culprit} {given}"
+            return Verdict("lost-signal", culprit, reason, hint, (culprit,))
         if names:
             fits = ", or ".join(
                 " and ".join(map(str, sorted(g))) for g in sorted(sources, key=sorted)

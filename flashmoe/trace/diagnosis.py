@@ -144,7 +144,7 @@ def _never_started(flight: Flight, waits: list[Wait]) -> Found | None:
         awaited = [r for r in absent if _on(waits, r)]
         culprit = (awaited or absent)[0]
         chain = _on(waits, culprit)
-        others = [w.rank for w in chain]
+        others = sorted(w.rank for w in chain)
         reason = (
             f"rank {culprit} never started: none of its {len(flight.of(culprit))} actors entered"
         )
@@ -174,7 +174,7 @@ def _dead(gone: Mapping[int, str], waits: list[Wait]) -> Found:
     chain = _on(waits, culprit)
     reason = f"rank {culprit} is gone: {gone[culprit]}"
     if chain:
-        reason += f"; {_ranks([w.rank for w in chain])} still awaited it"
+        reason += f"; {_ranks(sorted(w.rank for w in chain))} still awaited it"
     return Verdict("dead", culprit, reason, "", tuple(sorted(gone))), chain[:1]
 
 
