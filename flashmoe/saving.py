@@ -69,7 +69,7 @@ def metadata(
         "traced": request.traced,
         "iterations": len(record.launches),
         "warmup": request.warmup,
-        "deadline_s": request.deadline_s,
+        "deadline_s": engine.options.deadline_s,
         "faults": [fault.kind for fault in request.faults],
         "timing": {"launch_ms": result.launch_ms},
         "check": result.check,

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 #: Called with the phase's name, steps done and steps in all (0, 0 where it has no steps).
 Progress = Callable[[str, int, int], None]
 
+DEADLINE_S = 10.0
+#: On the host engine, more arithmetic than this a launch is worth a word beforehand.
+MUCH_FLOP = 10**11
 #: The first launch may take longer: a peer may still be loading.
 FIRST_DEADLINE = 4
 
@@ -42,6 +45,7 @@ class Request:
     ``config`` is None where ``checkpoint`` says it.  ``tokens`` is the T of each rank; with
     ``tokens_file`` it follows from the file.  ``world`` may be ``auto``.  ``out`` is the run
     directory; None keeps nothing unless the run hangs, and then ``hang_out`` is used.
+    ``deadline_s`` None is ``default_deadline_s``.
     """
 
     name: str
@@ -56,7 +60,7 @@ class Request:
     skew: float = 0.0
     iterations: int = 1
     warmup: int = 1
-    deadline_s: float = 10.0
+    deadline_s: float | None = None
     traced: bool = False
     ring_capacity: int | None = None
     ring_mode: RingMode = "keep-first"
@@ -136,14 +140,31 @@ def _require_gpu(device: int) -> None:
         )
 
 
+def flop(inputs: Inputs) -> int:
+    """Floating-point operations of both GEMMs of one launch, all ranks together."""
+    config = inputs.config
+    rows = sum(inputs.tokens) * config.top_k
+    return 2 * rows * config.hidden * (config.up_rows + config.intermediate)
+
+
+def default_deadline_s(world: str, inputs: Inputs) -> float:
+    """How long a wait may take where nobody says: 10 s; on the host engine, its arithmetic's time.
+
+    There a wait can last as long as all the work of others on few cores; one GFLOP/s is less than
+    the slowest machine does, so that a slow one is not called hung.
+    """
+    return max(DEADLINE_S, flop(inputs) / 1e9) if world == "host" else DEADLINE_S
+
+
 def build_engine(world: str, request: Request, inputs: Inputs) -> Engine:
     """The engine of ``world``, with weights loaded; raises FlashmoeError where it does not fit."""
+    deadline_s = request.deadline_s or default_deadline_s(world, inputs)
     options = EngineOptions(
         ranks=request.ranks,
         sms_per_rank=request.sms_per_rank,
         traced=request.traced,
-        deadline_s=request.deadline_s,
-        first_deadline_s=FIRST_DEADLINE * request.deadline_s,
+        deadline_s=deadline_s,
+        first_deadline_s=FIRST_DEADLINE * deadline_s,
         ring_capacity=request.ring_capacity,
         ring_mode=request.ring_mode,
         device=request.device,
@@ -216,6 +237,11 @@ def run(request: Request, progress: Progress) -> Result:
         inputs = prepare(request, device=f"cuda:{request.device}" if world == "local" else "cpu")
     with _phase(progress, f"building the {world} engine"):
         engine = build_engine(world, request, inputs)
+    if world == "host" and flop(inputs) > MUCH_FLOP:
+        tera = flop(inputs) / 1e12
+        much = f"{tera:.1f} TFLOP a launch on CPU threads takes a while; -T makes it less"
+        inputs.remarks.append(much)
+        progress(much, 0, 0)
     record = Record()
     try:
         engine.load(inputs.x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -40,14 +41,23 @@ def check(inputs: Inputs, outputs: Sequence[RankOutput], progress: Progress) -> 
         progress("checking against the float32 reference", r, len(outputs))
         x, y, ids, weights = (t.to(device) for t in (x, out.y, out.ids, out.weights))
         args = (inputs.weights, inputs.config, ids, weights)
-        verdict: dict[str, Any] = {"output": asdict(check_output(y, x, *args))}
+        verdict: dict[str, Any] = {"output": _plain(check_output(y, x, *args))}
         if inputs.config.routing.kind != "external":
-            verdict["routing"] = asdict(check_routing(x, *args))
+            verdict["routing"] = _plain(check_routing(x, *args))
         ranks.append(verdict)
     output = _worst([v["output"] for v in ranks])
     routing = _worst([v["routing"] for v in ranks if "routing" in v])
     ok = output["ok"] and (routing is None or routing["ok"])
     return {"ok": ok, "output": output, "routing": routing, "ranks": ranks}
+
+
+def _plain(verdict: Any) -> dict[str, Any]:
+    """A verdict's fields; a float that is not finite, which JSON cannot hold, is None."""
+
+    def finite(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {name: finite(value) for name, value in asdict(verdict).items()}
 
 
 _SUMS = (
@@ -63,7 +73,7 @@ def _worst(verdicts: Sequence[dict[str, Any]]) -> Any:
         return None
     whole: dict[str, Any] = {"ok": all(v["ok"] for v in verdicts)}
     whole |= {k: sum(v[k] for v in verdicts) for k in _SUMS if k in verdicts[0]}
-    whole |= {k: max(v[k] for v in verdicts) for k in _MAXIMA if k in verdicts[0]}
+    whole |= {k: max(v[k] or 0.0 for v in verdicts) for k in _MAXIMA if k in verdicts[0]}
     return whole
 
 

@@ -169,12 +169,12 @@ Warmup = Annotated[
     _option("--warmup", metavar="N", help="Launches before the measured ones.", panel=WHERE, min=0),
 ]
 Deadline = Annotated[
-    float,
+    float | None,
     _option(
         "--deadline",
         metavar="SECONDS",
-        help="Longest that any wait may take before the run counts as hung (10); four times that "
-        "in the first launch.",
+        help="Longest that any wait may take before the run counts as hung (10; more for "
+        "much arithmetic on the host engine); four times that in the first launch.",
         panel=WHERE,
         min=0.001,
     ),

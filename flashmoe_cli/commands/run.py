@@ -28,7 +28,7 @@ def run(
     device: o.Device = 0,
     iterations: o.Iterations = None,
     warmup: o.Warmup = None,
-    deadline: o.Deadline = 10.0,
+    deadline: o.Deadline = None,
     no_check: o.NoCheck = False,
     fault: o.FaultSpec = None,
     output: o.Output = None,

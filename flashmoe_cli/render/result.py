@@ -37,12 +37,14 @@ def check_text(check: dict[str, Any] | None) -> str:
     if check is None:
         return "not checked (--no-check)"
     out, routing = check["output"], check["routing"]
-    verdict = "ok" if out["ok"] else f"WRONG: {count_text(out['over'])} elements over the bound"
+    verdict = "ok" if out["ok"] else f"WRONG: {plural(out['over'], 'element')} over the bound"
     text = f"{verdict}; max error {out['max_abs']:.2g}, {out['max_ratio']:.2f} of its bound"
     if out["not_finite"]:
         text += f"; {count_text(out['not_finite'])} elements NaN or infinite"
+    if out["not_finite"]:
+        text += f"; {plural(out['not_finite'], 'element')} not finite"
     if out["unbounded"]:
-        text += f"; {count_text(out['unbounded'])} elements not judged (overflow)"
+        text += f"; {plural(out['unbounded'], 'element')} not judged (overflow)"
     if routing is not None:
         wrong = routing["wrong"] + routing["bad_ids"] + routing["wrong_weights"]
         text += "; routing ok" if routing["ok"] else f"; routing WRONG in {plural(wrong, 'token')}"

@@ -79,6 +79,16 @@ def test_a_wrong_result_ends_with_1_and_says_so(runs: Path, cli: Any, torch_engi
     assert cli("run", "tiny", *HOST, "--no-check").exit_code == 0
 
 
+def test_a_nan_is_wrong_and_fits_into_json(runs: Path, cli: Any, torch_engine: Any) -> None:
+    torch_engine.spoil = "nan"
+    done = cli("run", "tiny", *HOST, "-o", "a.fmoe")
+    assert done.exit_code == 1
+    assert "1 element not finite" in done.stdout
+    said = json.loads(cli("run", "tiny", *HOST, "--json").stdout)
+    assert said["check"]["output"]["not_finite"] == 1
+    assert "NaN" not in Path("a.fmoe/run.json").read_text()
+
+
 def test_a_hang_ends_with_124_a_report_and_a_run(runs: Path, cli: Any, torch_engine: Any) -> None:
     torch_engine.spoil = "hang"
     done = cli("run", "tiny", "--ranks", "2", *HOST)
@@ -162,6 +172,20 @@ def test_ctrl_c_ends_with_130(runs: Path, cli: Any, torch_engine: Any) -> None:
     assert done.exit_code == 130
     assert "interrupted" in done.stderr
     assert "Traceback" not in done.output
+
+
+def test_much_arithmetic_on_the_host_engine_is_given_time_and_said() -> None:
+    from types import SimpleNamespace
+
+    from flashmoe.presets import PRESETS
+    from flashmoe.session import default_deadline_s, flop
+
+    large = SimpleNamespace(config=PRESETS["mixtral"].config, tokens=(4096, 4096))
+    assert flop(large) == 2 * 8192 * 2 * 4096 * 3 * 14336
+    assert default_deadline_s("host", large) == flop(large) / 1e9
+    assert default_deadline_s("local", large) == 10
+    small = SimpleNamespace(config=PRESETS["tiny"].config, tokens=(64,))
+    assert default_deadline_s("host", small) == 10
 
 
 def test_a_stopped_trace_leaves_a_readable_run(

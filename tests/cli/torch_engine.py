@@ -15,7 +15,7 @@ import torch
 from flashmoe.config import MoEConfig, MoEWeights
 from flashmoe.inputs import Inputs
 from flashmoe.reference import moe, route
-from flashmoe.session import FIRST_DEADLINE, Request
+from flashmoe.session import DEADLINE_S, FIRST_DEADLINE, Request
 from flashmoe.trace import schema
 from flashmoe.verdict import experts_of_rank
 from flashmoe.world.base import (
@@ -41,7 +41,7 @@ _STEP_NS = 1000
 
 
 class TorchEngine:
-    """See the module's text.  ``spoil``: None, "wrong", "hang", "overflow" or "interrupt"."""
+    """See the module's text; ``spoil`` may also be "nan" or "interrupt"."""
 
     spoil: str | None = None
     world: WorldKind = "host"
@@ -62,8 +62,8 @@ class TorchEngine:
         options = EngineOptions(
             ranks=request.ranks,
             traced=request.traced,
-            deadline_s=request.deadline_s,
-            first_deadline_s=FIRST_DEADLINE * request.deadline_s,
+            deadline_s=request.deadline_s or DEADLINE_S,
+            first_deadline_s=FIRST_DEADLINE * (request.deadline_s or DEADLINE_S),
         )
         return cls(inputs.config, inputs.weights, list(inputs.tokens), options)
 
@@ -91,6 +91,8 @@ class TorchEngine:
             y = moe(x, self.weights, self.config, routed.ids, routed.weights).to(x.dtype)
             if self.spoil == "wrong" and len(y):
                 y = y.roll(1, dims=0)
+            if self.spoil == "nan" and len(y):
+                y[0, 0] = torch.nan
             found.append(RankOutput(y, routed.ids, routed.weights))
         return found
 
