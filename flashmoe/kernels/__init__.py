@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 #: No usable GPU (the command line's exit code).
 EXIT_NO_GPU = 5
 
-#: CUDA's API version that a driver of release 580, the oldest that loads our cubins, answers with.
+#: CUDA's API version that a driver of release 580, the oldest we support, answers with.
 MIN_DRIVER_API = 13000
 
 _USE_HOST = "run with --world host, which needs no GPU"
