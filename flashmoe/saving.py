@@ -62,7 +62,7 @@ def metadata(
             "experts_of_rank": experts_of_rank(config.experts, request.ranks),
             "tokens": list(inputs.tokens),
             "row_bytes": config.row_bytes,
-            "topology": "host-threads" if engine.world == "host" else "one-gpu",
+            "topology": topology(engine.world, request.ranks),
         },
         "device": result.device,
         "clock": result.clock,
@@ -76,3 +76,10 @@ def metadata(
         "status": {"code": result.exit_code, "message": result.message},
         "hang": None if result.hang is None else result.hang.as_dict(),
     }
+
+
+def topology(world: str, ranks: int) -> str:
+    """What the ranks share; on ``shared-gpu`` no transfer rate is a link rate."""
+    if world == "host":
+        return "host-threads"
+    return "shared-gpu" if ranks > 1 else "one-gpu"

@@ -289,13 +289,18 @@ def _begun(
     )
 
 
-def _device(device: int) -> dict[str, Any] | None:
-    """What NVML says of the GPU right after the last launch, and its number of SMs."""
+def _device(device: int) -> dict[str, Any]:
+    """The GPU by torch, and what NVML says of it right after the last launch, where it answers."""
     import torch
 
-    seen = gpu.snapshot(device)
-    sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return None if seen is None else seen | {"sms": sms}
+    found = torch.cuda.get_device_properties(device)
+    known = {
+        "name": found.name,
+        "cc": f"{found.major}.{found.minor}",
+        "sms": found.multi_processor_count,
+        "memory_total": found.total_memory,
+    }
+    return known | (gpu.snapshot(device) or {})
 
 
 def _judge(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flashmoe_cli.output import Terminal
-from flashmoe_cli.render.result import check_text, shape_text, time_text, where_text
+from flashmoe_cli.render.result import check_text, device_text, shape_text, time_text, where_text
 from flashmoe_cli.render.text import bytes_text, count_text, paint, plural, table
 
 
@@ -35,7 +35,7 @@ def info_lines(
         ("checkpoint", _checkpoint(meta["config"])),
         ("no GPU", world.get("why")),
         ("experts", _experts(world["experts_of_rank"])),
-        ("device", _device(meta.get("device"))),
+        ("device", device_text(meta["device"]) if meta.get("device") else None),
         ("clock", _clock(meta.get("clock"))),
         ("launches", f"{meta.get('iterations')} after {meta.get('warmup')} of warm-up"),
         ("time", _time(world["kind"], meta)),
@@ -68,25 +68,6 @@ def _experts(owned: list[list[int]]) -> str:
     shown = [f"{a}-{b - 1}" if b > a else "none" for a, b in owned[:8]]
     more = ", ..." if len(owned) > 8 else ""
     return f"{', '.join(shown)}{more} (by rank)"
-
-
-def _device(device: dict[str, Any] | None) -> str | None:
-    if device is None:
-        return None
-    parts = [device["name"]]
-    for key, form in (
-        ("cc", "compute capability {}"),
-        ("driver", "driver {}"),
-        ("sm_clock_mhz", "SM {} MHz"),
-        ("memory_clock_mhz", "memory {} MHz"),
-        ("power_w", "{} W"),
-        ("temperature_c", "{} C"),
-    ):
-        if device.get(key) is not None:
-            parts.append(form.format(device[key]))
-    if device.get("throttle"):
-        parts.append(f"slowed by {', '.join(device['throttle'])}")
-    return ", ".join(parts)
 
 
 def _clock(clock: dict[str, Any] | None) -> str | None:

@@ -105,14 +105,29 @@ def _traffic(result: Result, verbose: bool) -> list[str]:
     return lines
 
 
+def device_text(device: dict[str, Any]) -> str:
+    """The GPU and its state, as far as NVML said."""
+    parts = [device["name"]]
+    for key, form in (
+        ("cc", "compute capability {}"),
+        ("sms", "{} SMs"),
+        ("driver", "driver {}"),
+        ("sm_clock_mhz", "SM {} MHz"),
+        ("memory_clock_mhz", "memory {} MHz"),
+        ("power_w", "{} W"),
+        ("temperature_c", "{} C"),
+    ):
+        if device.get(key) is not None:
+            parts.append(form.format(device[key]))
+    if device.get("throttle"):
+        parts.append(f"slowed by {', '.join(device['throttle'])}")
+    return ", ".join(parts)
+
+
 def _verbose(result: Result) -> list[str]:
     lines = []
     if result.device is not None:
-        d = result.device
-        lines.append(
-            f"  device   driver {d['driver']}, SM {d['sm_clock_mhz']} MHz, {d['power_w']} W, "
-            f"{d['temperature_c']} C, slowed by: {', '.join(d['throttle']) or 'nothing'}"
-        )
+        lines.append(f"  device   {device_text(result.device)}")
     if result.clock is not None:
         c = result.clock
         lines.append(

@@ -216,3 +216,20 @@ def test_too_little_memory_is_said_before_allocating(
     assert done.exit_code == 1
     assert "2.8 GB" in done.stderr
     assert "0.0 GB are free" in done.stderr
+
+
+def test_a_gpu_is_described_as_far_as_anything_says() -> None:
+    from flashmoe_cli.render.result import device_text
+
+    known = {"name": "NVIDIA H200", "cc": "9.0", "sms": 132}
+    assert device_text(known) == "NVIDIA H200, compute capability 9.0, 132 SMs"
+    more = {"driver": "580.65", "sm_clock_mhz": 1980, "power_w": None, "throttle": ["power cap"]}
+    assert device_text(known | more).endswith("driver 580.65, SM 1980 MHz, slowed by power cap")
+
+
+def test_virtual_ranks_of_one_gpu_are_labelled() -> None:
+    from flashmoe.saving import topology
+
+    assert topology("local", 4) == "shared-gpu"
+    assert topology("local", 1) == "one-gpu"
+    assert topology("host", 4) == "host-threads"
