@@ -40,7 +40,7 @@ def all_checks(device: int = 0) -> Iterator[Check]:
         ("flashmoe", _flashmoe),
         ("host engine", _host_engine),
         ("GPU kernels", _kernels),
-        ("torch", _torch),
+        ("torch", lambda: _torch(seen)),
         ("driver", _driver),
         ("GPU", lambda: _gpu(seen, device)),
         ("NVML", lambda: _nvml(seen)),
@@ -116,7 +116,7 @@ def _kernels() -> Check:
     )
 
 
-def _torch() -> Check:
+def _torch(seen: dict[str, Any] | None) -> Check:
     try:
         version = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
@@ -126,7 +126,10 @@ def _torch() -> Check:
     import torch
 
     if torch.version.cuda is None:
-        return Check("torch", "ok", f"{version}, CPU build: runs on the host engine only")
+        found = f"{version}, CPU build: runs on the host engine only"
+        if seen is None:
+            return Check("torch", "ok", found)
+        return Check("torch", "warn", found, "install torch for CUDA to run on this machine's GPU")
     return Check("torch", "ok", f"{version}, CUDA {torch.version.cuda}")
 
 

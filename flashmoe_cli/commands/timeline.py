@@ -43,9 +43,16 @@ def timeline(
     ] = None,
     iteration: Annotated[
         int | None,
-        typer.Option("--iteration", help="The launch to draw, from 0; by default the last.", min=0),
+        typer.Option(
+            "--iteration",
+            metavar="N",
+            help="The launch to draw, from 0; by default the last.",
+            min=0,
+        ),
     ] = None,
-    rank: Annotated[int | None, typer.Option("--rank", help="Only this rank's SMs.", min=0)] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", metavar="N", help="Only this rank's SMs.", min=0)
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit code 4 where records were dropped.")
     ] = False,

@@ -14,7 +14,9 @@ def traffic(
     run: RunPath = None,
     iteration: Annotated[
         int | None,
-        typer.Option("--iteration", help="Only this launch, from 0; by default all.", min=0),
+        typer.Option(
+            "--iteration", metavar="N", help="Only this launch, from 0; by default all.", min=0
+        ),
     ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit code 4 where records were dropped.")

@@ -24,8 +24,9 @@ def doctor_lines(checks: Sequence[Check], where: Terminal) -> list[str]:
         if check.remedy and check.state != "ok":
             lines.append(f"{' ' * (width + 8)}{paint('-> ' + check.remedy, '2', where.colour)}")
     fails = sum(c.state == "fail" for c in checks)
-    gpu = next((c for c in checks if c.name == "GPU"), None)
-    runs = "the GPU" if gpu is not None and gpu.state == "ok" else "the host engine"
+    states = {c.name: c.state for c in checks}
+    on_gpu = states.get("GPU") == states.get("torch") == "ok"
+    runs = "the GPU" if on_gpu else "the host engine"
     if fails:
         verdict = f"{plural(fails, 'check')} failed; see the remedies above"
     else:

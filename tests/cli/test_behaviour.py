@@ -137,6 +137,19 @@ def test_doctor_fails_where_runs_cannot_be_saved(
     assert "mkdir -p" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("gpu", "torch", "runs_on"),
+    [("ok", "ok", "the GPU"), ("ok", "warn", "the host engine"), ("warn", "ok", "the host engine")],
+)
+def test_doctor_says_where_runs_will_run(gpu: Any, torch: Any, runs_on: str) -> None:
+    from flashmoe_cli.checks import Check
+    from flashmoe_cli.output import Terminal
+    from flashmoe_cli.render.doctor import doctor_lines
+
+    checks = [Check("GPU", gpu, "x", "y"), Check("torch", torch, "x", "y")]
+    assert f"runs on {runs_on}" in doctor_lines(checks, Terminal(80, False, True))[-1]
+
+
 def complete(words: str, position: int, **env: str) -> list[str]:
     """What bash is offered for the word at ``position`` of a command line."""
     asked = {
