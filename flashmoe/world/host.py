@@ -43,9 +43,9 @@ RING_MEMORY = 256 << 20
 
 FIRST_DEADLINE_FACTOR = 4
 
-SLOWEST_FLOPS = 2e9
-"""Floating-point operations per second that the slowest machine worth the name sustains; a tenth to
-a thirtieth of what two cores were seen to reach."""
+SLOWEST_FLOPS = 1e9
+"""Floating-point operations per second that even a crowded machine sustains; two idle cores were
+seen to reach 30 to 60 times as many."""
 
 MAX_ROWS = 2**31
 """Rows of all ranks: core counts rows and tiles in 32 bits."""
@@ -60,10 +60,11 @@ class HostEngine:
     Status.OVERFLOW.  None sizes the pool for the worst case while that stays below a quarter of the
     memory, else for twice the mean, and :meth:`launch` grows it when that overflows.  Arithmetic on
     a CPU may take longer than any sensible deadline, so that each wait is allowed the time of the
-    whole layer at ``SLOWEST_FLOPS`` on top of ``options.deadline_s``: a second at 2 GFLOP, next to
-    nothing for a small layer.  Implements
-    :class:`flashmoe.world.base.Engine`.  Raises FlashmoeError for a layer or a number of ranks that
-    no host engine runs, and, before allocating, where memory does not suffice.
+    whole layer at ``SLOWEST_FLOPS`` on top of ``options.deadline_s``: next to nothing for a small
+    layer.
+
+    Implements :class:`flashmoe.world.base.Engine`.  Raises FlashmoeError for a layer or a number of
+    ranks that no host engine runs, and, before allocating, where memory does not suffice.
     """
 
     world: WorldKind = "host"
