@@ -193,7 +193,7 @@ def _memory() -> Check | None:
 
 
 def _disk() -> Check:
-    from flashmoe_cli.completion import runs_folder
+    from flashmoe.trace.place import runs_folder
 
     folder = runs_folder()
     if not folder.is_dir():

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-SUFFIX = ".fmoe"
-
-
-def runs_folder() -> Path:
-    """Where runs are saved and looked for: $FLASHMOE_RUNS, else the current directory."""
-    return Path(os.environ.get("FLASHMOE_RUNS") or ".")
+from flashmoe.trace.place import SUFFIX, runs_folder
 
 
 def complete_presets(incomplete: str) -> list[tuple[str, str]]:

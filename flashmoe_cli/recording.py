@@ -11,8 +11,8 @@ from typing import Any
 
 from flashmoe.config import MoEConfig
 from flashmoe.session import Request, Result, run
+from flashmoe.trace.place import SUFFIX, runs_folder
 from flashmoe_cli import request as parse
-from flashmoe_cli.completion import SUFFIX, runs_folder
 from flashmoe_cli.output import SCHEMA
 from flashmoe_cli.progress import Progress
 

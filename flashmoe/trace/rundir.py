@@ -26,11 +26,10 @@ import pyarrow.parquet as pq
 from flashmoe.errors import FlashmoeError
 from flashmoe.trace import schema
 from flashmoe.trace.decode import EVENTS, decode
+from flashmoe.trace.place import LATEST, SUFFIX, runs_folder
 from flashmoe.trace.rings import Dump, Rings, dropped, from_dump, held, read_rings, write_rings
 
 SCHEMA = 1  # of run.json
-SUFFIX = ".fmoe"
-LATEST = "latest"
 
 PLAN = pa.schema(
     [
@@ -64,11 +63,6 @@ class RoutingDump(Protocol):
 
     chunk_counts: np.ndarray
     tiles: np.ndarray
-
-
-def runs_folder() -> Path:
-    """Where runs are kept: $FLASHMOE_RUNS, or the working directory."""
-    return Path(os.environ.get("FLASHMOE_RUNS") or ".")
 
 
 # --------------------------------------------------------------------------------------- writing

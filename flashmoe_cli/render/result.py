@@ -152,7 +152,7 @@ def hang_lines(result: Result, where: Terminal) -> list[str]:
 
 def next_lines(result: Result) -> list[str]:
     """The commands to type next, complete with this run's path where it is not the latest here."""
-    from flashmoe_cli.completion import runs_folder
+    from flashmoe.trace.place import runs_folder
 
     run = ""
     if result.path is not None and result.path.absolute().parent != runs_folder().absolute():
