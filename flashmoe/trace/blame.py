@@ -18,7 +18,15 @@ Cause = Literal[
 _STAGE: Final = {NAME_OF[kind]: i for i, kind in enumerate(STAGES)}
 _COMM: Final = (Lane.COMM0, Lane.COMM1)
 _TILE_WORK: Final = (EventKind.GEMM1, EventKind.GEMM2, EventKind.LOAD, EventKind.GIVE_BACK)
-# An actor at one of these has dispatched all that its chunk had.
+_UNTIL_DISPATCH: Final = (
+    EventKind.GATE,
+    EventKind.PLAN,
+    EventKind.COUNTS,
+    EventKind.WAIT_BARRIER,
+    EventKind.WAIT_COUNTS,
+    EventKind.DISPATCH,
+)
+# Comm lanes combine when they have dispatched, math lanes when no tile is left.
 _AFTER_DISPATCH: Final = (EventKind.WAIT_RETURN, EventKind.COMBINE)
 _AFTER_COUNTS: Final = (EventKind.WAIT_COUNTS, EventKind.WAIT_ROWS, EventKind.WAIT_H,
                         EventKind.WAIT_RETURN, EventKind.COMBINE, EventKind.DISPATCH,
@@ -156,17 +164,18 @@ class WaitGraph:
         return self._lost_rows(wait), None
 
     def _dispatched(self, source: int, chunk: int | None) -> bool:
-        """Whether the comm lanes of a rank, or of one chunk's CTA, are known to be past dispatch.
+        """Whether the comm lanes of a rank, or of one chunk's CTA, have sent all they had to.
 
-        A chunk whose rows are lost waits for their results, so one of its lanes says so.
+        They have unless one of them is seen at it, or was still at work when the deadline passed.
         """
-        mine = self.flight.of(source, chunk)
-        mine = mine[np.isin(self.flight.lane[mine], _COMM)]
-        # The math lanes may combine too, but only what the comm lanes have dispatched.
-        if self._at(mine, (EventKind.DISPATCH,)).any() or self.flight.late[mine].any():
+        flight = self.flight
+        everyone = flight.of(source, chunk)
+        mine = everyone[np.isin(flight.lane[everyone], _COMM)]
+        if self._at(mine, _UNTIL_DISPATCH).any() or flight.tardy[mine].any():
             return False
-        done = self.flight.state[mine] == ActorState.DONE
-        return bool((self._at(mine, _AFTER_DISPATCH) | done).any())
+        # Between two pieces of work a slot names none: a lane of the CTA that combines tells.
+        inside = (flight.state[mine] == ActorState.RUNNING) & ~flight.absent[mine]
+        return not inside.any() or bool(self._at(everyone, _AFTER_DISPATCH).any())
 
     def _units(self, wait: Wait) -> list[tuple[int, int, int]] | None:
         """(source, chunk, rows) with rows in the row tile that a wait_rows lacks."""

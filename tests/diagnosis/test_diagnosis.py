@@ -108,6 +108,19 @@ def test_lost_signal_is_matched_to_the_source_whose_rows_lack(
     assert f"has exactly {lacking[0] or lacking[1]} there" in report.reason
 
 
+def test_lost_signal_where_only_math_lanes_wait_for_results() -> None:
+    """On a GPU all warps of a CTA combine; its comm warps may have had no token of the expert."""
+    rows = counts()
+    launch = dispatched()
+    for rank in range(W):
+        for comm, math in ((Lane.COMM0, Lane.MATH0), (Lane.COMM1, Lane.MATH1)):
+            launch.left(rank, lane=comm)
+            launch.waits(rank, EventKind.WAIT_RETURN, lane=math, peer=2, expert=5, tile=10)
+    lacking_rows(launch, 2, 14, 4)
+    report = launch.diagnose(chunk_counts=rows, tiles=tiles(rows))
+    assert (report.cause, report.culprit) == ("lost-signal", 3)
+
+
 def test_lost_signal_that_fits_two_sources_names_both_and_accuses_none() -> None:
     rows = np.full((W, CTAS, E), 2, np.uint32)
     plan = tiles(rows)
