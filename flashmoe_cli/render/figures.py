@@ -70,6 +70,11 @@ def _bound(entry: dict[str, Any], cells: list[str]) -> list[str]:
     return [*(f">={c}" for c in cells[:-1]), f"<={cells[-1]}"]
 
 
+def _about(entry: dict[str, Any], share: str) -> str:
+    """A share of a launch with dropped records that may lie on either side of the truth."""
+    return f"~{share}" if entry["bounds"] and share != "-" else share
+
+
 def _rank_table(
     entries: Sequence[dict[str, Any]], run: Run, iteration: int, where: Terminal
 ) -> list[str]:
@@ -83,7 +88,7 @@ def _rank_table(
     for e in entries:
         ns = [e[f"{name}_ns"] for name in classes]
         cells = [str(e["rank"]), time_text(e["wall_ns"])]
-        cells += [*_bound(e, shares(ns, e["actor_ns"])), percent(e["hidden"]["share"])]
+        cells += [*_bound(e, shares(ns, e["actor_ns"])), _about(e, percent(e["hidden"]["share"]))]
         if rates:
             cells.append(percent(e["tensor"]["useful_share"]))
         cells += [percent(fills.get(e["rank"])), rows.get(e["rank"], "-")]
@@ -113,7 +118,9 @@ def _of_ranks(run: Run, iteration: int) -> tuple[dict[int, float], dict[int, str
     spread = {}
     for rank, (a, b) in enumerate(run.meta["world"]["experts_of_rank"]):
         own = per_expert[a:b]
-        if len(own):
+        if not mine.any():  # nothing is known of a launch that did not end
+            spread[rank] = "-"
+        elif len(own):
             spread[rank] = f"{own.min()}-{own.max()}"
         else:
             spread[rank] = "none"
@@ -160,7 +167,7 @@ def _remarks(summary: dict[str, Any], where: Terminal) -> list[str]:
     if rings["dropped"]:
         text = (
             f"{count_text(rings['dropped'])} records dropped in {rings['with_drops']} of "
-            f"{rings['n']} rings ({rings['mode']}): figures with <= or >= are bounds; "
+            f"{rings['n']} rings ({rings['mode']}): <= and >= mark bounds, ~ a guess; "
             f"a larger --ring-capacity keeps all"
         )
         lines += [paint(part, "33", where.colour) for part in wrap(text, where.width)]

@@ -42,6 +42,7 @@ def info_lines(
         ("rings", _rings(rings)),
         ("files", _files(path)),
         ("check", check_text(meta.get("check"))),
+        ("hang", (meta.get("hang") or {}).get("reason")),
         ("status", f"{status['message']} (exit code {status['code']})"),
     ]
     if meta.get("shared_expert") or meta["config"].get("shared_expert"):

@@ -35,7 +35,7 @@ def shape_text(config: dict[str, Any], tokens: list[int]) -> str:
 def check_text(check: dict[str, Any] | None) -> str:
     """The verdict with its figures."""
     if check is None:
-        return "not checked (--no-check)"
+        return "not checked"
     out, routing = check["output"], check["routing"]
     verdict = "ok" if out["ok"] else f"WRONG: {plural(out['over'], 'element')} over the bound"
     text = f"{verdict}; max error {out['max_abs']:.2g}, {out['max_ratio']:.2f} of its bound"
