@@ -15,8 +15,14 @@ from pathlib import Path
 import flashmoe
 from flashmoe.errors import FlashmoeError
 
-_FILE = Path(__file__).with_name("_build_info.json")
-_CUBIN_DIR = Path(__file__).with_name("kernels") / "cubin"
+
+def _located(*parts: str) -> Path:
+    """A file that the build put into the package, whether or not it is there.
+
+    An editable installation's package has two places: the source tree, and where the build went.
+    """
+    places = [Path(root, *parts) for root in flashmoe.__path__]
+    return next((place for place in places if place.is_file()), places[0])
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Cubin:
     @property
     def path(self) -> Path:
         """Where the file lies in this installation."""
-        return _CUBIN_DIR / self.file
+        return _located("kernels", "cubin", self.file)
 
     @property
     def compute_capability(self) -> tuple[int, int]:
@@ -115,8 +121,9 @@ def parse(text: str) -> BuildInfo:
 @cache
 def build_info() -> BuildInfo:
     """This installation's build; a source tree that was never built says so in its reasons."""
-    if _FILE.is_file():
-        return parse(_FILE.read_text(encoding="utf-8"))
+    written = _located("_build_info.json")
+    if written.is_file():
+        return parse(written.read_text(encoding="utf-8"))
     unbuilt = "this source tree is not built: run `make dev`"
     return BuildInfo(
         version=flashmoe.__version__,

@@ -139,3 +139,14 @@ def test_this_installation_is_built_and_holds_what_it_says() -> None:
     assert (importlib.util.find_spec("flashmoe._host") is not None) == (
         info.why_no_host_engine == ""
     )
+
+
+def test_what_was_built_is_found_in_either_place_of_an_editable_installation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, built = tmp_path / "source", tmp_path / "built"
+    file = built / "kernels" / "cubin" / "moe_sm90a.cubin"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"\x7fELF")
+    monkeypatch.setattr(flashmoe, "__path__", [str(source), str(built)])
+    assert Cubin("moe_sm90a.cubin", "moe", "sm_90a", "p2p").path == file
