@@ -14,22 +14,22 @@ help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: dev
-dev: ## Build the host engine and the cubins into this tree (then PYTHONPATH=. works)
+dev: ## Build the host engine and the cubins into this tree (then PYTHONPATH=$(CURDIR) works)
 	$(CMAKE) -S . -B build/dev -DPython_EXECUTABLE=$(PYTHON_PATH) -DFLASHMOE_LINEINFO=ON
 	$(CMAKE) --build build/dev --parallel $(JOBS)
 	$(CMAKE) --install build/dev --prefix .
 
 .PHONY: stub
 stub: ## Write flashmoe/_host.pyi anew from the built extension (after `make dev`)
-	PYTHONPATH=. $(PYTHON) -m nanobind.stubgen -q -m flashmoe._host -o flashmoe/_host.pyi
+	PYTHONPATH=$(CURDIR) $(PYTHON) -m nanobind.stubgen -q -m flashmoe._host -o flashmoe/_host.pyi
 
 .PHONY: test
 test: ## Run the tests on this tree (after `make dev`); ARGS="-k name" chooses
-	PYTHONPATH=. $(PYTHON) -m pytest $(ARGS)
+	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest $(ARGS)
 
 .PHONY: gpu-test
 gpu-test: ## Run the tests that need a GPU; fails where there is none
-	PYTHONPATH=. FLASHMOE_REQUIRE_GPU=1 $(PYTHON) -m pytest tests/gpu $(ARGS)
+	PYTHONPATH=$(CURDIR) FLASHMOE_REQUIRE_GPU=1 $(PYTHON) -m pytest tests/gpu $(ARGS)
 
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'cmake/*.cu')
 
