@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import synthetic
 
@@ -15,7 +15,15 @@ from benchmarks import synthetic
 @pytest.fixture(scope="session")
 def shape() -> synthetic.Shape:
     return synthetic.Shape(
-        ranks=2, sms=3, tokens=200, hidden=64, intermediate=96, experts=8, top_k=2, iterations=3
+        ranks=2,
+        sms=3,
+        tokens=200,
+        hidden=64,
+        intermediate=96,
+        experts=8,
+        top_k=2,
+        iterations=3,
+        wall_us=40,
     )
 
 
