@@ -1,6 +1,6 @@
 // One CTA of the host engine: what its six lanes share, and what each lane does in a launch.
 //
-// The order of a launch (PROTOCOL: gate, barrier, counts, dispatch, tiles, return, combine) is in
+// The order of a launch (gate, barrier, counts, dispatch, tiles, return, combine; docs/design.md) is in
 // run(); the lanes' work is in cta_prepare.h, cta_move.h and cta_tiles.h.
 #pragma once
 
