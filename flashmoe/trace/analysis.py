@@ -21,15 +21,17 @@ TIMELINE_SCHEMA = 1
 def timeline_summary(run: Run, iteration: int | None = None) -> dict[str, Any]:
     """Every figure of `flashmoe timeline --json`; times are int ns, shares in 0..1.
 
-    ``iteration`` None adds up all of the run's, each apart in ``iterations``.  Raises FlashmoeError
-    where the run has no such iteration.
+    ``iteration`` None adds up all of the run's, each apart in ``iterations``.  ``tracer``, ``rings``
+    and ``overlap_ns`` are of the whole run always.  Raises FlashmoeError where the run has no such
+    iteration.
     """
     events, meta = Events.of(run.events), run.meta
     spent = account(events, Actors.of(meta), int(meta.get("iterations") or 1))
+    clock, world = meta.get("clock") or {}, meta.get("world") or {}
+    tracer = _tracer(clock, spent)
     if iteration is not None:
         spent = one_iteration(spent, iteration)
     actors, rings = spent.actors, meta["rings"]
-    clock, world = meta.get("clock") or {}, meta.get("world") or {}
     spending, work = Breakdown(spent), TensorWork(run, events, spent)
     hidden = hidden_communication(events, spent)
     ranks, of_rank = np.unique(actors.rank, return_inverse=True)
@@ -50,11 +52,11 @@ def timeline_summary(run: Run, iteration: int | None = None) -> dict[str, Any]:
         "iteration": iteration,
         "start_ns": start,
         "span_ns": int(spent.end_ns.max(initial=0)) - start,
-        "events": len(events),
+        "events": len(events) if iteration is None else int((events.iter == iteration).sum()),
         "bounds": total["bounds"],
         "overlap_ns": spent.overlap_ns,
         "clock": clock | {"sm_mhz_mean": work.sm_mhz},
-        "tracer": _tracer(clock, spent),
+        "tracer": tracer,
         "rings": {name: rings[name] for name in ("n", "capacity", "mode", "records", "dropped")}
         | {
             "with_drops": int((actors.dropped > 0).sum()),
@@ -129,7 +131,7 @@ def _per_actor(spent: Account, spending: Breakdown) -> list[dict[str, Any]]:
 
 
 def _tracer(clock: dict[str, Any], spent: Account) -> dict[str, Any]:
-    """What tracing itself took: records written, also those dropped, times the cost of one."""
+    """What tracing itself took in the whole run: records written, also dropped, times one's cost."""
     cost, records = clock.get("record_cost_ns"), int(spent.actors.count.sum())
     total = None if cost is None else cost * records
     wall = int(spent.wall_ns.sum())

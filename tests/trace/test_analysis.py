@@ -81,6 +81,14 @@ def test_one_iteration_alone_is_its_entry(run: Run, summary: dict[str, Any]) -> 
     assert found.value.exit_code == 2
 
 
+def test_one_iteration_counts_its_own_events_and_the_whole_runs_tracing(
+    run: Run, summary: dict[str, Any], shape: synthetic.Shape
+) -> None:
+    alone = [timeline_summary(run, i) for i in range(shape.iterations)]
+    assert sum(one["events"] for one in alone) == summary["events"]
+    assert all(one["tracer"] == summary["tracer"] for one in alone)
+
+
 def test_hidden_communication_is_the_intersection(run: Run, summary: dict[str, Any]) -> None:
     events = Events.of(run.events)
     start = events.start_ns()
