@@ -8,7 +8,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from flashmoe_cli.output import Terminal
-from flashmoe_cli.render.text import bytes_text, count_text, paint, plural
+from flashmoe_cli.render.text import bytes_text, paint, plural
 
 if TYPE_CHECKING:
     from flashmoe.session import Result
@@ -40,9 +40,7 @@ def check_text(check: dict[str, Any] | None) -> str:
     verdict = "ok" if out["ok"] else f"WRONG: {plural(out['over'], 'element')} over the bound"
     text = f"{verdict}; max error {out['max_abs']:.2g}, {out['max_ratio']:.2f} of its bound"
     if out["not_finite"]:
-        text += f"; {count_text(out['not_finite'])} elements NaN or infinite"
-    if out["not_finite"]:
-        text += f"; {plural(out['not_finite'], 'element')} not finite"
+        text += f"; {plural(out['not_finite'], 'element')} NaN or infinite"
     if out["unbounded"]:
         text += f"; {plural(out['unbounded'], 'element')} not judged (overflow)"
     if routing is not None:
