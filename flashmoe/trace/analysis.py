@@ -21,9 +21,9 @@ TIMELINE_SCHEMA = 1
 def timeline_summary(run: Run, iteration: int | None = None) -> dict[str, Any]:
     """Every figure of `flashmoe timeline --json`; times are int ns, shares in 0..1.
 
-    ``iteration`` None adds up all of the run's, each apart in ``iterations``.  ``tracer``, ``rings``
-    and ``overlap_ns`` are of the whole run always.  Raises FlashmoeError where the run has no such
-    iteration.
+    ``iteration`` None adds up all of the run's, each apart in ``iterations``.  ``tracer``,
+    ``rings`` and ``overlap_ns`` are of the whole run always.  Raises FlashmoeError where the run
+    has no such iteration.
     """
     events, meta = Events.of(run.events), run.meta
     spent = account(events, Actors.of(meta), int(meta.get("iterations") or 1))
@@ -131,7 +131,7 @@ def _per_actor(spent: Account, spending: Breakdown) -> list[dict[str, Any]]:
 
 
 def _tracer(clock: dict[str, Any], spent: Account) -> dict[str, Any]:
-    """What tracing itself took in the whole run: records written, also dropped, times one's cost."""
+    """What tracing took in the whole run: records written, also dropped, times one's cost."""
     cost, records = clock.get("record_cost_ns"), int(spent.actors.count.sum())
     total = None if cost is None else cost * records
     wall = int(spent.wall_ns.sum())
