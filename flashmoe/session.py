@@ -353,14 +353,22 @@ def _keep(
 
 
 def _refuse_existing(request: Request) -> None:
-    """Says that an output exists before the work, not after it."""
-    for path in (request.out, request.save_output):
-        if path is not None and not request.force and (path.exists() or path.is_symlink()):
+    """Says that an output cannot be written before the work, not after it."""
+    if request.out is not None:
+        from flashmoe.trace.rundir import refuse_existing
+
+        refuse_existing(request.out, request.force)
+    path = request.save_output
+    if path is not None and (path.exists() or path.is_symlink()):
+        if path.is_dir():
+            raise FlashmoeError(f"{path} is a directory", "name a file", exit_code=2)
+        if not request.force:
             raise FlashmoeError(
                 f"{path} exists already",
                 "choose another name, or replace it with -f",
                 exit_code=2,
             )
+    for path in (request.out, request.save_output):
         if path is not None and not path.absolute().parent.is_dir():
             raise FlashmoeError(
                 f"there is no directory {path.absolute().parent}", "create it first", exit_code=2

@@ -68,6 +68,32 @@ class RoutingDump(Protocol):
 # --------------------------------------------------------------------------------------- writing
 
 
+def refuse_existing(path: Path, force: bool) -> None:
+    """Raises FlashmoeError (exit code 2) where no run may be written to ``path``.
+
+    That is where something is there, unless ``force`` is set and it is a run or an empty directory.
+    """
+    if path.name in ("", LATEST):
+        raise FlashmoeError(
+            f"A run cannot be called {str(path)!r}.", f"Name it, e.g. mine{SUFFIX}.", 2
+        )
+    if not path.exists() and not path.is_symlink():
+        return
+    if not force:
+        raise FlashmoeError(
+            f"{path} exists already; nothing is overwritten.",
+            "Choose another name by -o, or replace it with -f.",
+            2,
+        )
+    ours = path.is_dir() and ((path / "run.json").exists() or not any(path.iterdir()))
+    if not ours or path.is_symlink():
+        raise FlashmoeError(
+            f"{path} exists and is not a run directory; -f replaces only runs.",
+            "Choose another name by -o.",
+            2,
+        )
+
+
 class RunWriter:
     """Writes a run directory; use it as a context manager.
 
@@ -86,28 +112,7 @@ class RunWriter:
         self._plan: list[pa.Table] = []
         self._counts: list[pa.Table] = []
         self._flight: np.ndarray | None = None
-        if self.path.name in ("", LATEST):
-            raise FlashmoeError(
-                f"A run cannot be called {str(path)!r}.", f"Name it, e.g. mine{SUFFIX}.", 2
-            )
-        self._refuse_existing()
-
-    def _refuse_existing(self) -> None:
-        if not self.path.exists() and not self.path.is_symlink():
-            return
-        if not self.force:
-            raise FlashmoeError(
-                f"{self.path} exists; nothing is overwritten.", "Give -f, or another name by -o.", 2
-            )
-        ours = self.path.is_dir() and (
-            (self.path / "run.json").exists() or not any(self.path.iterdir())
-        )
-        if not ours or self.path.is_symlink():
-            raise FlashmoeError(
-                f"{self.path} exists and is not a run directory; -f replaces only runs.",
-                "Give another name by -o.",
-                2,
-            )
+        refuse_existing(self.path, force)
 
     def add_rings(self, dump: Dump) -> None:
         """The rings as the engine dumped them; they must stay as they are until the block ends."""

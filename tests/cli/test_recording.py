@@ -119,6 +119,24 @@ def test_an_existing_output_is_kept(runs: Path, cli: Any, torch_engine: Any) -> 
     assert cli("trace", "tiny", *HOST, "-o", "a.fmoe", "-f").exit_code == 0
 
 
+@pytest.mark.parametrize("flag", ["-o", "--save-output"])
+def test_what_cannot_be_replaced_is_said_before_the_work(
+    runs: Path, cli: Any, torch_engine: Any, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    from flashmoe import session
+
+    def too_late(*args: Any) -> None:
+        raise AssertionError("it has run")
+
+    monkeypatch.setattr(session, "build_engine", too_late)
+    Path("kept").mkdir()
+    Path("kept/letter.txt").write_text("mine")
+    done = cli("trace", "tiny", *HOST, flag, "kept", "-f")
+    assert done.exit_code == 2, done.output
+    assert "kept" in done.stderr
+    assert Path("kept/letter.txt").read_text() == "mine"
+
+
 def test_save_output_writes_all_ranks_in_order(runs: Path, cli: Any, torch_engine: Any) -> None:
     done = cli("run", "tiny", "--ranks", "2", "-T", "3,4", *HOST, "--save-output", "y.safetensors")
     assert done.exit_code == 0, done.output
