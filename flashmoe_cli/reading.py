@@ -38,11 +38,24 @@ class View:
         return self.sms is not None or self.lane is not None
 
 
-def open_traced(name: str | Path | None) -> Run:
-    """Opens a run that holds events; raises FlashmoeError where it has none."""
+def open_described(name: str | Path | None) -> Run:
+    """Opens a run that says what ran; raises FlashmoeError where it ended before it could."""
     from flashmoe.trace.rundir import open_run
 
     run = open_run(name)
+    lacking = [key for key in ("config", "world") if not isinstance(run.meta.get(key), dict)]
+    if lacking:
+        what = " and no ".join(lacking)
+        raise FlashmoeError(
+            f"{run.path.name} does not say what ran: its run.json has no {what}",
+            "it ended before it began, or was changed; trace again",
+        )
+    return run
+
+
+def open_traced(name: str | Path | None) -> Run:
+    """Opens a run that holds events; raises FlashmoeError where it has none."""
+    run = open_described(name)
     if not run.events.num_rows:
         raise FlashmoeError(
             f"{run.path.name} holds no events: it was not traced, or nothing ran",

@@ -11,10 +11,10 @@ def info(run: RunPath = None, as_json: Json = False, verbose: Verbose = False) -
 
     With -v, every ring too.
     """
-    from flashmoe.trace.rundir import open_run
+    from flashmoe_cli.reading import open_described
     from flashmoe_cli.render.info import info_lines
 
-    source = open_run(run)
+    source = open_described(run)
     if as_json:
         emit({"schema": SCHEMA, "verb": "info", "run": str(source.path), "meta": source.meta})
     else:

@@ -139,6 +139,19 @@ def test_a_truncated_run_is_refused_with_a_sentence(made_up: Any, cli: Any) -> N
     assert "damaged or truncated" in done.stderr
 
 
+@pytest.mark.parametrize("verb", ["info", "timeline", "traffic"])
+def test_a_run_that_does_not_say_what_ran_is_refused_with_a_sentence(
+    made_up: Any, cli: Any, verb: str
+) -> None:
+    path = made_up()
+    meta = json.loads((path / "run.json").read_text())
+    del meta["world"]
+    (path / "run.json").write_text(json.dumps(meta))
+    done = cli(verb)
+    assert done.exit_code == 1
+    assert "does not say what ran: its run.json has no world" in done.stderr
+
+
 def test_info_says_what_the_run_is(made_up: Any, cli: Any) -> None:
     made_up(iterations=2)
     done = cli("info", "-v")
