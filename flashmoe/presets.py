@@ -64,7 +64,7 @@ def preset(name: str) -> Preset:
     found = PRESETS.get(name)
     if found is not None:
         return found
-    near = difflib.get_close_matches(name.lower(), PRESETS, n=1)
+    near = difflib.get_close_matches(name.lower(), PRESETS, n=1, cutoff=0.5)
     known = f"presets are: {', '.join(PRESETS)}"
     raise FlashmoeError(
         f"no preset '{name}'",

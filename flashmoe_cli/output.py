@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -27,7 +28,7 @@ class Terminal:
 def terminal(stream: TextIO | None = None) -> Terminal:
     """Describes ``stream`` (stdout): $COLUMNS, NO_COLOR, FORCE_COLOR and TERM are honoured."""
     stream = sys.stdout if stream is None else stream
-    tty = _is_tty(stream)
+    tty = is_tty(stream)
     colour = tty and os.environ.get("TERM", "") != "dumb"
     if os.environ.get("FORCE_COLOR"):
         colour = True
@@ -57,8 +58,9 @@ def emit(what: str | Iterable[str] | Mapping[str, Any]) -> None:
 
 
 def note(text: str) -> None:
-    """Prints one line to stderr: progress and remarks that are no result."""
-    _write(sys.stderr, text + "\n")
+    """Prints one line to stderr: progress and remarks that are no result, so it never fails."""
+    with suppress(OSError):
+        _write(sys.stderr, text + "\n")
 
 
 def show_error(message: str, hint: str, exit_code: int, *, as_json: bool) -> None:
@@ -76,12 +78,15 @@ def show_error(message: str, hint: str, exit_code: int, *, as_json: bool) -> Non
 
 
 def flush() -> None:
-    """Flushes both streams; a closed pipe is silent."""
-    for stream in (sys.stdout, sys.stderr):
-        _write(stream, "")
+    """Flushes both streams; a closed pipe is silent, and so is a stderr that nobody can read."""
+    _write(sys.stdout, "")
+    with suppress(OSError):
+        _write(sys.stderr, "")
 
 
-def _write(stream: TextIO, text: str) -> None:
+def _write(stream: TextIO | None, text: str) -> None:
+    if stream is None:  # closed by who started us: nobody is there to read
+        return
     try:
         try:
             stream.write(text)
@@ -89,19 +94,22 @@ def _write(stream: TextIO, text: str) -> None:
             encoding = stream.encoding or "ascii"
             stream.write(text.encode(encoding, "replace").decode(encoding))
         stream.flush()
-    except BrokenPipeError:
+    except OSError as exc:
         # The interpreter flushes again at exit: give it somewhere to flush to.
         sink = os.open(os.devnull, os.O_WRONLY)
         os.dup2(sink, stream.fileno())
         os.close(sink)
+        if not isinstance(exc, BrokenPipeError):
+            raise OSError(exc.errno, exc.strerror, stream.name) from exc
     except ValueError:
         if not stream.closed:
             raise
 
 
-def _is_tty(stream: TextIO) -> bool:
+def is_tty(stream: TextIO | None) -> bool:
+    """Whether ``stream`` is there and a terminal."""
     try:
-        return stream.isatty()
+        return stream is not None and stream.isatty()
     except ValueError:  # closed
         return False
 

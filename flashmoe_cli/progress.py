@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
-from flashmoe_cli.output import note, terminal
+from flashmoe_cli.output import is_tty, note, terminal
 
 _BAR = 24
 _REDRAW_S = 0.05
@@ -20,7 +20,7 @@ class Progress:
 
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
-        self._tty = sys.stderr.isatty()
+        self._tty = is_tty(sys.stderr)
         self._phase = ""
         self._began = time.monotonic()
         self._drawn = 0.0

@@ -18,6 +18,11 @@ from flashmoe.errors import FlashmoeError
 from flashmoe_cli.output import flush, note, show_error
 
 _BOUNDS = re.compile(r"\s*\[\w?[<>=.\dx]+\]$")
+#: How Typer words a value that is none of a flag's choices.
+_NO_CHOICE = re.compile(
+    r"Invalid value for '(?P<flag>[^']+)': (?:Value error, )?"
+    r"'(?P<value>[^']*)' is not one of (?P<known>.+?)\.?$"
+)
 _INTERRUPTED = 130
 _USAGE = 2
 
@@ -137,6 +142,12 @@ def _explain_usage(exc: typer.TyperException, verb: str | None) -> tuple[str, st
         near = get_close_matches(option, known, n=1, cutoff=0.5) or getattr(
             exc, "possibilities", None
         )
+        if near:
+            hint = f"did you mean {near[0]}? {hint}"
+    elif (choice := _NO_CHOICE.match(message)) is not None:
+        near = get_close_matches(choice["value"], re.findall(r"'([^']+)'", choice["known"]), n=1)
+        message = f"{choice['flag']} {choice['value']}: it is one of {choice['known']}"
+        message = message.replace("'", "")
         if near:
             hint = f"did you mean {near[0]}? {hint}"
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,13 @@ PLACE = {"PYTHONPATH": str(Path(flashmoe_cli.__file__).parents[1])}
         (("run", "--rank", "2"), "no such option --rank", "did you mean --ranks?"),
         (("timeline", "--wndow", "x"), "no such option --wndow", "did you mean --window?"),
         (("run", "--ranks", "0"), "--ranks", "flashmoe run --help"),
-        (("run", "--world", "hots"), "--world", "flashmoe run --help"),
+        (("run", "tyni"), "no preset 'tyni'", "did you mean 'tiny'?"),
+        (
+            ("run", "--world", "hots"),
+            "--world hots: it is one of auto, host, local",
+            "did you mean host? flashmoe run --help",
+        ),
+        (("timeline", "--lane", "q"), "--lane q: it is one of load, ", "flashmoe timeline --help"),
         (("run", "tiny", "extra"), "extra", "flashmoe run --help"),
         (("run", "--hidden"), "--hidden", "flashmoe run --help"),
         (("run", "tiny", "--hidden", "63"), "hidden size 63", "--hidden 56 or 64"),
@@ -205,6 +212,51 @@ def test_a_closed_pipe_hides_no_failure(made_up: Any) -> None:
     )
     os.close(writer)
     assert done.returncode == 4
+
+
+def test_a_full_stdout_is_one_line_and_no_traceback(made_up: Any) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*ME, "timeline", str(made_up())],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | PLACE,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: No space left on device")
+    assert len(done.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize(("verb", "code"), [("timeline", 0), ("export", 0), ("timelin", 2)])
+def test_streams_that_are_closed_from_the_start_change_nothing(
+    made_up: Any, stream: str, verb: str, code: int
+) -> None:
+    made_up()
+    closed = f"{1 if stream == 'stdout' else 2}>&-"
+    command = f"{shlex.join([*ME, verb])} {closed}"
+    done = subprocess.run(
+        ["sh", "-c", command], capture_output=True, text=True, env=os.environ | PLACE, check=False
+    )
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_a_stderr_that_is_full_fails_nothing(made_up: Any) -> None:
+    made_up()
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*ME, "export"],
+            stdout=subprocess.PIPE,
+            stderr=full,
+            text=True,
+            env=os.environ | PLACE,
+            check=False,
+        )
+    assert done.returncode == 0
+    assert "one.pftrace" in done.stdout
 
 
 def test_a_terminal_without_unicode_stays_readable(made_up: Any) -> None:
