@@ -102,7 +102,7 @@ def timeline_text(run: Run, where: Terminal, view: View | None = None) -> list[s
 
     view = view or View()
     _known_iteration(run, view.iteration)
-    columns = max(where.width - label_width(run.meta, view.lane) - 1, 10)
+    columns = max(where.width - label_width(run.meta, view.lane, where) - 1, 10)
     half = 2 if where.colour and where.unicode else 1
     ranks, launches = run.meta["world"]["ranks"], int(run.meta.get("iterations") or 1)
     around = lines_around(ranks, launches)

@@ -82,15 +82,16 @@ def _half_blocks(strips: Sequence[Strip], label_width: int) -> list[str]:
 
 
 def _pair_label(pair: Sequence[Strip]) -> str:
-    if len(pair) == 1:
+    first, *second = (strip.label.strip() for strip in pair)
+    if not second:
         return pair[0].label
-    first, second = pair[0].label, pair[1].label
-    head, tail = first.rsplit(" ", 1) if " " in first else ("", first)
-    other, last = second.rsplit(" ", 1) if " " in second else ("", second)
+    head, _, tail = first.rpartition(" ")
+    other, _, last = second[0].rpartition(" ")
     if head != other:
-        return f"{first}/{second}"
-    low, high = tail.split("-")[0], last.split("-")[-1]
-    return f"{head} {low}-{high}".strip()
+        return f"{first}/{second[0]}"
+    if not (tail + last).replace("-", "").isdigit():
+        return f"{head} {tail}/{last}"
+    return f"{head} {tail.split('-')[0]}-{last.split('-')[-1]}".strip()
 
 
 def _blocks(upper: Sequence[int], lower: Sequence[int]) -> str:

@@ -34,13 +34,34 @@ def table(
     width: int,
     indent: str = "",
 ) -> list[str]:
-    """Aligned lines under a heading; the last column gives way where ``width`` is too narrow."""
+    """Aligned lines under a heading.
+
+    Columns that do not fit ``width`` follow in tables below, each beginning with the first column.
+    """
     sizes = [max(visible(r[i]) for r in (head, *rows)) for i in range(len(head))]
-    lines = []
-    for row in (head, *rows):
-        cells = [pad(c, s, r) for c, s, r in zip(row, sizes, right, strict=True)]
-        lines.append(clip((indent + "  ".join(cells)).rstrip(), width))
+    lines: list[str] = []
+    for columns in _fitting(sizes, width - len(indent)):
+        for row in (head, *rows):
+            cells = [pad(row[i], sizes[i], right[i]) for i in columns]
+            lines.append(clip((indent + "  ".join(cells)).rstrip(), width))
     return lines
+
+
+def _fitting(sizes: Sequence[int], width: int) -> list[list[int]]:
+    """Columns of ``sizes`` in groups that fit ``width``, each with column 0 and one more at least.
+
+    A last column alone that is too wide stays where it is: it is text, and gives way at its end.
+    """
+    groups = [[0]]
+    used = sizes[0]
+    for i, size in enumerate(sizes[1:], 1):
+        fits = used + 2 + size <= width or len(groups[-1]) == 1
+        if not fits and sizes[0] + 2 + size <= width:
+            groups.append([0])
+            used = sizes[0]
+        groups[-1].append(i)
+        used += 2 + size
+    return groups
 
 
 def paint(text: str, code: str, colour: bool) -> str:

@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from flashmoe.trace.cells import Cells, Row
 
 
-def label_width(meta: dict[str, Any], lane: str | None) -> int:
-    """Columns that the longest row label of a run can take."""
+def label_width(meta: dict[str, Any], lane: str | None, where: Terminal) -> int:
+    """Columns that the longest row label of a run can take; in half blocks a line has two rows."""
     last = max((ring["sm"] for ring in meta["rings"]["per_ring"]), default=0)
-    label = f"sm {last}" if lane is not None else f"sm {last}-{last}"
-    return len(label) + (6 if lane == "all" else 0)
+    paired = where.colour and where.unicode
+    if lane == "all":
+        return len(f"sm {last} comm0/comm1" if paired else f"sm {last} comm0")
+    return len(f"sm {last}-{last}" if paired or lane is None else f"sm {last}")
 
 
 def picture_lines(
@@ -31,7 +33,7 @@ def picture_lines(
 
     to_palette = {value: INDEX.get(name, EMPTY) for value, name in STATE_NAME.items()}
     blocks = where.unicode
-    width = label_width(meta, lane)
+    width = label_width(meta, lane, where)
     lines = [clip(_caption(cells, meta, iteration, lane, where), where.width)]
     seen: set[int] = set()
     for rank in dict.fromkeys(row.rank for row in cells.rows):

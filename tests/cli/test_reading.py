@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from flashmoe_cli.render.text import visible
+
 
 def test_the_timeline_as_a_person_reads_it(made_up: Any, cli: Any, golden: Any) -> None:
     made_up()
@@ -171,15 +173,36 @@ def test_export_writes_beside_us_and_refuses_to_overwrite(made_up: Any, cli: Any
     assert figures["bytes"] == Path("x.pftrace").stat().st_size
 
 
+@pytest.mark.parametrize("colour", [False, True])
 @pytest.mark.parametrize("width", [40, 72, 200])
+@pytest.mark.parametrize(
+    "args",
+    [("timeline",), ("timeline", "--lane", "all"), ("timeline", "--lane", "math0"), ("traffic",)],
+)
 def test_no_line_is_wider_than_the_terminal(
-    made_up: Any, cli: Any, monkeypatch: pytest.MonkeyPatch, width: int
+    made_up: Any,
+    cli: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    args: tuple[str, ...],
+    width: int,
+    colour: bool,
 ) -> None:
-    made_up(iterations=2)
+    made_up(iterations=2, sms=12)
     monkeypatch.setenv("COLUMNS", str(width))
-    for verb in ("timeline", "traffic"):
-        lines = cli(verb).stdout.splitlines()[1:]
-        assert max(map(len, lines)) <= width
+    if colour:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    lines = cli(*args).stdout.splitlines()[1:]
+    assert max(map(visible, lines)) <= width
+
+
+def test_a_narrow_terminal_loses_no_figure(
+    made_up: Any, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up()
+    monkeypatch.setenv("COLUMNS", "40")
+    text = cli("timeline").stdout
+    for title in ("busy", "idle", "comm hidden", "tile fill", "rows/expert", "operands"):
+        assert title in text
 
 
 def test_colour_only_where_it_is_wanted(

@@ -44,6 +44,12 @@ def test_half_blocks_carry_two_strips_a_line() -> None:
     assert "48;5" not in lines[1]
 
 
+def test_two_lanes_of_one_sm_share_its_name() -> None:
+    lanes = [Strip(f"sm 3 {lane:<5}", [G1]) for lane in ("load", "sched", "comm0", "comm1")]
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", x) for x in draw(lanes, colour=True, blocks=True)]
+    assert lines == [" sm 3 load/sched ▀", "sm 3 comm0/comm1 ▀"]
+
+
 @pytest.mark.parametrize(("colour", "blocks"), [(True, True), (True, False), (False, False)])
 def test_the_legend_names_what_is_there_and_fits(colour: bool, blocks: bool) -> None:
     lines = legend([G1, WAIT, IDLE, EMPTY], colour=colour, blocks=blocks, width=24)
