@@ -41,13 +41,13 @@ def export(
     """Writes a run for other viewers: ui.perfetto.dev, chrome://tracing."""
     from flashmoe.trace.export import FORMATS
     from flashmoe.trace.export import export as write
-    from flashmoe.trace.rundir import open_run
     from flashmoe_cli.progress import Progress
+    from flashmoe_cli.reading import open_traced
     from flashmoe_cli.render.export import export_lines
 
     with Progress(quiet or as_json) as progress:
         progress("reading the run")
-        source = open_run(run)
+        source = open_traced(run)
         path = output or Path(source.path.stem + FORMATS[format.value])
         progress(f"writing {path}")
         done = write(source, format.value, path, force=force)

@@ -76,7 +76,17 @@ def test_an_injected_fault_is_a_hang_with_its_culprit(
     assert said["hang"]["culprit"] == culprit
     assert said["status"]["code"] == 124
     assert said["hang"]["reason"] in cli("info", "hung").stdout
-    assert cli("timeline", "hung", "--strict").exit_code == 4
+    seen = cli("timeline", "hung", "--strict")
+    assert seen.exit_code == 4
+    assert f"this run hung: {said['hang']['reason']}" in " ".join(seen.stdout.split())
+
+
+def test_an_untraced_run_is_not_exported_but_said_to_be_one(runs: Path, cli: Any) -> None:
+    assert cli("run", "tiny", *HOST, "-o", "plain.fmoe").exit_code == 0
+    done = cli("export", "plain")
+    assert done.exit_code == 1
+    assert "it was not traced" in done.stderr
+    assert not Path("plain.pftrace").exists()
 
 
 def test_a_slow_rank_is_no_hang(runs: Path, cli: Any) -> None:
