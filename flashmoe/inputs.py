@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +31,8 @@ class Inputs:
 def prepare(request: Request, device: str) -> Inputs:
     """Weights on ``device`` and tokens for each rank, as ``request`` says.
 
-    Raises FlashmoeError where a file is wrong, or where the weights alone exceed the memory that
-    is free, with both figures.
+    Raises FlashmoeError where a file is wrong, or where the weights or the tokens alone exceed the
+    memory that is free, with both figures, before it allocates them.
     """
     from flashmoe.tokens import random_tokens, read_tokens
     from flashmoe.weights import nbytes, random_weights
@@ -43,20 +42,21 @@ def prepare(request: Request, device: str) -> Inputs:
         from flashmoe.checkpoint import layer_config, load_layer
 
         assert request.layer is not None
-        _fits(nbytes(layer_config(request.checkpoint, request.layer, request.dtype)), device)
+        _weights_fit(nbytes(layer_config(request.checkpoint, request.layer, request.dtype)), device)
         layer = load_layer(request.checkpoint, request.layer, dtype=request.dtype, device=device)
         config, weights, shared = layer.config, layer.weights, layer.shared
         remarks += [layer.source, *layer.remarks]
     else:
         assert request.config is not None
         config = request.config
-        _fits(nbytes(config), device)
+        _weights_fit(nbytes(config), device)
         weights = random_weights(config, request.seed, device)
     if shared is not None:
         remarks.append("the shared expert is added by torch, outside the kernel")
     if request.tokens_file is not None:
         x = _split(read_tokens(request.tokens_file, config), request.ranks)
     else:
+        _tokens_fit(sum(request.tokens), config)
         gate = weights.gate if request.skew > 0 else None
         x = random_tokens(request.tokens, config, request.seed, request.skew, gate)
     return Inputs(request.name, config, weights, x, tuple(len(t) for t in x), shared, remarks)
@@ -74,20 +74,25 @@ def free_memory(device: str) -> int | None:
         import torch
 
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 0
-        return pages * os.sysconf("SC_PAGE_SIZE") or None
+    from flashmoe.world.memory import available_bytes
+
+    return available_bytes()
 
 
-def _fits(need: int, device: str) -> None:
+def _weights_fit(need: int, device: str) -> None:
+    _fits("the weights", need, device, "choose a smaller preset, or fewer --experts")
+
+
+def _tokens_fit(tokens: int, config: MoEConfig) -> None:
+    # Drawn as float32 on the CPU, and rounded into a copy.
+    need = tokens * (4 * config.hidden + config.row_bytes)
+    _fits(f"{tokens} tokens", need, "cpu", "use fewer tokens (-T)")
+
+
+def _fits(what: str, need: int, device: str, hint: str) -> None:
     free = free_memory(device)
     if free is not None and need > free:
         where = "memory" if device == "cpu" else "GPU memory"
         raise FlashmoeError(
-            f"the weights take {need / 1e9:.1f} GB of {where}, and {free / 1e9:.1f} GB are free",
-            "choose a smaller preset, or fewer --experts",
+            f"{what} take {need / 1e9:.1f} GB of {where}, and {free / 1e9:.1f} GB are free", hint
         )

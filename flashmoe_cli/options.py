@@ -125,7 +125,15 @@ TokensFile = Annotated[
     ),
 ]
 Seed = Annotated[
-    int, _option("--seed", metavar="N", help="Seed of random weights and tokens (0).", panel=INPUT)
+    int,
+    _option(
+        "--seed",
+        metavar="N",
+        help="Seed of random weights and tokens (0).",
+        panel=INPUT,
+        min=-(2**63),
+        max=2**63 - 1,
+    ),
 ]
 Skew = Annotated[
     float,
@@ -222,6 +230,7 @@ RingCapacity = Annotated[
         help="Records that each actor's ring holds; by default enough for the whole run.",
         panel=SAVED,
         min=1,
+        max=2**32 - 1,
     ),
 ]
 RingModeName = Annotated[

@@ -17,7 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 from flashmoe.errors import FlashmoeError
 from flashmoe_cli.output import flush, note, show_error
 
-_BOUNDS = re.compile(r"\s*\[\w?[<>=.\dx]+\]$")
+_BOUNDS = re.compile(r"\s*\[\w?[-<>=.\dx]+\]$")
 #: How Typer words a value that is none of a flag's choices.
 _NO_CHOICE = re.compile(
     r"Invalid value for '(?P<flag>[^']+)': (?:Value error, )?"

@@ -34,6 +34,8 @@ PLACE = {"PYTHONPATH": str(Path(flashmoe_cli.__file__).parents[1])}
             "did you mean host? flashmoe run --help",
         ),
         (("timeline", "--lane", "q"), "--lane q: it is one of load, ", "flashmoe timeline --help"),
+        (("run", "--seed", str(2**63)), "--seed", "flashmoe run --help"),
+        (("trace", "--ring-capacity", str(2**32)), "--ring-capacity", "flashmoe trace --help"),
         (("run", "tiny", "extra"), "extra", "flashmoe run --help"),
         (("run", "--hidden"), "--hidden", "flashmoe run --help"),
         (("run", "tiny", "--hidden", "63"), "hidden size 63", "--hidden 56 or 64"),
@@ -116,6 +118,10 @@ def test_every_verb_has_help_that_names_its_options(cli: Any) -> None:
         done = cli(verb, "--help")
         assert done.exit_code == 0
         assert "--json" in done.stdout
+
+
+def test_help_shows_no_bounds(cli: Any) -> None:
+    assert "<=x" not in cli("trace", "--help").stdout
 
 
 def test_presets_are_listed(cli: Any, golden: Any) -> None:

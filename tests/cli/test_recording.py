@@ -234,6 +234,9 @@ def test_too_little_memory_is_said_before_allocating(
     assert done.exit_code == 1
     assert "2.8 GB" in done.stderr
     assert "0.0 GB are free" in done.stderr
+    done = cli("run", "tiny", "-T", "1000000", *HOST)
+    assert done.exit_code == 1
+    assert "1000000 tokens take 0.4 GB" in done.stderr
 
 
 def test_a_gpu_is_described_as_far_as_anything_says() -> None:
