@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import statistics
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ from flashmoe.config import MoEConfig
 from flashmoe.session import Request, Result, run
 from flashmoe.trace.place import SUFFIX, runs_folder
 from flashmoe_cli import request as parse
-from flashmoe_cli.output import SCHEMA
+from flashmoe_cli.output import SCHEMA, note
 from flashmoe_cli.progress import Progress
 
 
@@ -87,10 +91,39 @@ def make_request(options: dict[str, Any], *, traced: bool) -> Request:
 
 
 def record(options: dict[str, Any], *, traced: bool) -> Result:
-    """Runs what the options say, with progress on stderr."""
+    """Runs what the options say, with progress on stderr.
+
+    SIGTERM, by which batch systems end a job, stops it as Ctrl-C does: what had run is saved.
+    """
     request = make_request(options, traced=traced)
-    with Progress(quiet=options["quiet"] or options["as_json"]) as progress:
-        return run(request, progress)
+    before = _saved(request)
+    with Progress(quiet=options["quiet"] or options["as_json"]) as progress, _stopped_by_sigterm():
+        try:
+            return run(request, progress)
+        except BaseException:
+            if _saved(request) != before and not options["as_json"]:
+                note(f"saved what had run: {request.out}")
+            raise
+
+
+def _saved(request: Request) -> int | None:
+    """When the request's run directory was written; None where there is none."""
+    try:
+        return None if request.out is None else (request.out / "run.json").stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def result_json(verb: str, result: Result) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,11 @@ def test_a_full_ring_is_said_and_the_rest_stays_readable(runs: Path, cli: Any) -
     assert meta["rings"]["dropped"] > 0
 
 
-def test_ctrl_c_stops_a_real_run_with_130(runs: Path) -> None:
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_what_stops_a_real_run_ends_it_with_130_and_saves_it(runs: Path, by: int, cli: Any) -> None:
     place = {"PYTHONPATH": str(Path(flashmoe_cli.__file__).parents[1])}
     # Slow enough to be in the middle of it, fast enough to end a launch soon.
-    args = ("run", "tiny", *HOST, "--fault", "slow:0:0.002", "-n", "1000")
+    args = ("trace", "tiny", *HOST, "--fault", "slow:0:0.002", "-n", "1000", "-o", "part.fmoe")
     with subprocess.Popen(
         [sys.executable, "-m", "flashmoe_cli", *args],
         stdout=subprocess.PIPE,
@@ -121,12 +123,17 @@ def test_ctrl_c_stops_a_real_run_with_130(runs: Path) -> None:
         assert process.stderr is not None
         while (line := process.stderr.readline().strip()) != "running":
             assert line, "it ended before it ran"
-        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        process.send_signal(by)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "interrupted" in err
+    assert err.splitlines()[-2:] == ["saved what had run: part.fmoe", "interrupted"]
     assert "Traceback" not in err
     assert out == ""
+    meta = json.loads(cli("info", "part", "--json").stdout)["meta"]
+    assert meta["status"] == {"code": 130, "message": "interrupted"}
+    assert meta["iterations"] > 0
+    assert cli("timeline", "part").exit_code == 0
 
 
 def _models() -> dict[str, Any]:
