@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from flashmoe.errors import FlashmoeError
 from flashmoe.trace import schema
 from flashmoe.trace.rings import Rings, held
 from flashmoe.trace.schema import EventKind, RecordFlag, RingMode
@@ -43,6 +44,7 @@ EVENTS = pa.schema(
 _KIND_NAMES = pa.array(schema.NAME_OF, pa.string())
 _LANE_NAMES = pa.array([schema.LANE_NAME[lane] for lane in schema.Lane], pa.string())
 _KIND_VALUES = {name: value for value, name in enumerate(schema.NAME_OF)}
+_KNOWN_KINDS = {name for kind, name in schema.KIND_NAME.items() if kind}
 _LANE_VALUES = {name: int(lane) for lane, name in schema.LANE_NAME.items()}
 
 _IS_BYTES = np.zeros(256, bool)
@@ -120,6 +122,23 @@ def decode(rings: Rings) -> pa.Table:
     return to_table(columns)
 
 
+def require_known(table: pa.Table) -> None:
+    """Raises FlashmoeError where an event has a kind or a lane that there is none of.
+
+    Readers ask; who writes does not, so that a run that went wrong is kept all the same.
+    """
+    for column, known in (("kind", _KNOWN_KINDS), ("lane", set(schema.LANE_NAME.values()))):
+        for chunk in table.column(column).chunks:
+            used = np.flatnonzero(np.bincount(chunk.indices.to_numpy(zero_copy_only=False)))
+            names = chunk.dictionary.to_pylist()
+            strange = sorted({names[i] for i in used} - known)
+            if strange:
+                raise FlashmoeError(
+                    f"The run holds an event of the {column} {strange[0]}, which there is none of.",
+                    "It is damaged; copy the run again, or trace again.",
+                )
+
+
 def to_table(columns: dict[str, np.ndarray]) -> pa.Table:
     """A table with the columns of ``EVENTS``; ``lane`` and ``kind`` are given as codes."""
     names = {"lane": _LANE_NAMES, "kind": _KIND_NAMES}
@@ -127,7 +146,11 @@ def to_table(columns: dict[str, np.ndarray]) -> pa.Table:
     for field in EVENTS:
         values = pa.array(columns[field.name])
         if field.name in names:
-            values = pa.DictionaryArray.from_arrays(values, names[field.name], safe=False)
+            known, most = names[field.name], int(columns[field.name].max(initial=0))
+            # Damage too needs a name; require_known() finds it.
+            more = [f"{field.name}{value}" for value in range(len(known), most + 1)]
+            named = pa.array([*known.to_pylist(), *more], pa.string()) if more else known
+            values = pa.DictionaryArray.from_arrays(values, named, safe=False)
         arrays.append(values)
     return pa.Table.from_arrays(arrays, schema=EVENTS)
 

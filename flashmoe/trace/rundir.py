@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from flashmoe.errors import FlashmoeError
 from flashmoe.trace import schema
-from flashmoe.trace.decode import EVENTS, decode
+from flashmoe.trace.decode import EVENTS, decode, require_known
 from flashmoe.trace.place import LATEST, SUFFIX, runs_folder
 from flashmoe.trace.rings import Dump, Rings, dropped, from_dump, held, read_rings, write_rings
 
@@ -313,8 +313,11 @@ class Run:
         """The events, one row each, with the columns of ``decode.EVENTS``."""
         path = self.path / "events.parquet"
         if not path.exists() and (self.path / "rings.bin").exists():
-            return with_flows(decode(self.rings), self.plan, self.counts, _row_bytes(self.meta))
+            table = decode(self.rings)
+            require_known(table)
+            return with_flows(table, self.plan, self.counts, _row_bytes(self.meta))
         table = self._read("events.parquet", EVENTS)
+        require_known(table)
         return table.combine_chunks()
 
     @cached_property

@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import synthetic
+from flashmoe.errors import FlashmoeError
 from flashmoe.trace import decode as decoding
 from flashmoe.trace import schema
 from flashmoe.trace.decode import EVENTS, decode, kind_codes, lane_codes, stall_ns
 from flashmoe.trace.rings import from_dump
-from flashmoe.trace.rundir import open_run
+from flashmoe.trace.rundir import RunWriter, open_run
 from flashmoe.trace.schema import EventKind, RecordFlag
 
 COLUMNS = [
@@ -188,3 +189,19 @@ def test_blocks_do_not_show(
     )
     assert table["kind"].to_pylist() == saved["kind"].to_pylist()
     assert len(routed.tiles) > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "lane", "said"),
+    [(200, 0, "kind kind200"), (25, 0, "kind kind25"), (0, 0, "kind none"), (4, 9, "lane lane9")],
+)
+def test_what_no_engine_writes_is_kept_and_told_to_readers(
+    kind: int, lane: int, said: str, tmp_path: Path
+) -> None:
+    record = records({"t0_ns": 5, "dur_ns": 1, "kind": kind})
+    with RunWriter(tmp_path / "odd.fmoe") as writer:
+        writer.add_rings(one_ring(record, lane=lane))
+    for missing in ("none", "events.parquet"):
+        (tmp_path / "odd.fmoe" / missing).unlink(missing_ok=True)
+        with pytest.raises(FlashmoeError, match=said):
+            _ = open_run(tmp_path / "odd.fmoe").events
