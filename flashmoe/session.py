@@ -45,7 +45,7 @@ class Request:
     ``config`` is None where ``checkpoint`` says it.  ``tokens`` is the T of each rank; with
     ``tokens_file`` it follows from the file.  ``world`` may be ``auto``.  ``out`` is the run
     directory; None keeps nothing unless the run hangs, and then ``hang_out`` is used.
-    ``deadline_s`` None is ``default_deadline_s``.
+    ``deadline_s`` None is ``DEADLINE_S``; the host engine adds the time of its arithmetic.
     """
 
     name: str
@@ -147,18 +147,9 @@ def flop(inputs: Inputs) -> int:
     return 2 * rows * config.hidden * (config.up_rows + config.intermediate)
 
 
-def default_deadline_s(world: str, inputs: Inputs) -> float:
-    """How long a wait may take where nobody says: 10 s; on the host engine, its arithmetic's time.
-
-    There a wait can last as long as all the work of others on few cores; one GFLOP/s is less than
-    the slowest machine does, so that a slow one is not called hung.
-    """
-    return max(DEADLINE_S, flop(inputs) / 1e9) if world == "host" else DEADLINE_S
-
-
 def build_engine(world: str, request: Request, inputs: Inputs) -> Engine:
     """The engine of ``world``, with weights loaded; raises FlashmoeError where it does not fit."""
-    deadline_s = request.deadline_s or default_deadline_s(world, inputs)
+    deadline_s = request.deadline_s or DEADLINE_S
     options = EngineOptions(
         ranks=request.ranks,
         sms_per_rank=request.sms_per_rank,

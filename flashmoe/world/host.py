@@ -60,8 +60,8 @@ class HostEngine:
     Status.OVERFLOW.  None sizes the pool for the worst case while that stays below a quarter of the
     memory, else for twice the mean, and :meth:`launch` grows it when that overflows.  Arithmetic on
     a CPU may take longer than any sensible deadline, so that each wait is allowed the time of the
-    whole layer at ``SLOWEST_FLOPS`` on top of ``options.deadline_s``: next to nothing for a small
-    layer.
+    whole layer at ``SLOWEST_FLOPS`` on top of what ``options`` say: next to nothing for a small
+    layer.  ``self.options`` holds the deadlines with that time added.
 
     Implements :class:`flashmoe.world.base.Engine`.  Raises FlashmoeError for a layer or a number of
     ranks that no host engine runs, and, before allocating, where memory does not suffice.
@@ -86,6 +86,7 @@ class HostEngine:
         self.tokens = tuple(tokens)
         self.sms_per_rank = DEFAULT_SMS if options.sms_per_rank is None else options.sms_per_rank
         self._validate()
+        self.options = self._with_time_for_arithmetic()
         self._grows = pool_rows is None
         self._shape = self._make_shape(pool_rows)
         self.ring_capacity = options.ring_capacity or self._default_ring_capacity()
@@ -186,12 +187,21 @@ class HostEngine:
         per_token = config.hidden * config.experts + config.top_k * per_row
         return 2 * sum(self.tokens) * per_token
 
-    def _settings(self) -> Any:
-        options = self.options
+    def _with_time_for_arithmetic(self) -> EngineOptions:
+        """The options with the deadlines that hold, which is what a diagnosis must know."""
+        options, arithmetic = self.options, self._flops() / SLOWEST_FLOPS
         first = options.first_deadline_s
         if first is None:
             first = FIRST_DEADLINE_FACTOR * options.deadline_s
-        arithmetic = self._flops() / SLOWEST_FLOPS
+        return replace(
+            options,
+            deadline_s=options.deadline_s + arithmetic,
+            first_deadline_s=first + arithmetic,
+        )
+
+    def _settings(self) -> Any:
+        options = self.options
+        assert options.first_deadline_s is not None
         return self._host.EngineConfig(
             self._shape,
             self.config.dtype,
@@ -199,8 +209,8 @@ class HostEngine:
             options.traced,
             self.ring_capacity,
             options.ring_mode == "keep-last",
-            int((options.deadline_s + arithmetic) * 1e9),
-            int((first + arithmetic) * 1e9),
+            int(options.deadline_s * 1e9),
+            int(options.first_deadline_s * 1e9),
             [(f.kind, f.rank, f.peer, f.expert, f.seconds) for f in options.faults],
         )
 

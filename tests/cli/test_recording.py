@@ -192,18 +192,14 @@ def test_ctrl_c_ends_with_130(runs: Path, cli: Any, torch_engine: Any) -> None:
     assert "Traceback" not in done.output
 
 
-def test_much_arithmetic_on_the_host_engine_is_given_time_and_said() -> None:
+def test_the_floating_point_operations_of_a_launch() -> None:
     from types import SimpleNamespace
 
     from flashmoe.presets import PRESETS
-    from flashmoe.session import default_deadline_s, flop
+    from flashmoe.session import flop
 
     large = SimpleNamespace(config=PRESETS["mixtral"].config, tokens=(4096, 4096))
     assert flop(large) == 2 * 8192 * 2 * 4096 * 3 * 14336
-    assert default_deadline_s("host", large) == flop(large) / 1e9
-    assert default_deadline_s("local", large) == 10
-    small = SimpleNamespace(config=PRESETS["tiny"].config, tokens=(64,))
-    assert default_deadline_s("host", small) == 10
 
 
 def test_a_stopped_trace_leaves_a_readable_run(

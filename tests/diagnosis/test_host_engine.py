@@ -59,3 +59,31 @@ def test_the_rank_at_fault_is_named(tokens: list[int], sms: int, rank: int) -> N
         accused = {report.culprit} if report.culprit is not None else set(report.candidates)
         assert rank in accused and len(accused) <= 2, report.text
         assert report.waits and report.chain
+
+
+def test_a_deadline_shorter_than_the_arithmetic_misleads_nobody() -> None:
+    """The time that a wait is allowed for arithmetic is part of the deadline that was passed."""
+    from flashmoe.verdict import diagnose_hang
+
+    config = MoEConfig(hidden=512, intermediate=512, experts=8, top_k=2)
+    tokens = [200, 200]
+    options = EngineOptions(
+        ranks=2,
+        sms_per_rank=2,
+        deadline_s=0.001,
+        first_deadline_s=0.001,
+        faults=(Fault("lost-signal", 1, expert=3),),
+    )
+    engine = HostEngine(config, random_weights(config, 0), tokens, options)
+    try:
+        work_s = 2 * 400 * 512 * (8 + 2 * 3 * 512) / 1e9
+        assert engine.options.deadline_s == pytest.approx(0.001 + work_s)
+        assert engine.options.first_deadline_s == engine.options.deadline_s
+        engine.load(random_tokens(tokens, config, 0))
+        assert engine.launch().status is Status.HANG
+        report = diagnose_hang(engine, engine.flight())
+    finally:
+        engine.close()
+    assert report.cause == "lost-signal", report.text
+    assert report.culprit == 1 or 1 in report.candidates, report.text
+    assert report.deadline_s == engine.options.first_deadline_s
