@@ -49,6 +49,7 @@ nb::dict heap_layout_dict(const nb::dict& shape) {
   FLASHMOE_OFFSET(slots);
   FLASHMOE_OFFSET(sorted);
   FLASHMOE_OFFSET(histogram);
+  FLASHMOE_OFFSET(chunk_rows);
   FLASHMOE_OFFSET(tables);
   FLASHMOE_OFFSET(bytes);
 #undef FLASHMOE_OFFSET
@@ -81,10 +82,8 @@ nb::dict plan_dict(const nb::dict& shape, const ChunkCounts& chunk_counts) {
     for (size_t c = 0; c < chunks; ++c) sum += rows[(source * chunks + c) * s.experts + expert];
     return sum;
   };
-  HeapLayout no_layout{};
-  std::vector<uint32_t> storage(table_words(s) + kLine / 4);
-  Heap tables_only{reinterpret_cast<char*>(storage.data())};
-  const PlanTables p = plan_tables(tables_only, no_layout, s, 0);
+  std::vector<uint32_t> storage(table_words(s));
+  const PlanTables p = plan_tables(storage.data(), s);
   enum Column {
     kRank,
     kTile,
@@ -133,10 +132,11 @@ T* pointer(const nb::handle& value) {
   return reinterpret_cast<T*>(nb::cast<uintptr_t>(value));
 }
 
-void copy_map(uint8_t (&to)[128], const nb::handle& from) {
-  const nb::bytes map = nb::cast<nb::bytes>(from);
-  if (map.size() != sizeof(to)) throw nb::value_error("a tensor map is 128 bytes");
-  std::memcpy(to, map.c_str(), sizeof(to));
+template <class Maps>
+void copy_maps(Maps& to, const nb::handle& from) {
+  const nb::bytes maps = nb::cast<nb::bytes>(from);
+  if (maps.size() != sizeof(to)) throw nb::value_error("a tensor map is 128 bytes");
+  std::memcpy(to, maps.c_str(), sizeof(to));
 }
 
 nb::bytes launch_args(const nb::dict& shape, const std::vector<uintptr_t>& heaps,
@@ -160,10 +160,12 @@ nb::bytes launch_args(const nb::dict& shape, const std::vector<uintptr_t>& heaps
   for (size_t r = 0; r < ranks.size(); ++r) {
     const nb::dict d = nb::cast<nb::dict>(ranks[r]);
     RankArgs& rank = args->ranks[r];
-    copy_map(rank.map_pool, d["map_pool"]);
-    copy_map(rank.map_h, d["map_h"]);
-    copy_map(rank.map_up, d["map_up"]);
-    copy_map(rank.map_down, d["map_down"]);
+    copy_maps(rank.map_pool, d["map_pool"]);
+    copy_maps(rank.map_h, d["map_h"]);
+    copy_maps(rank.map_up, d["map_up"]);
+    copy_maps(rank.map_down, d["map_down"]);
+    copy_maps(rank.map_x, d["map_x"]);
+    copy_maps(rank.map_gate, d["map_gate"]);
     rank.x = pointer<const void>(d["x"]);
     rank.gate = pointer<const void>(d["gate"]);
     rank.bias = pointer<const float>(d["bias"]);
@@ -172,6 +174,7 @@ nb::bytes launch_args(const nb::dict& shape, const std::vector<uintptr_t>& heaps
     rank.weights = pointer<const float>(d["weights"]);
     rank.rank = nb::cast<uint32_t>(d["rank"]);
     rank.tokens = nb::cast<uint32_t>(d["tokens"]);
+    rank.gate_box_tokens = nb::cast<uint32_t>(d["gate_box_tokens"]);
   }
   args->local_ranks = local_ranks;
   args->ring_capacity = ring_capacity;

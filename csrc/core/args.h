@@ -10,6 +10,7 @@
 namespace flashmoe {
 
 inline constexpr uint32_t kMaxRanks = 8;
+inline constexpr uint32_t kRowBoxes = 4;
 
 // Withholds one rank's signal for one expert, to test the diagnosis on a GPU.
 struct FaultArgs {
@@ -20,10 +21,13 @@ struct FaultArgs {
 
 // One rank of this launch.
 struct alignas(64) RankArgs {
-  uint8_t map_pool[128];  // CUtensorMap: pool [pool_rows][H], box 64 x tile_m
-  uint8_t map_h[128];     // h [pool_rows][I]
+  // CUtensorMaps.  Rows of a tile are fetched in boxes of 16, 32, 64 and 128 rows of 64 columns.
+  uint8_t map_pool[kRowBoxes][128];  // pool [pool_rows][H]
+  uint8_t map_h[kRowBoxes][128];     // h [pool_rows][I]
   uint8_t map_up[128];    // gated: [experts owned][2][I][H] as 5-D; plain: [experts owned][I][H]
   uint8_t map_down[128];  // [experts owned][H][I]
+  uint8_t map_x[128];     // x [tokens][H], box 64 x gate_box_tokens
+  uint8_t map_gate[128];  // gate [E][H], box 64 x gate_columns(E)
   const void* x;          // [tokens][H] dtype
   const void* gate;       // [E][H] dtype
   const float* bias;      // [E], or null
@@ -32,6 +36,7 @@ struct alignas(64) RankArgs {
   const float* weights;   // external routing: [tokens][k], or null
   uint32_t rank;
   uint32_t tokens;
+  uint32_t gate_box_tokens;  // 8 or 32
 };
 
 struct LaunchArgs {

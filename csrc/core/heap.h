@@ -35,9 +35,12 @@ struct HeapLayout {
   uint64_t weights;    // [max_tokens][k] f32
   uint64_t slots;      // [max_tokens][k] u32, index among the chunk's rows for that expert
   uint64_t sorted;     // [max_tokens * k] u32, token * k + j, by expert within each chunk
-  uint64_t histogram;  // [chunks][E] u32
-  uint64_t tables;     // [chunks] PlanTables, each CTA its own copy
-  uint64_t bytes;      // of the whole heap
+  uint64_t histogram;  // [chunks][E] u32, rows of each chunk for each expert
+  // [chunks][E] u32, rows of earlier chunks; an expert's column is written by who sends its count,
+  // before that, so whoever has the rank's own counts has these too
+  uint64_t chunk_rows;
+  uint64_t tables;  // [chunks] PlanTables, each CTA its own copy
+  uint64_t bytes;   // of the whole heap
 };
 
 inline constexpr uint64_t kSectionAlign = 1024;
@@ -58,6 +61,7 @@ FLASHMOE_HD uint64_t table_words(const Shape& s) {
   return (2ull + s.world) * columns          // prefix
          + 1ull * s.world * s.experts        // start
          + 2ull * columns                    // chunk_prefix, chunk_order
+         + s.experts                         // height
          + 2ull * max_owned_experts(s) + 1;  // segments
 }
 
@@ -97,6 +101,7 @@ inline HeapLayout heap_layout(const Shape& s) {
   l.slots = take(4 * rows_sent, kSectionAlign);
   l.sorted = take(4 * rows_sent, kSectionAlign);
   l.histogram = take(4ull * s.chunks * s.experts, kSectionAlign);
+  l.chunk_rows = take(4ull * s.chunks * s.experts, kSectionAlign);
   l.tables = take(s.chunks * align_up(4 * table_words(s), kLine), kSectionAlign);
   l.bytes = align_up(at, kSectionAlign);
   return l;

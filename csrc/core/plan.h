@@ -2,7 +2,7 @@
 //
 // A pool holds the rows of its rank's experts, expert after expert; inside one expert in the order
 // (source, token, k).  A source's return buffer holds its rows expert after expert over all experts.
-// Row tiles cut each expert's rows in steps of tile_m; tiles are never shared by two experts.
+// Row tiles cut each expert's rows in steps of its tile_height(); no two experts share a tile.
 //
 // `Team` is who builds the tables together: the threads of a CTA, or one thread of the host engine.
 // It gives rank(), size(), sync(), and scan(table, rows, n): in place, exclusive, over each of `rows`
@@ -22,19 +22,26 @@ struct PlanTables {
   uint32_t* start;   // [W][E]: rows of sources before s within expert e
   uint32_t* chunk_prefix;  // [E + 1]: rows of this source's earlier chunks for expert e
   uint32_t* chunk_order;   // [E + 1]: rows of this chunk for experts before e
+  uint32_t* height;        // [E]: rows of the expert's row tiles, but for the last one
   uint32_t* segments;      // [2 * experts owned + 1]: tiles before each segment of the order
 };
 
-FLASHMOE_HD PlanTables plan_tables(const Heap& h, const HeapLayout& l, const Shape& s,
-                                   uint32_t chunk) {
-  uint32_t* at = h.at<uint32_t>(l.tables + chunk * align_up(4 * table_words(s), kLine));
+// Where a CTA's tables lie in the heap, should they not fit a place nearer to it.
+FLASHMOE_HD uint32_t* table_place(const Heap& h, const HeapLayout& l, const Shape& s,
+                                  uint32_t chunk) {
+  return h.at<uint32_t>(l.tables + chunk * align_up(4 * table_words(s), kLine));
+}
+
+// The tables at `at`, which has table_words(s) words.
+FLASHMOE_HD PlanTables plan_tables(uint32_t* at, const Shape& s) {
   const uint32_t columns = s.experts + 1;
   PlanTables p;
   p.prefix = at;
   p.start = p.prefix + (2 + s.world) * columns;
   p.chunk_prefix = p.start + s.world * s.experts;
   p.chunk_order = p.chunk_prefix + columns;
-  p.segments = p.chunk_order + columns;
+  p.height = p.chunk_order + columns;
+  p.segments = p.height + s.experts;
   return p;
 }
 
@@ -136,9 +143,9 @@ FLASHMOE_HD Tile tile_at(const PlanTables& p, const Shape& s, uint32_t rank, uin
   t.expert = segment.expert;
   t.row_tile = pool_tile(p, s, segment.expert, j);
   t.row_tile_global = global_tile(p, s, segment.expert, j);
-  t.row0 = j * s.tile_m;
+  t.row0 = j * p.height[segment.expert];
   t.pool_row0 = pool_row(p, s, segment.expert, t.row0);
-  t.rows = min_u32(s.tile_m, expert_rows(p, segment.expert) - t.row0);
+  t.rows = min_u32(p.height[segment.expert], expert_rows(p, segment.expert) - t.row0);
   t.col_tile = col;
   return t;
 }
@@ -157,7 +164,8 @@ FLASHMOE_HD void build_plan(Team& team, const PlanTables& p, const Shape& s, uin
       total += rows;
     }
     p.prefix[e] = total;
-    p.prefix[columns + e] = ceil_div(total, s.tile_m);
+    p.height[e] = tile_height(s, total);
+    p.prefix[columns + e] = ceil_div(total, p.height[e]);
   }
   team.sync();
   team.scan(p.prefix, 2 + s.world, s.experts);
@@ -170,14 +178,14 @@ FLASHMOE_HD void build_plan(Team& team, const PlanTables& p, const Shape& s, uin
   team.scan(p.segments, 1, segments);
 }
 
-// Fills chunk_prefix and chunk_order from the rank's histograms [chunks][E].
+// Fills chunk_prefix and chunk_order from the rank's [chunks][E]: rows of each chunk, and of all the
+// chunks before it.
 template <class Team>
 FLASHMOE_HD void build_chunk_tables(Team& team, const PlanTables& p, const Shape& s,
-                                    const uint32_t* histogram, uint32_t chunk) {
+                                    const uint32_t* histogram, const uint32_t* chunk_rows,
+                                    uint32_t chunk) {
   for (uint32_t e = team.rank(); e < s.experts; e += team.size()) {
-    uint32_t before = 0;
-    for (uint32_t c = 0; c < chunk; ++c) before += histogram[c * s.experts + e];
-    p.chunk_prefix[e] = before;
+    p.chunk_prefix[e] = chunk_rows[chunk * s.experts + e];
     p.chunk_order[e] = histogram[chunk * s.experts + e];
   }
   team.sync();

@@ -29,7 +29,8 @@ struct Shape {
   uint32_t max_tokens;    // the largest T of any rank
   uint32_t pool_rows;     // capacity of each rank's pool, rows
   uint32_t chunks;        // CTAs of a rank; each handles one chunk of consecutive tokens
-  uint32_t tile_m;        // rows of a tile
+  uint32_t tile_m;        // the most rows a tile may have, a multiple of tile_step
+  uint32_t tile_step;     // heights of row tiles are multiples of it
   uint32_t tile_n1;       // columns of `h` of a GEMM1 tile
   uint32_t tile_n2;       // columns of a GEMM2 tile
   uint32_t wave_experts;  // experts of one owner whose tiles are due together
@@ -65,6 +66,14 @@ FLASHMOE_HD uint32_t chunk_size(const Shape& s, uint32_t tokens) {
 }
 FLASHMOE_HD uint32_t chunk_begin(const Shape& s, uint32_t tokens, uint32_t chunk) {
   return min_u32(chunk * chunk_size(s, tokens), tokens);
+}
+
+// Rows of each row tile (the last may have fewer) of an expert with `rows` rows: as few tiles as
+// tile_m allows, all of nearly one height.  A function of the rows alone, so the same for every W.
+FLASHMOE_HD uint32_t tile_height(const Shape& s, uint32_t rows) {
+  if (rows == 0) return s.tile_step;
+  const uint32_t tiles = ceil_div(rows, s.tile_m);
+  return static_cast<uint32_t>(align_up(ceil_div(rows, tiles), s.tile_step));
 }
 
 FLASHMOE_HD uint32_t column_tiles(const Shape& s, uint32_t gemm) {

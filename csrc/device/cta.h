@@ -20,15 +20,30 @@ inline constexpr uint32_t kMathWarp = 4;
 inline constexpr uint32_t kMathGroups = 2;
 inline constexpr uint32_t kGroupThreads = 128;
 
-// The tile family: 128 rows, 256 weight rows, 64 of K a stage.
-inline constexpr uint32_t kTileRows = 128;
-inline constexpr uint32_t kTileCols = 256;
+// The tile family: 256 weight rows (M of the product) times up to 192 rows of tokens (its N, in steps
+// of 16, or 8), 64 of K a stage.
+inline constexpr uint32_t kTileWeights = 256;
+inline constexpr uint32_t kTileRows = 192;
 inline constexpr uint32_t kTileK = 64;
-inline constexpr uint32_t kStages = 4;
-inline constexpr uint32_t kStageBytesA = kTileRows * kTileK * 2;
-inline constexpr uint32_t kStageBytesB = kTileCols * kTileK * 2;
-inline constexpr uint32_t kStageBytes = kStageBytesA + kStageBytesB;
-inline constexpr uint32_t kEpilogueBytes = 16 * 1024;
+inline constexpr uint32_t kStages = 3;
+inline constexpr uint32_t kRowBytes = kTileK * 2;  // of a stage
+inline constexpr uint32_t kBoxRows = 16;           // the least that is fetched of a tile's rows
+inline constexpr uint32_t kStageBytesWeights = kTileWeights * kRowBytes;
+inline constexpr uint32_t kStageBytes = kStageBytesWeights + kTileRows * kRowBytes;
+inline constexpr uint32_t kEpilogueBytesWarp = 2048;
+inline constexpr uint32_t kEpilogueBytes = kMathGroups * 4 * kEpilogueBytesWarp;
+
+// Rows that comm warps move bounce through pieces of shared memory, eight in turn.
+inline constexpr uint32_t kCommWarps = 2;
+inline constexpr uint32_t kPieces = 8;
+inline constexpr uint32_t kPieceBytes = 2048;
+inline constexpr uint32_t kCommBytes = kCommWarps * kPieces * kPieceBytes;
+
+// The gate's ring of stages, in the same memory as the tiles' before there are any.
+inline constexpr uint32_t kGateStages = 8;
+
+// Plan tables of up to so many words lie in shared memory, larger ones in the heap.
+inline constexpr uint32_t kTableWords = 1536;
 
 // One task is being computed while the loads of the next run; a third would only be hoarded.
 inline constexpr uint32_t kTasks = 2;
@@ -44,13 +59,32 @@ struct Task {
   uint64_t wait_to;
 };
 
+// A tile that a math group has stored and not yet counted where others wait for it.
+struct Unpublished {
+  Tile tile;
+  uint64_t* word;  // the counter of its row tile
+  uint64_t due;    // GEMM2: the count of a complete row tile; 0 for GEMM1
+};
+
+// Where a loaded piece of a row goes.
+struct PieceGoal {
+  char* to;
+  uint32_t bytes;
+};
+
 template <bool kTraced>
 struct Shared {
   uint64_t full[kStages];
   uint64_t empty[kStages];
   uint64_t task_full[kTasks];
   uint64_t task_empty[kTasks];
+  uint64_t stored[kMathGroups][kTasks];  // a group's warps have stored their part of a task's tile
+  uint64_t piece_full[kCommWarps][kPieces];
+  PieceGoal piece_goals[kCommWarps][kPieces];
+  uint64_t gate_full[kGateStages];
+  uint64_t gate_empty[kGateStages];
   Task tasks[kTasks];
+  Unpublished unpublished[kMathGroups];
   GpuActor<kTraced> actors[kLanes];
   Shape shape;
   HeapLayout layout;
@@ -65,6 +99,7 @@ struct Shared {
   uint32_t handed_over;  // tiles the scheduler has handed over
   uint32_t next_token;   // of this chunk, not yet taken for combining
   uint32_t batch[4];     // first token of the batch of comm0, comm1, math0, math1
+  uint32_t table_words[kTableWords];
 };
 
 // Where this CTA stands.  In registers of every thread; everything else is in Shared.
@@ -78,10 +113,11 @@ struct Place {
 };
 
 inline constexpr uint32_t kSharedBudget = 232448;
-inline constexpr uint32_t kSharedState = 3072;
-static_assert(sizeof(Shared<true>) <= kSharedState, "barriers, tasks and actors must fit 3 KB");
+inline constexpr uint32_t kSharedState = 3072 + 4 * kTableWords;
+static_assert(sizeof(Shared<true>) <= kSharedState,
+              "barriers, tasks, actors and tables must fit their part");
 inline constexpr uint32_t kSharedBytes =
-    kStages * kStageBytes + kEpilogueBytes + kSharedState + 1024;
+    kStages * kStageBytes + kEpilogueBytes + kCommBytes + kSharedState + 1024;
 static_assert(kSharedBytes <= kSharedBudget, "a block of sm_90 has 232,448 bytes of shared memory");
 
 // The actor whose leader this thread is, or -1.

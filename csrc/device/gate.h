@@ -1,8 +1,8 @@
 // The gate: logits on tensor cores, top-k, and the chunk's histogram.  All warps of a CTA, before the
 // roles split, on the CTA's own chunk of tokens.
 //
-// A token's logits are summed in an order that depends on H alone (each warp takes every twelfth
-// block of 32 columns, then the twelve partial sums are added in order), so they are the same bits
+// A token's logits are summed in an order that depends on H and E alone (one group takes the even
+// blocks of 64 columns, the other the odd ones, then the two sums are added), so they are the same bits
 // whichever CTA, chunk or rank computes them.
 #pragma once
 
@@ -12,17 +12,26 @@
 
 namespace flashmoe {
 
-inline constexpr uint32_t kGateTokens = 16;   // rows of an mma
-inline constexpr uint32_t kGateExperts = 64;  // columns a pass
+inline constexpr uint32_t kGateTokens = 64;    // rows of a product
+inline constexpr uint32_t kGateExperts = 128;  // columns of the widest product
+inline constexpr uint32_t kGateLogits = 12288;
+inline constexpr uint32_t kGateStageBytesX = kGateTokens * kRowBytes;
+inline constexpr uint32_t kGateRingBytes = 120 * 1024;
 
-// Scratch in the stages, which hold nothing yet.
+// Scratch in the stages and what follows them, which hold nothing yet.
 struct GateScratch {
-  float partial[kWarps][kGateTokens][kGateExperts];
-  float logits[kGateTokens][kMaxExperts];
-  float choice[kGateTokens][kMaxExperts];  // sigmoid: score plus bias
+  char ring[kGateRingBytes];
+  float logits[kGateLogits];  // [tokens][E]
+  float choice[kGateLogits];  // sigmoid: score plus bias; before that, the second group's sums
 };
-static_assert(sizeof(GateScratch) <= kStages * kStageBytes,
-              "the gate's scratch must fit the stages");
+static_assert(sizeof(GateScratch) <= kStages * kStageBytes + kEpilogueBytes + kCommBytes,
+              "the gate's scratch must fit the stages and what follows them");
+static_assert(kGateTokens * kGateExperts <= kGateLogits, "a product's sums must fit the scratch");
+
+// Columns of a product for E experts; the box of the gate's tensor map has as many rows.
+__host__ __device__ constexpr uint32_t gate_columns(uint32_t experts) {
+  return experts <= 16 ? 16 : experts <= 64 ? 64 : kGateExperts;
+}
 
 // Descending by value, NaN last, ties to the lower id: a larger key is chosen first.  Never 0.
 __device__ __forceinline__ uint64_t choice_key(float value, uint32_t expert) {
@@ -53,56 +62,76 @@ __device__ __forceinline__ float warp_max(float v) {
   return v;
 }
 
-// Logits of up to 16 tokens from `token0` into scratch.logits.
-//
-// A thread reads 16 contiguous bytes of its row and feeds them to two mma: that permutes K, the same
-// way for both operands, so the product is unchanged and every sector read is used whole.
-template <class T>
-__device__ inline void gate_logits(GateScratch& scratch, const Shape& shape, const T* x,
-                                   const T* gate, uint32_t token0, uint32_t tokens) {
+// Logits of `tokens` tokens from `token0` into scratch.logits.  `block` counts the stages of all calls.
+template <class T, uint32_t kN, bool kTraced>
+__device__ __forceinline__ void gate_logits(Shared<kTraced>& sh, GateScratch& scratch,
+                                            const RankArgs& args, uint32_t token0, uint32_t tokens,
+                                            uint32_t& block) {
+  const Shape& shape = sh.shape;
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const uint32_t row = lane / 4, piece = (lane % 4) * 8;
-  const uint64_t hidden = shape.hidden;
-  const uint4 zero = make_uint4(0, 0, 0, 0);
-  const T* x_low = x + (token0 + row) * hidden;
-  const T* x_high = x + (token0 + row + 8) * hidden;
-  for (uint32_t e0 = 0; e0 < shape.experts; e0 += kGateExperts) {
-    float acc[kGateExperts / 8][4] = {};
-    for (uint32_t block = warp; block * 32 < shape.hidden; block += kWarps) {
-      const uint32_t col = block * 32 + piece;
-      const bool inside = col < shape.hidden;
-      const uint4 low =
-          inside && row < tokens ? __ldg(reinterpret_cast<const uint4*>(x_low + col)) : zero;
-      const uint4 high =
-          inside && row + 8 < tokens ? __ldg(reinterpret_cast<const uint4*>(x_high + col)) : zero;
-      const uint32_t a0[4] = {low.x, high.x, low.y, high.y};
-      const uint32_t a1[4] = {low.z, high.z, low.w, high.w};
-#pragma unroll
-      for (uint32_t n = 0; n < kGateExperts / 8; ++n) {
-        if (e0 + n * 8 >= shape.experts) break;
-        const uint32_t expert = e0 + n * 8 + row;
-        const uint4 b = inside && expert < shape.experts
-                            ? __ldg(reinterpret_cast<const uint4*>(gate + expert * hidden + col))
-                            : zero;
-        ptx::mma_m16n8k16<T>(acc[n], a0, b.x, b.y);
-        ptx::mma_m16n8k16<T>(acc[n], a1, b.z, b.w);
+  constexpr uint32_t kBytes = kGateStageBytesX + kN * kRowBytes;  // of a stage
+  constexpr uint32_t kCount =
+      kGateRingBytes / kBytes < kGateStages ? kGateRingBytes / kBytes : kGateStages;
+  const uint32_t depth = ceil_div(shape.hidden, kTileK);
+  const bool multiplies = warp >= kMathWarp;
+  const uint32_t group = (warp - kMathWarp) / 4;
+  for (uint32_t e0 = 0; e0 < shape.experts; e0 += kN, block += depth) {
+    if (threadIdx.x == kLoadWarp * 32) {
+      const uint32_t box = args.gate_box_tokens, boxes = ceil_div(tokens, box);
+      for (uint32_t i = 0; i < depth; ++i) {
+        const uint32_t stage = (block + i) % kCount;
+        ptx::mbarrier_wait(&sh.gate_empty[stage], ((block + i) / kCount & 1) ^ 1);
+        char* x = scratch.ring + stage * kBytes;
+        const int32_t k = static_cast<int32_t>(i * kTileK);
+        uint64_t* full = &sh.gate_full[stage];
+        ptx::mbarrier_expect(full, (boxes * box + kN) * kRowBytes);
+        ptx::tma_load_2d(x + kGateStageBytesX, args.map_gate, full, k, static_cast<int32_t>(e0));
+        for (uint32_t b = 0; b < boxes; ++b) {
+          ptx::tma_load_2d(x + b * box * kRowBytes, args.map_x, full, k,
+                           static_cast<int32_t>(token0 + b * box));
+        }
       }
     }
+    float sums[kN / 2] = {};
+    if (multiplies) {
+      for (uint32_t i = group; i < depth; i += kMathGroups) {
+        const uint32_t stage = (block + i) % kCount;
+        ptx::mbarrier_wait(&sh.gate_full[stage], (block + i) / kCount & 1);
+        const uint32_t x = ptx::shared_address(scratch.ring + stage * kBytes);
+        const uint64_t a = ptx::wgmma_descriptor<1024>(x);
+        const uint64_t b = ptx::wgmma_descriptor<1024>(x + kGateStageBytesX);
+        ptx::wgmma_fence();
 #pragma unroll
-    for (uint32_t n = 0; n < kGateExperts / 8; ++n) {
-      const uint32_t col = n * 8 + (lane % 4) * 2;
-      scratch.partial[warp][row][col] = acc[n][0];
-      scratch.partial[warp][row][col + 1] = acc[n][1];
-      scratch.partial[warp][row + 8][col] = acc[n][2];
-      scratch.partial[warp][row + 8][col + 1] = acc[n][3];
+        for (uint32_t k = 0; k < kTileK / 16; ++k) {
+          ptx::wgmma<T, kN>(sums, a + 2 * k, b + 2 * k);
+        }
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<0>();
+        if (lane == 0) ptx::mbarrier_arrive(&sh.gate_empty[stage]);
+      }
+    }
+    const uint32_t row = warp % 4 * 16 + lane / 4, col = lane % 4 * 2;
+    float* other = scratch.choice;
+    if (multiplies && group == 1) {
+#pragma unroll
+      for (uint32_t n = 0; n < kN / 8; ++n) {
+        float* to = other + row * kN + n * 8 + col;
+        *reinterpret_cast<float2*>(to) = make_float2(sums[4 * n], sums[4 * n + 1]);
+        *reinterpret_cast<float2*>(to + 8 * kN) = make_float2(sums[4 * n + 2], sums[4 * n + 3]);
+      }
     }
     __syncthreads();
-    for (uint32_t i = threadIdx.x; i < kGateTokens * kGateExperts; i += kThreads) {
-      const uint32_t t = i / kGateExperts, n = i % kGateExperts;
-      float sum = 0.0f;
+    if (multiplies && group == 0) {
 #pragma unroll
-      for (uint32_t w = 0; w < kWarps; ++w) sum += scratch.partial[w][t][n];
-      if (e0 + n < shape.experts) scratch.logits[t][e0 + n] = sum;
+      for (uint32_t n = 0; n < kN / 8; ++n) {
+#pragma unroll
+        for (uint32_t v = 0; v < 4; ++v) {
+          const uint32_t t = row + v / 2 * 8, e = n * 8 + col + v % 2;
+          if (t < tokens && e0 + e < shape.experts) {
+            scratch.logits[t * shape.experts + e0 + e] = sums[4 * n + v] + other[t * kN + e];
+          }
+        }
+      }
     }
     __syncthreads();
   }
@@ -162,6 +191,7 @@ __device__ inline void choose(const Shape& shape, float* logits, float* choice, 
   const uint32_t groups = sigmoid ? chosen_groups(shape, choice) : 1;
   const uint32_t group_size = shape.experts / max_u32(shape.groups, 1);
   uint32_t taken = 0;  // bit i: expert lane + 32 * i
+  float mine = 0.0f;   // the lane's weight, where a lane has one
   float sum = 0.0f;
   for (uint32_t j = 0; j < shape.top_k; ++j) {
     uint64_t key = 0;
@@ -175,15 +205,17 @@ __device__ inline void choose(const Shape& shape, float* logits, float* choice, 
     if (expert % 32 == lane) taken |= 1u << (expert / 32);
     const float weight = sigmoid ? logits[expert] : expf(logits[expert] - top);
     sum += weight;
-    if (lane == 0) {
+    if (lane == j % 32) {
       ids[j] = expert;
-      weights[j] = weight;
+      mine = weight;
+      if (shape.top_k > 32) weights[j] = weight;
     }
   }
-  __syncwarp();
   // 1e-20 keeps a token whose scores are all zero finite, as DeepSeek-V3 does.
   const float divisor = shape.renormalize ? (sigmoid ? sum + 1e-20f : sum) : (sigmoid ? 1.0f : all);
-  for (uint32_t j = lane; j < shape.top_k; j += 32) weights[j] = weights[j] / divisor * shape.scale;
+  for (uint32_t j = lane; j < shape.top_k; j += 32) {
+    weights[j] = (shape.top_k > 32 ? weights[j] : mine) / divisor * shape.scale;
+  }
 }
 
 // Takes external ids of one token; true if they are distinct and in range.
@@ -258,13 +290,24 @@ __device__ inline bool run_gate(Shared<kTraced>& sh, const Place& place, char* s
              good;
     }
   } else {
-    for (uint32_t t0 = 0; t0 < tokens; t0 += kGateTokens) {
-      const uint32_t here = min_u32(kGateTokens, tokens - t0);
-      gate_logits<T>(scratch, shape, static_cast<const T*>(args.x),
-                     static_cast<const T*>(args.gate), begin + t0, here);
+    const uint32_t pass = min_u32(kGateTokens, kGateLogits / shape.experts);
+    uint32_t block = 0;
+    for (uint32_t t0 = 0; t0 < tokens; t0 += pass) {
+      const uint32_t here = min_u32(pass, tokens - t0);
+      switch (gate_columns(shape.experts)) {
+        case 16:
+          gate_logits<T, 16>(sh, scratch, args, begin + t0, here, block);
+          break;
+        case 64:
+          gate_logits<T, 64>(sh, scratch, args, begin + t0, here, block);
+          break;
+        default:
+          gate_logits<T, kGateExperts>(sh, scratch, args, begin + t0, here, block);
+      }
       for (uint32_t t = warp; t < here; t += kWarps) {
         const uint64_t at = static_cast<uint64_t>(t0 + t) * shape.top_k;
-        choose(shape, scratch.logits[t], scratch.choice[t], args.bias, ids + at, weights + at);
+        choose(shape, scratch.logits + t * shape.experts, scratch.choice + t * shape.experts,
+               args.bias, ids + at, weights + at);
       }
       __syncthreads();
     }

@@ -28,7 +28,10 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
     sh.shape = args.shape;
     sh.layout = args.layout;
     for (uint32_t r = 0; r < args.shape.world; ++r) sh.heaps[r] = args.heaps[r];
-    sh.tables = plan_tables(place.heap, args.layout, args.shape, place.chunk);
+    sh.tables = plan_tables(table_words(args.shape) <= kTableWords
+                                ? sh.table_words
+                                : table_place(place.heap, args.layout, args.shape, place.chunk),
+                            args.shape);
     sh.status = static_cast<uint32_t>(Status::kOk);
     sh.bad_ids = 0;
     sh.handed_over = 0;
@@ -40,6 +43,14 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
     for (uint32_t i = 0; i < kTasks; ++i) {
       ptx::mbarrier_init(&sh.task_full[i], 1);
       ptx::mbarrier_init(&sh.task_empty[i], 1 + kMathGroups * kGroupThreads);
+      for (uint32_t g = 0; g < kMathGroups; ++g) ptx::mbarrier_init(&sh.stored[g][i], 4);
+    }
+    for (uint32_t i = 0; i < kCommWarps * kPieces; ++i) {
+      ptx::mbarrier_init(&sh.piece_full[i / kPieces][i % kPieces], 1);
+    }
+    for (uint32_t i = 0; i < kGateStages; ++i) {
+      ptx::mbarrier_init(&sh.gate_full[i], 1);
+      ptx::mbarrier_init(&sh.gate_empty[i], 4);
     }
     ptx::fence_mbarrier_init();
   }
@@ -122,18 +133,30 @@ __device__ inline bool rank_barrier(Shared<kTraced>& sh, const Place& place) {
 }
 
 // Sends this rank's rows per expert to every rank: a warp an expert, the experts spread over the CTAs.
+// The rows of earlier chunks are written on the way; the release of the count makes them visible too.
 template <bool kTraced>
 __device__ inline void send_counts(Shared<kTraced>& sh, const Place& place) {
   const Shape& shape = sh.shape;
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint32_t* histogram = place.heap.at<uint32_t>(sh.layout.histogram);
+  uint32_t* chunk_rows = place.heap.at<uint32_t>(sh.layout.chunk_rows);
   uint32_t sent = 0;
   for (uint32_t e = place.chunk + warp * shape.chunks; e < shape.experts;
        e += kWarps * shape.chunks) {
     uint32_t rows = 0;
-    for (uint32_t c = lane; c < shape.chunks; c += 32) rows += histogram[c * shape.experts + e];
+    for (uint32_t c0 = 0; c0 < shape.chunks; c0 += 32) {
+      const uint32_t c = c0 + lane;
+      const uint32_t here = c < shape.chunks ? histogram[c * shape.experts + e] : 0;
+      uint32_t sum = here;
 #pragma unroll
-    for (int d = 16; d > 0; d /= 2) rows += __shfl_xor_sync(0xffffffffu, rows, d);
+      for (uint32_t d = 1; d < 32; d *= 2) {
+        const uint32_t other = __shfl_up_sync(0xffffffffu, sum, d);
+        if (lane >= d) sum += other;
+      }
+      if (c < shape.chunks) chunk_rows[c * shape.experts + e] = rows + sum - here;
+      rows += __shfl_sync(0xffffffffu, sum, 31);
+    }
+    __syncwarp();
     if (lane < shape.world) {
       ptx::store_release_sys(
           counts_words(sh.heaps[lane], sh.layout, shape, place.epoch, place.rank) + e,
@@ -180,7 +203,7 @@ __device__ inline void make_plan(Shared<kTraced>& sh, const Place& place) {
     return static_cast<uint32_t>(ptx::load_relaxed_sys(words + source * shape.experts + e));
   });
   build_chunk_tables(team, sh.tables, shape, place.heap.at<uint32_t>(sh.layout.histogram),
-                     place.chunk);
+                     place.heap.at<uint32_t>(sh.layout.chunk_rows), place.chunk);
   const uint32_t begin = chunk_begin(shape, place.tokens, place.chunk);
   const uint32_t end = chunk_begin(shape, place.tokens, place.chunk + 1);
   const uint64_t first = static_cast<uint64_t>(begin) * shape.top_k;
@@ -243,12 +266,12 @@ __device__ inline void leave(Shared<kTraced>& sh, const Place& place, Status sta
 }
 
 template <class T, bool kGated, bool kTraced>
-__device__ inline void moe_forward(const LaunchArgs& args) {
+__device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
   extern __shared__ char dynamic[];
   // Swizzled stages start at multiples of 1,024 bytes.
   char* stages = dynamic + (1024 - (ptx::shared_address(dynamic) & 1023) & 1023);
-  Shared<kTraced>& sh =
-      *reinterpret_cast<Shared<kTraced>*>(stages + kStages * kStageBytes + kEpilogueBytes);
+  Shared<kTraced>& sh = *reinterpret_cast<Shared<kTraced>*>(stages + kStages * kStageBytes +
+                                                            kEpilogueBytes + kCommBytes);
   if (args.fault.never_starts_rank == args.ranks[blockIdx.x / args.shape.chunks].rank) return;
   const Place place = enter(sh, args);
   // Abort is sticky: nothing runs until reset().
@@ -264,6 +287,7 @@ __device__ inline void moe_forward(const LaunchArgs& args) {
     leave(sh, place, status);
     return;
   }
+  dispatch_first_wave(sh, place, args.fault);
   // The gate wrote its scratch by ordinary stores where the tensor copies will write.
   ptx::fence_proxy_async();
   __syncthreads();
@@ -275,7 +299,8 @@ __device__ inline void moe_forward(const LaunchArgs& args) {
     } else if (warp == kSchedWarp) {
       if (threadIdx.x % 32 == 0) schedule_tiles(sh, place);
     } else {
-      dispatch(sh, place, args.fault, warp - kCommWarp);
+      dispatch(sh, place, args.fault, warp - kCommWarp,
+               stages + kStages * kStageBytes + kEpilogueBytes);
       combine<T, 1>(sh, place,
                     static_cast<Lane>(static_cast<uint32_t>(Lane::k_comm0) + warp - kCommWarp));
     }

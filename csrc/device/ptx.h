@@ -22,6 +22,20 @@ __device__ __forceinline__ uint32_t smid() {
   return id;
 }
 
+// ---- arithmetic ---------------------------------------------------------------------------------
+
+__device__ __forceinline__ float exp2_approximate(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float reciprocal_approximate(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // ---- words that other CTAs or ranks read ------------------------------------------------------
 
 __device__ __forceinline__ uint64_t load_acquire_sys(const uint64_t* p) {
@@ -117,6 +131,21 @@ __device__ __forceinline__ bool mbarrier_try_wait(uint64_t* barrier, uint32_t pa
   return done != 0;
 }
 
+// Unlike try_wait, which may suspend the thread for a while, this answers at once.
+__device__ __forceinline__ bool mbarrier_test(uint64_t* barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}\n"
+      : "=r"(done)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   while (!mbarrier_try_wait(barrier, parity)) {
   }
@@ -147,15 +176,6 @@ __device__ __forceinline__ void tma_load_2d(void* to, const void* map, uint64_t*
       : "memory");
 }
 
-__device__ __forceinline__ void tma_load_3d(void* to, const void* map, uint64_t* barrier,
-                                            int32_t c0, int32_t c1, int32_t c2) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared_address(to)),
-      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2)
-      : "memory");
-}
-
 __device__ __forceinline__ void tma_load_5d(void* to, const void* map, uint64_t* barrier,
                                             int32_t c0, int32_t c1, int32_t c2, int32_t c3,
                                             int32_t c4) {
@@ -166,30 +186,45 @@ __device__ __forceinline__ void tma_load_5d(void* to, const void* map, uint64_t*
       : "memory");
 }
 
-// ---- tensor cores ---------------------------------------------------------------------------------
+// The same box into L2 alone.
+__device__ __forceinline__ void tma_prefetch_5d(const void* map, int32_t c0, int32_t c1, int32_t c2,
+                                                int32_t c3, int32_t c4) {
+  asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global [%0, {%1, %2, %3, %4, %5}];" ::"l"(map),
+               "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+               : "memory");
+}
 
-// D[16x8] += A[16x16] B[16x8], the warp-wide product that the gate uses.
-template <class T>
-__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                             uint32_t b1);
-template <>
-__device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4],
-                                                            uint32_t b0, uint32_t b1) {
+// ---- bulk copies of rows ------------------------------------------------------------------------
+
+__device__ __forceinline__ void bulk_load(void* to, const void* from, uint32_t bytes,
+                                          uint64_t* barrier) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
 }
-template <>
-__device__ __forceinline__ void mma_m16n8k16<__half>(float (&d)[4], const uint32_t (&a)[4],
-                                                     uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+
+__device__ __forceinline__ void bulk_store(void* to, const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
+               "r"(shared_address(from)), "r"(bytes)
+               : "memory");
 }
+
+__device__ __forceinline__ void bulk_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// All but the newest kPending groups have read their source.
+template <int kPending>
+__device__ __forceinline__ void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+// All groups are done: their writes are visible to this thread.
+__device__ __forceinline__ void bulk_wait_all() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+// ---- tensor cores ---------------------------------------------------------------------------------
 
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -202,12 +237,30 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Descriptor of a K-major operand with 128-byte swizzle: rows of 128 bytes in atoms of 8 rows.
-__device__ __forceinline__ uint64_t wgmma_descriptor(const void* tile) {
-  constexpr uint64_t kStrideBetweenAtoms = 1024 >> 4;
+// Descriptor of a K-major operand with 128-byte swizzle: rows of 128 bytes in atoms of 8 rows, which
+// are kAtomStride bytes apart.
+template <uint32_t kAtomStride>
+__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address) {
+  static_assert(kAtomStride % 1024 == 0, "an atom of 8 rows with 128-byte swizzle is 1,024 bytes");
   constexpr uint64_t kSwizzle128 = 1;
-  return static_cast<uint64_t>((shared_address(tile) & 0x3ffff) >> 4) | (1ull << 16) |
-         (kStrideBetweenAtoms << 32) | (kSwizzle128 << 62);
+  return static_cast<uint64_t>((address & 0x3ffff) >> 4) | (1ull << 16) |
+         (static_cast<uint64_t>(kAtomStride >> 4) << 32) | (kSwizzle128 << 62);
+}
+
+// Four 8x8 matrices of 16-bit elements, stored transposed: row i of matrix m goes to the address that
+// lane 8 m + i gives, as column i of the fragments.
+__device__ __forceinline__ void store_matrix_x4_transposed(uint32_t address, uint32_t a, uint32_t b,
+                                                           uint32_t c, uint32_t d) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+      "r"(a), "r"(b), "r"(c), "r"(d)
+      : "memory");
+}
+__device__ __forceinline__ void store_matrix_x2_transposed(uint32_t address, uint32_t a,
+                                                           uint32_t b) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address),
+               "r"(a), "r"(b)
+               : "memory");
 }
 
 }  // namespace flashmoe::ptx

@@ -40,14 +40,6 @@ struct GpuPlatform {
 template <bool kTraced>
 using GpuActor = Actor<GpuPlatform, kTraced>;
 
-// Makes writes of all lanes of this warp visible before a burst of relaxed adds by lane 0: the rows
-// were written by ordinary stores and will be read by the copy engine, maybe of another GPU.
-__device__ __forceinline__ void publish_fence_warp() {
-  ptx::fence_proxy_async();
-  __syncwarp();
-  ptx::fence_acq_rel_sys();
-}
-
 // All threads of the CTA build the plan together.
 struct CtaTeam {
   __device__ __forceinline__ uint32_t rank() const { return threadIdx.x; }

@@ -1,7 +1,15 @@
-// One tile: 128 rows times 256 weight rows, loaded by one warp and multiplied by two warp groups.
+// One tile: 256 weight rows times up to 192 rows of tokens, loaded by one warp and multiplied by two
+// warp groups.
+//
+// The weights are the product's M and the tokens its N: a tile's rows then cost what they are, in steps
+// of 16, and an expert with few rows streams its weights at the speed of memory.  Each group takes 128
+// weight rows as two products of 64, whose 8-row atoms alternate, so that a warp's sums are of 32
+// neighbouring weight rows.  Gate and up rows come in turns of 16, which puts a column's gate and up
+// into one thread.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "device/cta.h"
 
@@ -39,6 +47,26 @@ __device__ __forceinline__ void take_up(GpuActor<kTraced>& actor, const Task& ta
   }
 }
 
+// The box of a tile's weights: its map and its coordinates but for K, the first.
+struct WeightBox {
+  const void* map;
+  int32_t c1, c2, c3, c4;
+  template <bool kGated>
+  static __device__ __forceinline__ WeightBox of(const RankArgs& args, const Tile& tile,
+                                                 uint32_t expert0) {
+    const int32_t expert = static_cast<int32_t>(tile.expert - expert0);
+    const int32_t col = static_cast<int32_t>(tile.col_tile * kTileWeights);
+    // Gated: sixteen gate rows, then the sixteen up rows of the same columns, eight times.
+    if (kGated && tile.gemm == 1) return {args.map_up, 0, 0, col / 32, expert};
+    return {tile.gemm == 1 ? args.map_up : args.map_down, col, expert, 0, 0};
+  }
+};
+
+// How many stages ahead of its loads a tile's weights are brought into L2: memory answers in some two
+// microseconds, and the stages in shared memory hold less than that of the products' time.  Of the
+// tiles that share weights only the first row tile asks for them.
+inline constexpr uint32_t kPrefetchStages = 6;
+
 // The loads of every tile the scheduler hands over; one lane.  It runs ahead into the next tile as
 // far as the stages go.
 template <bool kGated, bool kTraced>
@@ -55,36 +83,41 @@ __device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char*
     take_up(actor, task, EventKind::k_load);
     const uint64_t begin_cycles = kTraced ? clock64() : 0;
     uint64_t stall = 0;
-    // The rows were written by ordinary stores of other CTAs; the scheduler acquired them, this lane
-    // makes that hold for its tensor copies too.
+    // The rows were written by ordinary or bulk stores of other CTAs; the scheduler acquired them, this
+    // lane makes that hold for its tensor copies too.
     ptx::fence_proxy_async();
     const bool up = task.tile.gemm == 1;
     const uint32_t depth = depth_of(sh.shape, task.tile.gemm);
     const int32_t row = static_cast<int32_t>(task.tile.pool_row0);
-    const int32_t expert = static_cast<int32_t>(task.tile.expert - expert0);
-    const int32_t col_tile = static_cast<int32_t>(task.tile.col_tile);
+    const WeightBox box = WeightBox::of<kGated>(args, task.tile, expert0);
+    const uint32_t boxes = ceil_div(task.tile.rows, kBoxRows);  // a bit a box of 16 << bit rows
+    const uint32_t bytes = kStageBytesWeights + boxes * kBoxRows * kRowBytes;
+    // None where the rows are not the first.
+    const uint32_t prefetch_end = task.tile.row0 == 0 ? depth : 0;
     for (uint32_t k0 = 0; k0 < depth; k0 += kTileK) {
+      const uint32_t ahead = k0 + kPrefetchStages * kTileK;
+      if (ahead < prefetch_end) {
+        ptx::tma_prefetch_5d(box.map, static_cast<int32_t>(ahead), box.c1, box.c2, box.c3, box.c4);
+      }
       uint64_t* full = &sh.full[cursor.stage];
-      if (!ptx::mbarrier_try_wait(&sh.empty[cursor.stage], cursor.turn ^ 1)) {
+      if (!ptx::mbarrier_test(&sh.empty[cursor.stage], cursor.turn ^ 1)) {
         const uint64_t from = kTraced ? clock64() : 0;
         ptx::mbarrier_wait(&sh.empty[cursor.stage], cursor.turn ^ 1);
         if constexpr (kTraced) stall += clock64() - from;
       }
-      char* a = stages + cursor.stage * kStageBytes;
-      char* b = a + kStageBytesA;
+      char* weights = stages + cursor.stage * kStageBytes;
+      char* rows = weights + kStageBytesWeights;
       const int32_t k = static_cast<int32_t>(k0);
-      ptx::mbarrier_expect(full, kStageBytes);
-      ptx::tma_load_2d(a, up ? args.map_pool : args.map_h, full, k, row);
-      if (!up) {
-        ptx::tma_load_3d(b, args.map_down, full, k, col_tile * static_cast<int32_t>(kTileCols),
-                         expert);
-      } else if constexpr (kGated) {
-        // Eight gate rows, then the eight up rows of the same columns, sixteen times.
-        ptx::tma_load_5d(b, args.map_up, full, k, 0, 0,
-                         col_tile * static_cast<int32_t>(kTileCols / 16), expert);
-      } else {
-        ptx::tma_load_3d(b, args.map_up, full, k, col_tile * static_cast<int32_t>(kTileCols),
-                         expert);
+      ptx::mbarrier_expect(full, bytes);
+      ptx::tma_load_5d(weights, box.map, full, k, box.c1, box.c2, box.c3, box.c4);
+      int32_t from = row;
+#pragma unroll
+      for (uint32_t bit = 0; bit < kRowBoxes; ++bit) {
+        if (boxes >> bit & 1) {
+          ptx::tma_load_2d(rows, up ? args.map_pool[bit] : args.map_h[bit], full, k, from);
+          rows += (kBoxRows << bit) * kRowBytes;
+          from += kBoxRows << bit;
+        }
       }
       cursor.next();
     }
@@ -96,68 +129,33 @@ __device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char*
   }
 }
 
-// acc[64 x 256] of one math group over the whole depth.  A group without rows in the tile only keeps
-// the stages moving.
-template <class T, bool kTraced>
-__device__ __forceinline__ uint64_t multiply(Shared<kTraced>& sh, char* stages, StageCursor& cursor,
-                                             uint32_t blocks, uint32_t group, bool active,
-                                             float (&acc)[128]) {
-  const bool signals = threadIdx.x % 32 == 0;
-  uint64_t stall = 0;
-  auto await = [&] {
-    if (!ptx::mbarrier_try_wait(&sh.full[cursor.stage], cursor.turn)) {
-      const uint64_t from = kTraced ? clock64() : 0;
-      ptx::mbarrier_wait(&sh.full[cursor.stage], cursor.turn);
-      if constexpr (kTraced) stall += clock64() - from;
-    }
-  };
-  if (!active) {
-    for (uint32_t i = 0; i < blocks; ++i) {
-      await();
-      if (signals) ptx::mbarrier_arrive(&sh.empty[cursor.stage]);
-      cursor.next();
-    }
-    return stall;
+// v sigmoid(v (a + b v^2)), with both factors times -log2(e).  SiLU has a = 1, b = 0.  GELU by tanh is
+// 0.5 v (1 + tanh u) = v sigmoid(2 u), u = sqrt(2 / pi) (v + 0.044715 v^3).  The choice lies in two
+// numbers, since code for each of a tile's sums does not fit the instruction cache twice.
+struct SigmoidGate {
+  float a;
+  float b;
+  __device__ __forceinline__ explicit SigmoidGate(Activation kind) {
+    constexpr float kLog2e = 1.4426950408889634f, kTwice = 1.5957691216057308f;
+    a = kind == Activation::kGeglu ? -kTwice * kLog2e : -kLog2e;
+    b = kind == Activation::kGeglu ? -kTwice * 0.044715f * kLog2e : 0.0f;
   }
-  uint32_t previous = 0;
-  for (uint32_t i = 0; i < blocks; ++i) {
-    await();
-    const char* a = stages + cursor.stage * kStageBytes + group * (kStageBytesA / kMathGroups);
-    const uint64_t descriptor_a = ptx::wgmma_descriptor(a);
-    const uint64_t descriptor_b =
-        ptx::wgmma_descriptor(stages + cursor.stage * kStageBytes + kStageBytesA);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (uint32_t k = 0; k < kTileK / 16; ++k) {
-      // 16 columns are 32 bytes, two units of a descriptor's address.
-      ptx::wgmma_m64n256k16<T>(acc, descriptor_a + 2 * k, descriptor_b + 2 * k, i != 0 || k != 0);
-    }
-    ptx::wgmma_commit();
-    // One product stays in flight; the stage before it is read.
-    ptx::wgmma_wait<1>();
-    if (i != 0 && signals) ptx::mbarrier_arrive(&sh.empty[previous]);
-    previous = cursor.stage;
-    cursor.next();
+  __device__ __forceinline__ float operator()(float v) const {
+    const float e = ptx::exp2_approximate(v * fmaf(b, v * v, a));
+    return v * ptx::reciprocal_approximate(1.0f + e);
   }
-  ptx::wgmma_wait<0>();
-  if (signals) ptx::mbarrier_arrive(&sh.empty[previous]);
-  return stall;
-}
+};
 
-__device__ __forceinline__ float activate(Activation kind, float v) {
-  switch (kind) {
-    case Activation::kSwiglu:
-    case Activation::kSilu:
-      return v / (1.0f + __expf(-v));
-    case Activation::kGeglu: {  // GELU by tanh
-      const float inner = 0.7978845608028654f * (v + 0.044715f * v * v * v);
-      return 0.5f * v * (1.0f + tanhf(inner));
-    }
-    case Activation::kRelu:
-      return fmaxf(v, 0.0f);
-    default:  // GELU by erf
-      return 0.5f * v * (1.0f + erff(v * 0.7071067811865476f));
-  }
+// GELU by erf, with erf of Abramowitz and Stegun 7.1.26, whose error is below 1.5e-7.
+__device__ __forceinline__ float gelu(float v) {
+  const float x = fabsf(v) * 0.7071067811865476f;
+  const float t = ptx::reciprocal_approximate(fmaf(0.3275911f, x, 1.0f));
+  float p = fmaf(1.061405429f, t, -1.453152027f);
+  p = fmaf(p, t, 1.421413741f);
+  p = fmaf(p, t, -0.284496736f);
+  p = fmaf(p, t, 0.254829592f) * t;
+  const float erfc = p * ptx::exp2_approximate(-1.4426950408889634f * x * x);
+  return 0.5f * v * (v < 0.0f ? erfc : 2.0f - erfc);
 }
 
 template <class T>
@@ -166,192 +164,395 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return *reinterpret_cast<uint32_t*>(pair);
 }
 
-// Moves 64 columns of a warp's 16 rows from registers to coalesced 16-byte stores, through the warp's
-// own 2 KB.  pair(b, high) gives two neighbouring columns of 8-column block b of row lane / 4
-// (+ 8 if high); store(row, unit, piece) gets 8 columns of one row.
-template <class Pair, class Store>
-__device__ __forceinline__ void store_columns(char* buffer, const Pair& pair, const Store& store) {
-  const uint32_t lane = threadIdx.x % 32, row = lane / 4;
-#pragma unroll
-  for (uint32_t b = 0; b < 8; ++b) {
-#pragma unroll
-    for (uint32_t high = 0; high < 2; ++high) {
-      const uint32_t r = row + high * 8;
-      // Units of a row are permuted by the row, so that neither side meets bank conflicts.
-      *reinterpret_cast<uint32_t*>(buffer + r * 128 + ((b ^ (r & 7)) * 16) + (lane % 4) * 4) =
-          pair(b, high);
+// A group's stores wait here until they are published: at the first stage of the next tile, under whose
+// products the fence costs nothing, or as soon as there is no next tile to begin.  Only the group's
+// leader holds any.  A GEMM1 tile counts towards its row tile's `h`; the GEMM2 tile that is its row
+// tile's last has each source with rows in it told, once no sums are held.
+template <bool kTraced>
+struct Publisher {
+  Shared<kTraced>& sh;
+  const Place& place;
+  uint32_t group;
+  uint32_t task = 0;  // of the tile not published yet
+  bool any = false;
+  bool last = false;  // that tile was its row tile's last, and its sources are not told yet
+
+  __device__ __forceinline__ void put(uint32_t n, const Tile& tile) {
+    const Shape& shape = sh.shape;
+    Unpublished& u = sh.unpublished[group];
+    u.tile = tile;
+    const bool up = tile.gemm == 1;
+    u.word = tile_counter(place.heap, up ? sh.layout.h_ready : sh.layout.y_ready, shape,
+                          place.epoch, tile.row_tile);
+    u.due = up ? 0 : static_cast<uint64_t>(column_tiles(shape, 2)) * kMathGroups;
+    task = n;
+    any = true;
+  }
+
+  __device__ __forceinline__ void count() {
+    if (!any) return;
+    any = false;
+    ptx::mbarrier_wait(&sh.stored[group][task % kTasks], task / kTasks & 1);
+    const Unpublished& u = sh.unpublished[group];
+    if (u.due == 0) {
+      ptx::fence_acq_rel_sys();
+      ptx::add_relaxed_sys(u.word, 1);
+    } else {
+      last = ptx::fetch_add_acq_rel_sys(u.word, 1) + 1 == u.due;
     }
   }
-  __syncwarp();
-#pragma unroll
-  for (uint32_t q = 0; q < 4; ++q) {
-    const uint32_t r = q * 4 + lane / 8, unit = lane % 8;
-    store(q, r, unit, *reinterpret_cast<const uint4*>(buffer + r * 128 + ((unit ^ (r & 7)) * 16)));
+
+  __device__ __forceinline__ void tell() {
+    if (!last) return;
+    last = false;
+    const Shape& shape = sh.shape;
+    const Tile& tile = sh.unpublished[group].tile;
+    for (uint32_t s = 0; s < shape.world; ++s) {
+      const uint32_t from = source_start(sh.tables, shape, s, tile.expert);
+      const uint32_t rows = source_rows(sh.tables, shape, s, tile.expert);
+      if (rows == 0 || from >= tile.row0 + tile.rows || from + rows <= tile.row0) continue;
+      ptx::store_release_sys(
+          sh.heaps[s].template at<uint64_t>(sh.layout.returned) + tile.row_tile_global,
+          place.epoch);
+    }
   }
-  __syncwarp();
+};
+
+// sums[b][N / 2]: the two products of 64 weight rows over the whole depth.
+template <class T, uint32_t kN, bool kTraced>
+__device__ __forceinline__ uint64_t multiply(Shared<kTraced>& sh, uint32_t stages,
+                                             StageCursor& cursor, uint32_t blocks, uint32_t group,
+                                             Publisher<kTraced>& publisher,
+                                             float (&sums)[2][kN / 2]) {
+  const bool signals = threadIdx.x % 32 == 0;
+  uint64_t stall = 0;
+  // Issues the products of the cursor's stage; `first` is a compile-time constant.
+  auto issue = [&](auto first) {
+    if (!ptx::mbarrier_test(&sh.full[cursor.stage], cursor.turn)) {
+      [[maybe_unused]] const uint64_t from = kTraced ? clock64() : 0;
+      ptx::mbarrier_wait(&sh.full[cursor.stage], cursor.turn);
+      if constexpr (kTraced) stall += clock64() - from;
+    }
+    const uint32_t stage = stages + cursor.stage * kStageBytes;
+    const uint64_t a =
+        ptx::wgmma_descriptor<2048>(stage + group * (kStageBytesWeights / kMathGroups));
+    const uint64_t b = ptx::wgmma_descriptor<1024>(stage + kStageBytesWeights);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (uint32_t k = 0; k < kTileK / 16; ++k) {
+      // 16 columns are 32 bytes, two units of a descriptor's address; the other atoms are 1,024 on.
+      if (decltype(first)::value && k == 0) {
+        ptx::wgmma_first<T, kN>(sums[0], a, b);
+        ptx::wgmma_first<T, kN>(sums[1], a + 64, b);
+      } else {
+        ptx::wgmma<T, kN>(sums[0], a + 2 * k, b + 2 * k);
+        ptx::wgmma<T, kN>(sums[1], a + 64 + 2 * k, b + 2 * k);
+      }
+    }
+    ptx::wgmma_commit();
+  };
+  issue(std::true_type{});
+  publisher.count();
+  uint32_t previous = cursor.stage;
+  cursor.next();
+  for (uint32_t i = 1; i < blocks; ++i) {
+    issue(std::false_type{});
+    // One stage's products stay in flight; the stage before it is read.
+    ptx::wgmma_wait<1>();
+    if (signals) ptx::mbarrier_arrive(&sh.empty[previous]);
+    previous = cursor.stage;
+    cursor.next();
+  }
+  ptx::wgmma_wait<0>();
+  if (signals) ptx::mbarrier_arrive(&sh.empty[previous]);
+  return stall;
 }
 
-// GEMM1: activation, rounding, `h`.
-template <class T, bool kGated, bool kTraced>
+// Where the rows of `h` go: a lane's tokens are `step` apart.
+template <class T>
+struct HiddenRows {
+  T* at;
+  uint64_t step;  // elements
+  __device__ __forceinline__ T* next() {
+    T* now = at;
+    at += step;
+    return now;
+  }
+};
+
+// Where result rows go: a tile's rows of one source are consecutive rows of its return buffer.  A
+// lane's tokens are kStep apart.
+template <class T, uint32_t kStep, bool kTraced>
+struct ReturnRows {
+  const Shared<kTraced>& sh;
+  const Tile& tile;
+  uint32_t column;
+  uint32_t row;      // within the expert, of the next token
+  uint32_t end = 0;  // first row within the expert that is not of `source`
+  uint32_t source = 0xffffffffu;
+  T* at = nullptr;
+
+  __device__ __forceinline__ T* next() {
+    if (row >= end) find();
+    T* now = at;
+    at += kStep * sh.shape.hidden;
+    row += kStep;
+    return now;
+  }
+  __device__ __forceinline__ void find() {
+    uint32_t begin = 0;
+    while (row >= end && source + 1 < sh.shape.world) {
+      ++source;
+      begin = source_start(sh.tables, sh.shape, source, tile.expert);
+      end = begin + source_rows(sh.tables, sh.shape, source, tile.expert);
+    }
+    const uint64_t to = return_row(sh.tables, sh.shape, source, tile.expert, row - begin);
+    at = sh.heaps[source].template at<T>(sh.layout.ret) + to * sh.shape.hidden + column;
+  }
+};
+
+// Moves a warp's sums from registers to coalesced stores through the warp's own 2 KB, transposed: 16
+// bytes are 8 columns of one token.  kUnits of them make a token's row; value(j, m) is the pair of sums
+// of tokens 8 j + 2 (lane % 4) and the next, column lane / 4 of 8-column block m of this warp.
+// goal.next() says where the lane's unit goes, lane % kUnits of tokens lane / kUnits, and so on in steps
+// of 32 / kUnits; `stores` is false where that unit lies beyond the matrix.
+template <uint32_t kN, uint32_t kUnits, class Value, class Goal>
+__device__ __forceinline__ void store_transposed(char* buffer, uint32_t rows, bool stores,
+                                                 const Value& value, Goal& goal) {
+  constexpr uint32_t kPass = kEpilogueBytesWarp / 16 / kUnits;  // tokens
+  constexpr uint32_t kBlocks = kUnits == 4 || kN == 8 ? 1 : 2;  // of 8 tokens a store
+  const uint32_t lane = threadIdx.x % 32;
+  const uint32_t shared = ptx::shared_address(buffer);
+  // Units of a token are permuted by the token, so that neither side meets bank conflicts.
+  auto place = [](uint32_t token, uint32_t unit) {
+    return (token * kUnits + (unit ^ (token / (8 / kUnits) % kUnits))) * 16;
+  };
+#pragma unroll
+  for (uint32_t token0 = 0; token0 < kN; token0 += kPass) {
+    if (token0 >= rows) break;
+#pragma unroll
+    for (uint32_t t = 0; t < kPass; t += 8 * kBlocks) {
+      if (token0 + t >= kN) break;
+      const uint32_t j = (token0 + t) / 8;
+      if constexpr (kUnits == 4) {
+        ptx::store_matrix_x4_transposed(shared + place(t + lane % 8, lane / 8), value(j, 0),
+                                        value(j, 1), value(j, 2), value(j, 3));
+      } else if constexpr (kN == 8) {
+        ptx::store_matrix_x2_transposed(shared + place(t + lane % 8, lane / 8 % 2), value(j, 0),
+                                        value(j, 1));
+      } else {
+        ptx::store_matrix_x4_transposed(shared + place(t + lane / 16 * 8 + lane % 8, lane / 8 % 2),
+                                        value(j, 0), value(j, 1), value(j + 1, 0), value(j + 1, 1));
+      }
+    }
+    __syncwarp();
+#pragma unroll
+    for (uint32_t q = 0; q < kPass * kUnits / 32; ++q) {
+      const uint32_t t = q * (32 / kUnits) + lane / kUnits, unit = lane % kUnits;
+      if (token0 + t < rows) {
+        auto* to = goal.next();
+        if (stores) {
+          *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(buffer + place(t, unit));
+        }
+      }
+    }
+    __syncwarp();
+  }
+}
+
+// GEMM1: activation, rounding, `h`.  `warp` is the warp's place among all math warps of the CTA.
+template <class T, bool kGated, uint32_t kN, bool kTraced>
 __device__ __forceinline__ void store_hidden(const Shared<kTraced>& sh, const Place& place,
-                                             const Tile& tile, uint32_t warp_row, char* buffer,
-                                             const float (&acc)[128]) {
-  constexpr uint32_t kColumns = kGated ? kTileCols / 2 : kTileCols;
+                                             const Tile& tile, uint32_t warp, char* buffer,
+                                             const float (&sums)[2][kN / 2]) {
+  constexpr uint32_t kColumns = kGated ? 16 : 32;  // of a warp
   const Activation kind = sh.shape.activation;
   const uint32_t inter = sh.shape.inter;
-  T* h = place.heap.at<T>(sh.layout.h) + static_cast<uint64_t>(tile.pool_row0 + warp_row) * inter;
-#pragma unroll
-  for (uint32_t pass = 0; pass < kColumns / 64; ++pass) {
-    const uint32_t col0 = tile.col_tile * kColumns + pass * 64;
-    store_columns(
-        buffer,
-        [&](uint32_t b, uint32_t high) {
-          float v[2];
-#pragma unroll
-          for (uint32_t i = 0; i < 2; ++i) {
-            if constexpr (kGated) {
-              const uint32_t block = 2 * (pass * 8 + b);
-              v[i] = activate(kind, acc[4 * block + 2 * high + i]) *
-                     acc[4 * (block + 1) + 2 * high + i];
-            } else {
-              v[i] = activate(kind, acc[4 * (pass * 8 + b) + 2 * high + i]);
-            }
-          }
-          return pack<T>(v[0], v[1]);
+  const uint32_t col0 = tile.col_tile * (8 * kColumns) + warp * kColumns;
+  constexpr uint32_t kUnits = kColumns / 8;
+  const uint32_t lane = threadIdx.x % 32, column = col0 + lane % kUnits * 8;
+  HiddenRows<T> goal{place.heap.at<T>(sh.layout.h) +
+                         static_cast<uint64_t>(tile.pool_row0 + lane / kUnits) * inter + column,
+                     static_cast<uint64_t>(32 / kUnits) * inter};
+  const bool stores = column < inter;
+  const SigmoidGate gate(kind);
+  if constexpr (kGated) {
+    store_transposed<kN, kUnits>(
+        buffer, tile.rows, stores,
+        [&](uint32_t j, uint32_t m) {
+          return pack<T>(gate(sums[m][4 * j]) * sums[m][4 * j + 2],
+                         gate(sums[m][4 * j + 1]) * sums[m][4 * j + 3]);
         },
-        [&](uint32_t, uint32_t r, uint32_t unit, const uint4& piece) {
-          const uint32_t col = col0 + unit * 8;
-          if (warp_row + r < tile.rows && col < inter) {
-            *reinterpret_cast<uint4*>(h + static_cast<uint64_t>(r) * inter + col) = piece;
-          }
-        });
+        goal);
+  } else {
+    auto pair = [&](const auto& f) {
+      store_transposed<kN, kUnits>(
+          buffer, tile.rows, stores,
+          [&](uint32_t j, uint32_t m) {
+            const uint32_t at = 4 * j + m / 2 * 2;
+            return pack<T>(f(sums[m % 2][at]), f(sums[m % 2][at + 1]));
+          },
+          goal);
+    };
+    if (kind == Activation::kRelu) {
+      pair([](float v) { return fmaxf(v, 0.0f); });
+    } else {
+      const bool erf = kind == Activation::kGelu;
+      pair([&](float v) { return erf ? gelu(v) : gate(v); });
+    }
   }
 }
 
 // GEMM2: rounding, and each row into the return buffer of the rank it came from.
-template <class T, bool kTraced>
+template <class T, uint32_t kN, bool kTraced>
 __device__ __forceinline__ void store_returns(const Shared<kTraced>& sh, const Tile& tile,
-                                              uint32_t warp_row, char* buffer,
-                                              const float (&acc)[128]) {
-  const Shape& shape = sh.shape;
-  const uint32_t hidden = shape.hidden;
-  T* to[4];
-#pragma unroll
-  for (uint32_t q = 0; q < 4; ++q) {
-    to[q] = nullptr;
-    const uint32_t r = warp_row + q * 4 + threadIdx.x % 32 / 8;
-    if (r >= tile.rows) continue;
-    const uint32_t i = tile.row0 + r;
-    uint32_t source = 0;
-    while (source + 1 < shape.world && i >= source_start(sh.tables, shape, source + 1, tile.expert))
-      ++source;
-    const uint32_t row = return_row(sh.tables, shape, source, tile.expert,
-                                    i - source_start(sh.tables, shape, source, tile.expert));
-    to[q] = sh.heaps[source].template at<T>(sh.layout.ret) + static_cast<uint64_t>(row) * hidden;
-  }
-#pragma unroll
-  for (uint32_t pass = 0; pass < kTileCols / 64; ++pass) {
-    const uint32_t col0 = tile.col_tile * kTileCols + pass * 64;
-    store_columns(
-        buffer,
-        [&](uint32_t b, uint32_t high) {
-          const uint32_t at = 4 * (pass * 8 + b) + 2 * high;
-          return pack<T>(acc[at], acc[at + 1]);
-        },
-        [&](uint32_t q, uint32_t, uint32_t unit, const uint4& piece) {
-          const uint32_t col = col0 + unit * 8;
-          if (to[q] != nullptr && col < hidden) *reinterpret_cast<uint4*>(to[q] + col) = piece;
-        });
-  }
-}
-
-// After a GEMM2 tile: count it, and if it was the row tile's last, tell each source with rows in it.
-template <bool kTraced>
-__device__ inline void publish_returns(const Shared<kTraced>& sh, const Place& place,
-                                       const Tile& tile) {
-  const Shape& shape = sh.shape;
-  uint64_t* done = tile_counter(place.heap, sh.layout.y_ready, shape, place.epoch, tile.row_tile);
-  const uint64_t due = static_cast<uint64_t>(column_tiles(shape, 2)) * kMathGroups;
-  if (ptx::fetch_add_acq_rel_sys(done, 1) + 1 != due) return;
-  for (uint32_t s = 0; s < shape.world; ++s) {
-    const uint32_t from = source_start(sh.tables, shape, s, tile.expert);
-    const uint32_t rows = source_rows(sh.tables, shape, s, tile.expert);
-    if (rows == 0 || from >= tile.row0 + tile.rows || from + rows <= tile.row0) continue;
-    ptx::store_release_sys(
-        sh.heaps[s].template at<uint64_t>(sh.layout.returned) + tile.row_tile_global, place.epoch);
-  }
+                                              uint32_t warp, char* buffer,
+                                              const float (&sums)[2][kN / 2]) {
+  constexpr uint32_t kUnits = 4;
+  const uint32_t lane = threadIdx.x % 32;
+  const uint32_t column = tile.col_tile * kTileWeights + warp * 32 + lane % kUnits * 8;
+  ReturnRows<T, 32 / kUnits, kTraced> goal{sh, tile, column, tile.row0 + lane / kUnits};
+  store_transposed<kN, kUnits>(
+      buffer, tile.rows, column < sh.shape.hidden,
+      [&](uint32_t j, uint32_t m) {
+        const uint32_t at = 4 * j + m / 2 * 2;
+        return pack<T>(sums[m % 2][at], sums[m % 2][at + 1]);
+      },
+      goal);
 }
 
 // Bytes this group gave back, by source, into the trace.
 template <bool kTraced>
-__device__ inline void record_returns(const Shared<kTraced>& sh, GpuActor<kTraced>& actor,
-                                      const Tile& tile, uint32_t group) {
-  if constexpr (kTraced) {
-    const Shape& shape = sh.shape;
-    const uint32_t begin = tile.row0 + min_u32(tile.rows, group * 64);
-    const uint32_t end = tile.row0 + min_u32(tile.rows, group * 64 + 64);
-    const uint64_t row_bytes = 2ull * min_u32(kTileCols, shape.hidden - tile.col_tile * kTileCols);
-    actor.span(EventKind::k_give_back, kNoPeer, tile.expert, tile.index, (end - begin) * row_bytes);
-    for (uint32_t s = 0; s < shape.world; ++s) {
-      const uint32_t from = source_start(sh.tables, shape, s, tile.expert);
-      const uint32_t first = max_u32(begin, from);
-      const uint32_t last = min_u32(end, from + source_rows(sh.tables, shape, s, tile.expert));
-      if (first < last) {
-        actor.instant(EventKind::k_put, s, tile.expert, tile.index, (last - first) * row_bytes);
+__device__ __forceinline__ void record_returns(const Shared<kTraced>& sh, GpuActor<kTraced>& actor,
+                                               const Tile& tile, uint32_t group) {
+  const Shape& shape = sh.shape;
+  const uint32_t col0 = tile.col_tile * kTileWeights + group * (kTileWeights / kMathGroups);
+  if (col0 >= shape.hidden) return;
+  const uint64_t row_bytes = 2ull * min_u32(kTileWeights / kMathGroups, shape.hidden - col0);
+  actor.span(EventKind::k_give_back, kNoPeer, tile.expert, tile.index, tile.rows * row_bytes);
+  for (uint32_t s = 0; s < shape.world; ++s) {
+    const uint32_t from = source_start(sh.tables, shape, s, tile.expert);
+    const uint32_t first = max_u32(tile.row0, from);
+    const uint32_t last =
+        min_u32(tile.row0 + tile.rows, from + source_rows(sh.tables, shape, s, tile.expert));
+    if (first < last) {
+      actor.instant(EventKind::k_put, s, tile.expert, tile.index, (last - first) * row_bytes);
+    }
+  }
+}
+
+// One tile whose rows are at most kN: its products, its stores, its records.
+template <class T, bool kGated, uint32_t kN, bool kTraced>
+__device__ __forceinline__ void run_tile(Shared<kTraced>& sh, const Place& place, char* stages,
+                                         StageCursor& cursor, const Tile& tile, uint32_t group,
+                                         Publisher<kTraced>& publisher) {
+  const uint64_t begin_cycles = kTraced ? clock64() : 0;
+  const bool leads = threadIdx.x % kGroupThreads == 0;
+  const uint32_t warp = threadIdx.x / 32 - kMathWarp;
+  char* buffer = stages + kStages * kStageBytes + warp * kEpilogueBytesWarp;
+  GpuActor<kTraced>& actor = sh.actors[static_cast<int>(Lane::k_math0) + group];
+  float sums[2][kN / 2];
+  const uint64_t stall =
+      multiply<T, kN>(sh, ptx::shared_address(stages), cursor,
+                      ceil_div(depth_of(sh.shape, tile.gemm), kTileK), group, publisher, sums);
+  if (tile.gemm == 1) {
+    store_hidden<T, kGated, kN>(sh, place, tile, warp, buffer, sums);
+    ptx::fence_proxy_async();  // `h` will be read by tensor copies
+    if constexpr (kTraced) {
+      if (leads) {
+        actor.span(EventKind::k_gemm1, kNoPeer, tile.expert, tile.index, clock64() - begin_cycles,
+                   GpuActor<kTraced>::saturate(stall));
       }
+    }
+  } else {
+    if constexpr (kTraced) {
+      if (leads) {
+        actor.span(EventKind::k_gemm2, kNoPeer, tile.expert, tile.index, clock64() - begin_cycles,
+                   GpuActor<kTraced>::saturate(stall));
+      }
+    }
+    store_returns<T, kN>(sh, tile, warp, buffer, sums);
+    if constexpr (kTraced) {
+      if (leads) record_returns(sh, actor, tile, group);
     }
   }
 }
 
 // The products of every tile the scheduler hands over; one math group.
 template <class T, bool kGated, bool kTraced>
-__device__ inline void multiply_tiles(Shared<kTraced>& sh, const Place& place, char* stages,
-                                      uint32_t group) {
+__device__ __forceinline__ void multiply_tiles(Shared<kTraced>& sh, const Place& place,
+                                               char* stages, uint32_t group) {
   GpuActor<kTraced>& actor = sh.actors[static_cast<int>(Lane::k_math0) + group];
-  const uint32_t warp = threadIdx.x / 32 % 4;
   const bool leads = threadIdx.x % kGroupThreads == 0;
-  const uint32_t barrier = 2 + group;
-  const uint32_t warp_row = group * 64 + warp * 16;
-  char* buffer = stages + kStages * kStageBytes + (group * 4 + warp) * (kEpilogueBytes / 8);
+  Publisher<kTraced> publisher{sh, place, group};
   StageCursor cursor;
-  float acc[128];
   for (uint32_t n = 0;; ++n) {
     const uint32_t slot = n % kTasks;
-    ptx::mbarrier_wait(&sh.task_full[slot], n / kTasks & 1);
-    const Tile tile = sh.tasks[slot].tile;
-    if (tile.gemm == 0) return;
-    const bool up = tile.gemm == 1;
-    if (leads) take_up(actor, sh.tasks[slot], up ? EventKind::k_gemm1 : EventKind::k_gemm2);
-    const uint64_t begin_cycles = kTraced ? clock64() : 0;
-    const bool active = tile.rows > group * 64;
-    const uint64_t stall = multiply<T>(
-        sh, stages, cursor, ceil_div(depth_of(sh.shape, tile.gemm), kTileK), group, active, acc);
-    if (up) {
-      if (active) store_hidden<T, kGated>(sh, place, tile, warp_row, buffer, acc);
-      ptx::fence_proxy_async();  // `h` will be read by tensor copies
-      ptx::named_barrier(barrier, kGroupThreads);
-      if (leads) {
-        ptx::fence_acq_rel_sys();
-        ptx::add_relaxed_sys(
-            tile_counter(place.heap, sh.layout.h_ready, sh.shape, place.epoch, tile.row_tile), 1);
-        actor.span(EventKind::k_gemm1, kNoPeer, tile.expert, tile.index, clock64() - begin_cycles,
-                   GpuActor<kTraced>::saturate(stall));
-      }
-    } else {
-      if (leads) {
-        actor.span(EventKind::k_gemm2, kNoPeer, tile.expert, tile.index, clock64() - begin_cycles,
-                   GpuActor<kTraced>::saturate(stall));
-      }
-      if (active) store_returns<T>(sh, tile, warp_row, buffer, acc);
-      ptx::named_barrier(barrier, kGroupThreads);
-      if (leads) {
-        publish_returns(sh, place, tile);
-        record_returns(sh, actor, tile, group);
-      }
+    if (!ptx::mbarrier_test(&sh.task_full[slot], n / kTasks & 1)) {
+      // The next tile may itself wait for what this group has not published yet.
+      publisher.count();
+      publisher.tell();
+      ptx::mbarrier_wait(&sh.task_full[slot], n / kTasks & 1);
+    }
+    const Tile& tile = sh.tasks[slot].tile;  // read when needed: the sums leave few registers
+    if (tile.gemm == 0) break;
+    if (leads) {
+      take_up(actor, sh.tasks[slot], tile.gemm == 1 ? EventKind::k_gemm1 : EventKind::k_gemm2);
+    }
+    switch (ceil_div(tile.rows, 8)) {
+#define FLASHMOE_TILE(n)                                                     \
+  run_tile<T, kGated, n>(sh, place, stages, cursor, tile, group, publisher); \
+  break;
+      case 1:
+        FLASHMOE_TILE(8)
+      case 2:
+        FLASHMOE_TILE(16)
+      case 3:
+      case 4:
+        FLASHMOE_TILE(32)
+      case 5:
+      case 6:
+        FLASHMOE_TILE(48)
+      case 7:
+      case 8:
+        FLASHMOE_TILE(64)
+      case 9:
+      case 10:
+        FLASHMOE_TILE(80)
+      case 11:
+      case 12:
+        FLASHMOE_TILE(96)
+      case 13:
+      case 14:
+        FLASHMOE_TILE(112)
+      case 15:
+      case 16:
+        FLASHMOE_TILE(128)
+      case 17:
+      case 18:
+        FLASHMOE_TILE(144)
+      case 19:
+      case 20:
+        FLASHMOE_TILE(160)
+      case 21:
+      case 22:
+        FLASHMOE_TILE(176)
+      default:
+        FLASHMOE_TILE(192)
+#undef FLASHMOE_TILE
+    }
+    // Ordered after all lanes' stores, which the group's leader publishes.
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&sh.stored[group][slot]);
+    if (leads) {
+      publisher.tell();
+      publisher.put(n, tile);
     }
     // Every thread has read the task, so every thread gives its slot back.
     ptx::mbarrier_arrive(&sh.task_empty[slot]);
   }
+  publisher.count();
+  publisher.tell();
 }
 
 }  // namespace flashmoe

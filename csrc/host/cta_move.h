@@ -63,8 +63,8 @@ uint64_t Cta<kTraced>::send_rows(uint32_t owner, uint32_t first, uint32_t last) 
     uint32_t row = first_row(e);
     const uint32_t end = row + tables_.chunk_order[e + 1] - tables_.chunk_order[e];
     while (row < end) {
-      const uint32_t tile = row / s_.tile_m;
-      const uint32_t next = min_u32((tile + 1) * s_.tile_m, end);
+      const uint32_t tile = row / tables_.height[e];
+      const uint32_t next = min_u32((tile + 1) * tables_.height[e], end);
       HostPlatform::add(
           tile_counter(there, l_.rows_ready, s_, epoch_, pool_tile(tables_, s_, e, tile)),
           next - row);
@@ -98,7 +98,7 @@ Status Cta<kTraced>::combine(LaneActor& a) {
         const uint32_t e = ids[at];
         const uint32_t row =
             source_start(tables_, s_, rank_, e) + tables_.chunk_prefix[e] + slots[at];
-        const uint32_t tile = global_tile(tables_, s_, e, row / s_.tile_m);
+        const uint32_t tile = global_tile(tables_, s_, e, row / tables_.height[e]);
         uint64_t* word = heap_.at<uint64_t>(l_.returned) + tile;
         if (HostPlatform::load(word) >= epoch_) continue;
         record();

@@ -93,13 +93,17 @@ Status Cta<kTraced>::prepare(LaneActor& a) {
 template <bool kTraced>
 Status Cta<kTraced>::exchange_counts(LaneActor& a) {
   const uint32_t* histogram = heap_.at<uint32_t>(l_.histogram);
+  uint32_t* chunk_rows = heap_.at<uint32_t>(l_.chunk_rows);
   const uint32_t first = static_cast<uint32_t>(uint64_t{cta_} * s_.experts / s_.chunks);
   const uint32_t last = static_cast<uint32_t>(uint64_t{cta_ + 1} * s_.experts / s_.chunks);
   const uint64_t tag = static_cast<uint64_t>(epoch_) << 32;
   a.doing(EventKind::k_counts, kNoPeer, kNoExpert, kNoTile);
   for (uint32_t e = first; e < last; ++e) {
     uint32_t rows = 0;
-    for (uint32_t c = 0; c < s_.chunks; ++c) rows += histogram[uint64_t{c} * s_.experts + e];
+    for (uint32_t c = 0; c < s_.chunks; ++c) {
+      chunk_rows[uint64_t{c} * s_.experts + e] = rows;
+      rows += histogram[uint64_t{c} * s_.experts + e];
+    }
     for (uint32_t i = 0; i < s_.world; ++i) {
       const uint32_t to = (rank_ + i) % s_.world;
       const bool wrong = wrong_count_ && wrong_count_->peer == to && wrong_count_->expert == e;
@@ -131,7 +135,8 @@ void Cta<kTraced>::plan(LaneActor& a) {
     return static_cast<uint32_t>(
         HostPlatform::load(counts_words(heap_, l_, s_, epoch_, source) + expert));
   });
-  build_chunk_tables(team, tables_, s_, heap_.at<uint32_t>(l_.histogram), cta_);
+  build_chunk_tables(team, tables_, s_, heap_.at<uint32_t>(l_.histogram),
+                     heap_.at<uint32_t>(l_.chunk_rows), cta_);
   const uint32_t* ids = heap_.at<uint32_t>(l_.ids);
   const uint32_t* slots = heap_.at<uint32_t>(l_.slots);
   uint32_t* sorted = heap_.at<uint32_t>(l_.sorted);

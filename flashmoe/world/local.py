@@ -29,17 +29,22 @@ if TYPE_CHECKING:
 
 LANES = len(schema.Lane)
 THREADS = 384
-SHARED_BYTES = 4 * 48 * 1024 + 16 * 1024 + 3 * 1024 + 1024
+SHARED_BYTES = (3 * 56 + 16 + 32 + 9 + 1) * 1024
 """Dynamic shared memory of a block, as csrc/device/cta.h sums it up (kSharedBytes)."""
 
-TILE_ROWS = 128
+TILE_ROWS = 192
+TILE_ROWS_STEP = 16
 TILE_WEIGHT_ROWS = 256
 TILE_DEPTH = 64
-FAMILY = "sm90-128x256"
+FAMILY = "sm90-256w-192t"
+"""256 weight rows by up to 192 rows of tokens."""
+
+ROW_BOXES = (16, 32, 64, 128)
+"""Rows of the boxes that a tile's tokens are fetched in (csrc/core/args.h)."""
 
 MAX_RANKS = 8
 MAX_EXPERTS = 1024
-WAVES = 4
+WAVES = 8
 """Waves of experts per owner: the order of tiles, not their arithmetic."""
 
 LAUNCHES_PER_RING = 16
@@ -137,6 +142,7 @@ class LocalEngine:
             "pool_rows": 0,
             "chunks": self.sms_per_rank,
             "tile_m": TILE_ROWS,
+            "tile_step": TILE_ROWS_STEP,
             "tile_n1": TILE_WEIGHT_ROWS // 2 if config.gated else TILE_WEIGHT_ROWS,
             "tile_n2": TILE_WEIGHT_ROWS,
             "wave_experts": -(-owned // WAVES),
@@ -202,10 +208,16 @@ class LocalEngine:
             return tensor.to(self.device, to).contiguous()
 
         bias = None if weights.bias is None else put(weights.bias, torch.float32)
+        up = put(weights.up, dtype)
+        if self.config.gated and self.config.intermediate % 16 != 0:
+            # The last box of 16 gate or up rows reaches 8 rows further than its matrix, for columns
+            # of h that are never stored; behind the last matrix there must be memory too.
+            room = torch.zeros(up.numel() + 8 * self.config.hidden, dtype=dtype, device=self.device)
+            up = room[: up.numel()].copy_(up.flatten()).view(up.shape)
         return Weights(
             gate=put(weights.gate, dtype),
             bias=bias,
-            up=put(weights.up, dtype),
+            up=up,
             down=put(weights.down, dtype),
         )
 
@@ -260,8 +272,8 @@ class LocalEngine:
             )
         return function
 
-    def _maps_of(self, rank: int) -> dict[str, bytes]:
-        """The four tensor maps of a rank: its pool, its h and its experts' weights."""
+    def _maps_of(self, rank: int) -> dict[str, Any]:
+        """A rank's tensor maps: its pool, its h, its experts' weights, and what its gate reads."""
         config, rows = self.config, self._shape["pool_rows"]
         hidden, inter = config.hidden, config.intermediate
         first = rank * config.experts // self.options.ranks
@@ -273,31 +285,56 @@ class LocalEngine:
         def encode(address: int, dims: list[int], box: list[int], strides: list[int]) -> bytes:
             return encode_tensor_map(address, dims, box, strides, config.dtype)
 
-        row, box = [hidden * 2], [TILE_DEPTH, TILE_ROWS]
+        def rows_of(section: str, width: int) -> bytes:
+            at = heap + self._layout[section]
+            return b"".join(
+                encode(at, [width, rows], [TILE_DEPTH, box], [width * 2]) for box in ROW_BOXES
+            )
+
+        def matrices(tensor: torch.Tensor, matrix_rows: int, width: int) -> bytes:
+            """Of experts' matrices; five dimensions like the gated map's, so one load serves all."""
+            size = matrix_rows * width * 2
+            return encode(
+                tensor[first].data_ptr(),
+                [width, matrix_rows, owned, 1, 1],
+                [TILE_DEPTH, TILE_WEIGHT_ROWS, 1, 1, 1],
+                [width * 2, size, owned * size, owned * size],
+            )
+
         if config.gated:
             map_up = encode(
                 up[first].data_ptr(),
-                [hidden, 8, 2, inter // 8, owned],
-                [TILE_DEPTH, 8, 2, TILE_WEIGHT_ROWS // 16, 1],
-                [hidden * 2, inter * hidden * 2, 8 * hidden * 2, 2 * inter * hidden * 2],
+                [hidden, 16, 2, -(-inter // 16), owned],
+                [TILE_DEPTH, 16, 2, TILE_WEIGHT_ROWS // 32, 1],
+                [hidden * 2, inter * hidden * 2, 16 * hidden * 2, 2 * inter * hidden * 2],
             )
         else:
-            map_up = encode(
-                up[first].data_ptr(),
-                [hidden, inter, owned],
-                [TILE_DEPTH, TILE_WEIGHT_ROWS, 1],
-                [hidden * 2, inter * hidden * 2],
-            )
+            map_up = matrices(up, inter, hidden)
         return {
-            "map_pool": encode(heap + self._layout["pool"], [hidden, rows], box, row),
-            "map_h": encode(heap + self._layout["h"], [inter, rows], box, [inter * 2]),
+            "map_pool": rows_of("pool", hidden),
+            "map_h": rows_of("h", inter),
             "map_up": map_up,
-            "map_down": encode(
-                down[first].data_ptr(),
-                [inter, hidden, owned],
-                [TILE_DEPTH, TILE_WEIGHT_ROWS, 1],
-                [inter * 2, hidden * inter * 2],
-            ),
+            "map_down": matrices(down, hidden, inter),
+            **self._gate_maps(rank),
+        }
+
+    def _gate_maps(self, rank: int) -> dict[str, Any]:
+        """The maps of x and of the gate's weights, and the tokens that one box of x holds."""
+        hidden, experts, tokens = self.config.hidden, self.config.experts, self.tokens[rank]
+        if tokens == 0 or self.config.routing.kind == "external":
+            return {"map_x": bytes(128), "map_gate": bytes(128), "gate_box_tokens": 8}
+        box = 8 if -(-tokens // self.sms_per_rank) <= 8 else 32
+        columns = 16 if experts <= 16 else 64 if experts <= 64 else 128
+
+        def encode(tensor: torch.Tensor, rows: int, box_rows: int) -> bytes:
+            dims, strides = [hidden, rows], [hidden * 2]
+            address, dtype = tensor.data_ptr(), self.config.dtype
+            return encode_tensor_map(address, dims, [TILE_DEPTH, box_rows], strides, dtype)
+
+        return {
+            "map_x": encode(self._x[rank], tokens, box),
+            "map_gate": encode(self._weights.gate, experts, columns),
+            "gate_box_tokens": box,
         }
 
     def _fault_args(self) -> tuple[int, int, int]:

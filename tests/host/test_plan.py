@@ -34,6 +34,7 @@ SECTIONS = [
     "slots",
     "sorted",
     "histogram",
+    "chunk_rows",
     "tables",
 ]
 
@@ -50,7 +51,8 @@ def shapes(draw: st.DrawFn) -> dict[str, Any]:
         "max_tokens": draw(st.integers(0, 200)),
         "pool_rows": draw(st.integers(1, 500)),
         "chunks": draw(st.integers(1, 5)),
-        "tile_m": draw(st.sampled_from([8, 16, 128])),
+        "tile_m": draw(st.sampled_from([16, 48, 128])),
+        "tile_step": draw(st.sampled_from([8, 16])),
         "tile_n1": draw(st.sampled_from([32, 128])),
         "tile_n2": draw(st.sampled_from([64, 256])),
         "wave_experts": draw(st.integers(1, 6)),
@@ -84,6 +86,7 @@ def test_sections_of_the_heap_follow_each_other(shape: dict[str, Any]) -> None:
         "slots": 4 * sent,
         "sorted": 4 * sent,
         "histogram": 4 * chunks * experts,
+        "chunk_rows": 4 * chunks * experts,
         "tables": 4 * chunks * layout["table_words"],
     }
     for name, after in zip(SECTIONS, [*SECTIONS[1:], "bytes"], strict=True):
@@ -96,7 +99,10 @@ def expected_tiles(shape: dict[str, Any], counts: np.ndarray) -> list[tuple[int,
     """The plan, derived the plain way: (rank, gemm, expert, row tile, global, column, rows)."""
     world, experts, wave = shape["world"], shape["experts"], shape["wave_experts"]
     rows = counts.sum(axis=(0, 1))
-    row_tiles = -(-rows // shape["tile_m"])
+    step = shape["tile_step"]
+    # As few tiles as tile_m allows, all of one height, a multiple of the step.
+    heights = [-(-r // max(-(-r // shape["tile_m"]), 1) // step) * step or step for r in rows]
+    row_tiles = [-(-r // height) for r, height in zip(rows, heights, strict=True)]
     before = np.concatenate([[0], np.cumsum(row_tiles)])
     found = []
     for rank in range(world):
@@ -107,15 +113,15 @@ def expected_tiles(shape: dict[str, Any], counts: np.ndarray) -> list[tuple[int,
             order += [(1, e) for e in waves[i]] if i < len(waves) else []
             order += [(2, e) for e in waves[i - 1]] if i > 0 else []
         for gemm, e in order:
-            width, step = (
+            width, columns = (
                 (shape["inter"], shape["tile_n1"])
                 if gemm == 1
                 else (shape["hidden"], shape["tile_n2"])
             )
-            for col in range(-(-width // step)):
+            for col in range(-(-width // columns)):
                 for j in range(row_tiles[e]):
-                    left = min(shape["tile_m"], rows[e] - j * shape["tile_m"])
-                    cols = min(step, width - col * step)
+                    left = min(heights[e], rows[e] - j * heights[e])
+                    cols = min(columns, width - col * columns)
                     at = before[e] + j
                     found.append((rank, gemm, e, at - before[own[0]], at, col, left, cols))
     return [tuple(int(v) for v in t) for t in found]
@@ -155,8 +161,8 @@ def test_no_tile_waits_for_one_handed_out_later(shape: dict[str, Any], seed: int
 def shape_of(**changes: Any) -> dict[str, Any]:
     base = {
         "world": 2, "experts": 4, "top_k": 2, "hidden": 64, "inter": 64, "max_tokens": 8,
-        "pool_rows": 32, "chunks": 2, "tile_m": 16, "tile_n1": 32, "tile_n2": 64,
-        "wave_experts": 2, "activation": "swiglu", "routing": "softmax", "renormalize": True,
+        "pool_rows": 32, "chunks": 2, "tile_m": 16, "tile_step": 8, "tile_n1": 32,
+        "tile_n2": 64, "wave_experts": 2, "activation": "swiglu", "routing": "softmax", "renormalize": True,
         "scale": 1.0, "groups": 1, "top_groups": 1,
     }  # fmt: skip
     return base | changes
@@ -164,9 +170,10 @@ def shape_of(**changes: Any) -> dict[str, Any]:
 
 def test_launch_args_hold_what_they_were_given() -> None:
     rank = {
-        "map_pool": b"p" * 128, "map_h": b"h" * 128, "map_up": b"u" * 128, "map_down": b"d" * 128,
+        "map_pool": b"p" * 512, "map_h": b"h" * 512, "map_up": b"u" * 128, "map_down": b"d" * 128,
+        "map_x": b"x" * 128, "map_gate": b"g" * 128,
         "x": 0x1111, "gate": 0x2222, "bias": 0, "y": 0x4444, "ids": 0, "weights": 0,
-        "rank": 1, "tokens": 7,
+        "rank": 1, "tokens": 7, "gate_box_tokens": 8,
     }  # fmt: skip
     none = 0xFFFFFFFF
 
@@ -179,11 +186,13 @@ def test_launch_args_hold_what_they_were_given() -> None:
 
     whole = pack()
     assert pack() == whole  # padding included
-    at = whole.index(b"p" * 128)
-    assert whole[at : at + 512] == b"p" * 128 + b"h" * 128 + b"u" * 128 + b"d" * 128
-    fields = np.frombuffer(whole[at + 512 : at + 560], np.uint64).tolist()
+    at = whole.index(b"p" * 512)
+    maps = b"p" * 512 + b"h" * 512 + b"u" * 128 + b"d" * 128 + b"x" * 128 + b"g" * 128
+    assert whole[at : at + 1536] == maps
+    at += 1536
+    fields = np.frombuffer(whole[at : at + 48], np.uint64).tolist()
     assert fields == [0x1111, 0x2222, 0, 0x4444, 0, 0]
-    assert np.frombuffer(whole[at + 560 : at + 568], np.uint32).tolist() == [1, 7]
+    assert np.frombuffer(whole[at + 48 : at + 60], np.uint32).tolist() == [1, 7, 8]
     for address in (0x100000, 0x200000, 0x5555, 0x6666, 0x7777):
         assert address.to_bytes(8, "little") in whole
     assert pack(tokens=8) != whole
