@@ -24,7 +24,7 @@ struct alignas(64) RankArgs {
   // CUtensorMaps.  Rows of a tile are fetched in boxes of 16, 32, 64 and 128 rows of 64 columns.
   uint8_t map_pool[kRowBoxes][128];  // pool [pool_rows][H]
   uint8_t map_h[kRowBoxes][128];     // h [pool_rows][I]
-  uint8_t map_up[128];    // gated: [experts owned][2][I][H] as 5-D; plain: [experts owned][I][H]
+  uint8_t map_up[128];    // gated: [experts owned][2][I][H]; plain: [experts owned][I][H]
   uint8_t map_down[128];  // [experts owned][H][I]
   uint8_t map_x[128];     // x [tokens][H], box 64 x gate_box_tokens
   uint8_t map_gate[128];  // gate [E][H], box 64 x gate_columns(E)

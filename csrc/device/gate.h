@@ -33,21 +33,16 @@ __host__ __device__ constexpr uint32_t gate_columns(uint32_t experts) {
   return experts <= 16 ? 16 : experts <= 64 ? 64 : kGateExperts;
 }
 
-// Descending by value, NaN last, ties to the lower id: a larger key is chosen first.  Never 0.
-__device__ __forceinline__ uint64_t choice_key(float value, uint32_t expert) {
-  uint32_t bits = __float_as_uint(value == 0.0f ? 0.0f : value);
-  bits = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-  if (isnan(value)) bits = 0;
-  return (static_cast<uint64_t>(bits) << 32) | (0xffffffffu - expert);
+// Descending by value, NaN last: a larger key is chosen first.  0 is no key, 1 is NaN's.
+__device__ __forceinline__ uint32_t choice_key(float value) {
+  const uint32_t bits = __float_as_uint(value == 0.0f ? 0.0f : value);
+  return isnan(value) ? 1 : bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-__device__ __forceinline__ uint64_t warp_max(uint64_t v) {
-#pragma unroll
-  for (int d = 16; d > 0; d /= 2) {
-    const uint64_t other = __shfl_xor_sync(0xffffffffu, v, d);
-    v = other > v ? other : v;
-  }
-  return v;
+// The lane that has the warp's largest key; ties go to the lowest `id`, which is returned.
+__device__ __forceinline__ uint32_t warp_choice(uint32_t key, uint32_t id) {
+  const uint32_t best = __reduce_max_sync(0xffffffffu, key);
+  return __reduce_min_sync(0xffffffffu, key == best ? id : 0xffffffffu);
 }
 
 __device__ __forceinline__ float warp_sum(float v) {
@@ -98,8 +93,8 @@ __device__ __forceinline__ void gate_logits(Shared<kTraced>& sh, GateScratch& sc
         const uint32_t stage = (block + i) % kCount;
         ptx::mbarrier_wait(&sh.gate_full[stage], (block + i) / kCount & 1);
         const uint32_t x = ptx::shared_address(scratch.ring + stage * kBytes);
-        const uint64_t a = ptx::wgmma_descriptor<1024>(x);
-        const uint64_t b = ptx::wgmma_descriptor<1024>(x + kGateStageBytesX);
+        const uint64_t a = ptx::wgmma_descriptor(x, 1024);
+        const uint64_t b = ptx::wgmma_descriptor(x + kGateStageBytesX, 1024);
         ptx::wgmma_fence();
 #pragma unroll
         for (uint32_t k = 0; k < kTileK / 16; ++k) {
@@ -141,7 +136,7 @@ __device__ __forceinline__ void gate_logits(Shared<kTraced>& sh, GateScratch& sc
 __device__ inline uint32_t chosen_groups(const Shape& shape, const float* choice) {
   if (shape.groups <= 1) return 1;
   const uint32_t lane = threadIdx.x % 32, size = shape.experts / shape.groups;
-  uint64_t key = 0;
+  uint32_t key = 0;
   if (lane < shape.groups) {
     float best = -INFINITY, second = -INFINITY;
     for (uint32_t i = 0; i < size; ++i) {
@@ -153,20 +148,22 @@ __device__ inline uint32_t chosen_groups(const Shape& shape, const float* choice
         second = v;
       }
     }
-    key = choice_key(size > 1 ? best + second : best, lane);
+    key = choice_key(size > 1 ? best + second : best);
   }
   uint32_t mask = 0;
   for (uint32_t i = 0; i < shape.top_groups; ++i) {
-    const uint32_t group = 0xffffffffu - static_cast<uint32_t>(warp_max(key));
+    const uint32_t group = warp_choice(key, lane);
     mask |= 1u << group;
     if (lane == group) key = 0;
   }
   return mask;
 }
 
-// Top-k of one token by one warp, from a row of logits to ids and weights [k].
-__device__ inline void choose(const Shape& shape, float* logits, float* choice, const float* bias,
-                              uint32_t* ids, float* weights) {
+// Top-k of one token by one warp, from a row of logits to ids and weights [k].  kKeys times 32 experts
+// at most.
+template <uint32_t kKeys>
+__device__ __forceinline__ void choose(const Shape& shape, float* logits, float* choice,
+                                       const float* bias, uint32_t* ids, float* weights) {
   const uint32_t lane = threadIdx.x % 32;
   const bool sigmoid = shape.routing == RoutingKind::kSigmoid;
   const float* by = logits;
@@ -189,20 +186,31 @@ __device__ inline void choose(const Shape& shape, float* logits, float* choice, 
     }
   }
   const uint32_t groups = sigmoid ? chosen_groups(shape, choice) : 1;
+  const bool grouped = sigmoid && shape.groups > 1;
   const uint32_t group_size = shape.experts / max_u32(shape.groups, 1);
-  uint32_t taken = 0;  // bit i: expert lane + 32 * i
-  float mine = 0.0f;   // the lane's weight, where a lane has one
+  uint32_t keys[kKeys];  // of experts lane, lane + 32, ...
+#pragma unroll
+  for (uint32_t i = 0; i < kKeys; ++i) {
+    const uint32_t e = lane + 32 * i;
+    const bool may = e < shape.experts && (groups >> (grouped ? e / group_size : 0) & 1);
+    keys[i] = may ? choice_key(by[e]) : 0;
+  }
+  float mine = 0.0f;  // the lane's weight, where a lane has one
   float sum = 0.0f;
   for (uint32_t j = 0; j < shape.top_k; ++j) {
-    uint64_t key = 0;
-    for (uint32_t e = lane, i = 0; e < shape.experts; e += 32, ++i) {
-      if (taken >> i & 1) continue;
-      if (shape.groups > 1 && sigmoid && !(groups >> (e / group_size) & 1)) continue;
-      const uint64_t candidate = choice_key(by[e], e);
-      key = candidate > key ? candidate : key;
+    uint32_t key = 0, at = 0;
+#pragma unroll
+    for (uint32_t i = 0; i < kKeys; ++i) {
+      if (keys[i] > key) {
+        key = keys[i];
+        at = i;
+      }
     }
-    const uint32_t expert = 0xffffffffu - static_cast<uint32_t>(warp_max(key));
-    if (expert % 32 == lane) taken |= 1u << (expert / 32);
+    const uint32_t expert = warp_choice(key, lane + 32 * at);
+#pragma unroll
+    for (uint32_t i = 0; i < kKeys; ++i) {
+      if (expert == lane + 32 * i) keys[i] = 0;
+    }
     const float weight = sigmoid ? logits[expert] : expf(logits[expert] - top);
     sum += weight;
     if (lane == j % 32) {
@@ -306,8 +314,15 @@ __device__ inline bool run_gate(Shared<kTraced>& sh, const Place& place, char* s
       }
       for (uint32_t t = warp; t < here; t += kWarps) {
         const uint64_t at = static_cast<uint64_t>(t0 + t) * shape.top_k;
-        choose(shape, scratch.logits + t * shape.experts, scratch.choice + t * shape.experts,
-               args.bias, ids + at, weights + at);
+        float* logits = scratch.logits + t * shape.experts;
+        float* choice = scratch.choice + t * shape.experts;
+        if (shape.experts <= 128) {
+          choose<4>(shape, logits, choice, args.bias, ids + at, weights + at);
+        } else if (shape.experts <= 256) {
+          choose<8>(shape, logits, choice, args.bias, ids + at, weights + at);
+        } else {
+          choose<32>(shape, logits, choice, args.bias, ids + at, weights + at);
+        }
       }
       __syncthreads();
     }

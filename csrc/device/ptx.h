@@ -186,14 +186,6 @@ __device__ __forceinline__ void tma_load_5d(void* to, const void* map, uint64_t*
       : "memory");
 }
 
-// The same box into L2 alone.
-__device__ __forceinline__ void tma_prefetch_5d(const void* map, int32_t c0, int32_t c1, int32_t c2,
-                                                int32_t c3, int32_t c4) {
-  asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global [%0, {%1, %2, %3, %4, %5}];" ::"l"(map),
-               "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
-               : "memory");
-}
-
 // ---- bulk copies of rows ------------------------------------------------------------------------
 
 __device__ __forceinline__ void bulk_load(void* to, const void* from, uint32_t bytes,
@@ -238,13 +230,11 @@ __device__ __forceinline__ void wgmma_wait() {
 }
 
 // Descriptor of a K-major operand with 128-byte swizzle: rows of 128 bytes in atoms of 8 rows, which
-// are kAtomStride bytes apart.
-template <uint32_t kAtomStride>
-__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address) {
-  static_assert(kAtomStride % 1024 == 0, "an atom of 8 rows with 128-byte swizzle is 1,024 bytes");
+// are atom_stride bytes apart, a multiple of an atom's 1,024.
+__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, uint32_t atom_stride) {
   constexpr uint64_t kSwizzle128 = 1;
   return static_cast<uint64_t>((address & 0x3ffff) >> 4) | (1ull << 16) |
-         (static_cast<uint64_t>(kAtomStride >> 4) << 32) | (kSwizzle128 << 62);
+         (static_cast<uint64_t>(atom_stride >> 4) << 32) | (kSwizzle128 << 62);
 }
 
 // Four 8x8 matrices of 16-bit elements, stored transposed: row i of matrix m goes to the address that

@@ -3,9 +3,9 @@
 //
 // The weights are the product's M and the tokens its N: a tile's rows then cost what they are, in steps
 // of 16, and an expert with few rows streams its weights at the speed of memory.  Each group takes 128
-// weight rows as two products of 64, whose 8-row atoms alternate, so that a warp's sums are of 32
-// neighbouring weight rows.  Gate and up rows come in turns of 16, which puts a column's gate and up
-// into one thread.
+// weight rows as two products of 64.  In a gated GEMM1 the one is of gate rows and the other of the
+// same columns' up rows, so that a thread has both.  Otherwise the 8-row atoms of the two alternate, so
+// that a warp's sums are of 32 neighbouring weight rows.
 #pragma once
 
 #include <cstdint>
@@ -56,16 +56,11 @@ struct WeightBox {
                                                  uint32_t expert0) {
     const int32_t expert = static_cast<int32_t>(tile.expert - expert0);
     const int32_t col = static_cast<int32_t>(tile.col_tile * kTileWeights);
-    // Gated: sixteen gate rows, then the sixteen up rows of the same columns, eight times.
-    if (kGated && tile.gemm == 1) return {args.map_up, 0, 0, col / 32, expert};
+    // Gated: 128 gate rows, then the 128 up rows of the same columns.
+    if (kGated && tile.gemm == 1) return {args.map_up, col / 2, 0, expert, 0};
     return {tile.gemm == 1 ? args.map_up : args.map_down, col, expert, 0, 0};
   }
 };
-
-// How many stages ahead of its loads a tile's weights are brought into L2: memory answers in some two
-// microseconds, and the stages in shared memory hold less than that of the products' time.  Of the
-// tiles that share weights only the first row tile asks for them.
-inline constexpr uint32_t kPrefetchStages = 6;
 
 // The loads of every tile the scheduler hands over; one lane.  It runs ahead into the next tile as
 // far as the stages go.
@@ -92,13 +87,7 @@ __device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char*
     const WeightBox box = WeightBox::of<kGated>(args, task.tile, expert0);
     const uint32_t boxes = ceil_div(task.tile.rows, kBoxRows);  // a bit a box of 16 << bit rows
     const uint32_t bytes = kStageBytesWeights + boxes * kBoxRows * kRowBytes;
-    // None where the rows are not the first.
-    const uint32_t prefetch_end = task.tile.row0 == 0 ? depth : 0;
     for (uint32_t k0 = 0; k0 < depth; k0 += kTileK) {
-      const uint32_t ahead = k0 + kPrefetchStages * kTileK;
-      if (ahead < prefetch_end) {
-        ptx::tma_prefetch_5d(box.map, static_cast<int32_t>(ahead), box.c1, box.c2, box.c3, box.c4);
-      }
       uint64_t* full = &sh.full[cursor.stage];
       if (!ptx::mbarrier_test(&sh.empty[cursor.stage], cursor.turn ^ 1)) {
         const uint64_t from = kTraced ? clock64() : 0;
@@ -218,10 +207,24 @@ struct Publisher {
   }
 };
 
+// Where in a stage the weight rows of a group's two products lie.
+struct GroupWeights {
+  uint32_t of_group;     // bytes from the stage to the first product's rows
+  uint32_t atom_stride;  // bytes
+  uint32_t other;        // from the first product's rows to the second's, in units of a descriptor
+  __device__ __forceinline__ GroupWeights(bool paired, uint32_t group) {
+    constexpr uint32_t kOne = kStageBytesWeights / 4;  // 64 rows
+    of_group = group * (paired ? kOne : 2 * kOne);
+    atom_stride = paired ? 1024 : 2048;
+    other = (paired ? 2 * kOne : 1024) / 16;
+  }
+};
+
 // sums[b][N / 2]: the two products of 64 weight rows over the whole depth.
 template <class T, uint32_t kN, bool kTraced>
 __device__ __forceinline__ uint64_t multiply(Shared<kTraced>& sh, uint32_t stages,
-                                             StageCursor& cursor, uint32_t blocks, uint32_t group,
+                                             StageCursor& cursor, uint32_t blocks,
+                                             const GroupWeights& weights,
                                              Publisher<kTraced>& publisher,
                                              float (&sums)[2][kN / 2]) {
   const bool signals = threadIdx.x % 32 == 0;
@@ -234,19 +237,18 @@ __device__ __forceinline__ uint64_t multiply(Shared<kTraced>& sh, uint32_t stage
       if constexpr (kTraced) stall += clock64() - from;
     }
     const uint32_t stage = stages + cursor.stage * kStageBytes;
-    const uint64_t a =
-        ptx::wgmma_descriptor<2048>(stage + group * (kStageBytesWeights / kMathGroups));
-    const uint64_t b = ptx::wgmma_descriptor<1024>(stage + kStageBytesWeights);
+    const uint64_t a = ptx::wgmma_descriptor(stage + weights.of_group, weights.atom_stride);
+    const uint64_t b = ptx::wgmma_descriptor(stage + kStageBytesWeights, 1024);
     ptx::wgmma_fence();
 #pragma unroll
     for (uint32_t k = 0; k < kTileK / 16; ++k) {
-      // 16 columns are 32 bytes, two units of a descriptor's address; the other atoms are 1,024 on.
+      // 16 columns are 32 bytes, two units of a descriptor's address.
       if (decltype(first)::value && k == 0) {
         ptx::wgmma_first<T, kN>(sums[0], a, b);
-        ptx::wgmma_first<T, kN>(sums[1], a + 64, b);
+        ptx::wgmma_first<T, kN>(sums[1], a + weights.other, b);
       } else {
         ptx::wgmma<T, kN>(sums[0], a + 2 * k, b + 2 * k);
-        ptx::wgmma<T, kN>(sums[1], a + 64 + 2 * k, b + 2 * k);
+        ptx::wgmma<T, kN>(sums[1], a + weights.other + 2 * k, b + 2 * k);
       }
     }
     ptx::wgmma_commit();
@@ -380,8 +382,8 @@ __device__ __forceinline__ void store_hidden(const Shared<kTraced>& sh, const Pl
     store_transposed<kN, kUnits>(
         buffer, tile.rows, stores,
         [&](uint32_t j, uint32_t m) {
-          return pack<T>(gate(sums[m][4 * j]) * sums[m][4 * j + 2],
-                         gate(sums[m][4 * j + 1]) * sums[m][4 * j + 3]);
+          const uint32_t at = 4 * j + 2 * m;
+          return pack<T>(gate(sums[0][at]) * sums[1][at], gate(sums[0][at + 1]) * sums[1][at + 1]);
         },
         goal);
   } else {
@@ -452,9 +454,9 @@ __device__ __forceinline__ void run_tile(Shared<kTraced>& sh, const Place& place
   char* buffer = stages + kStages * kStageBytes + warp * kEpilogueBytesWarp;
   GpuActor<kTraced>& actor = sh.actors[static_cast<int>(Lane::k_math0) + group];
   float sums[2][kN / 2];
-  const uint64_t stall =
-      multiply<T, kN>(sh, ptx::shared_address(stages), cursor,
-                      ceil_div(depth_of(sh.shape, tile.gemm), kTileK), group, publisher, sums);
+  const uint64_t stall = multiply<T, kN>(
+      sh, ptx::shared_address(stages), cursor, ceil_div(depth_of(sh.shape, tile.gemm), kTileK),
+      GroupWeights(kGated && tile.gemm == 1, group), publisher, sums);
   if (tile.gemm == 1) {
     store_hidden<T, kGated, kN>(sh, place, tile, warp, buffer, sums);
     ptx::fence_proxy_async();  // `h` will be read by tensor copies

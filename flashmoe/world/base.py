@@ -114,7 +114,7 @@ class Routing:
     """Rows of the last launch: ``chunk_counts`` uint32 [W, chunks, E], and the tiles in order.
 
     ``tiles`` is a structured array with the columns of plan.parquet but ``iter``: rank, tile, gemm,
-    expert, row_tile, row_tile_global, col_tile, rows, cols, depth, family.
+    expert, row_tile, row_tile_global, col_tile, rows, height, cols, depth, family.
     """
 
     chunk_counts: np.ndarray

@@ -145,7 +145,7 @@ class HostEngine:
             "pool_rows": 1,
             "chunks": self.sms_per_rank,
             "tile_m": self._host.TILE_M,
-            "tile_step": self._host.TILE_M,
+            "tile_step": self._host.TILE_STEP,
             "tile_n1": self._host.TILE_N1,
             "tile_n2": self._host.TILE_N2,
             "wave_experts": self._host.WAVE_EXPERTS,

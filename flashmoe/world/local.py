@@ -208,16 +208,10 @@ class LocalEngine:
             return tensor.to(self.device, to).contiguous()
 
         bias = None if weights.bias is None else put(weights.bias, torch.float32)
-        up = put(weights.up, dtype)
-        if self.config.gated and self.config.intermediate % 16 != 0:
-            # The last box of 16 gate or up rows reaches 8 rows further than its matrix, for columns
-            # of h that are never stored; behind the last matrix there must be memory too.
-            room = torch.zeros(up.numel() + 8 * self.config.hidden, dtype=dtype, device=self.device)
-            up = room[: up.numel()].copy_(up.flatten()).view(up.shape)
         return Weights(
             gate=put(weights.gate, dtype),
             bias=bias,
-            up=up,
+            up=put(weights.up, dtype),
             down=put(weights.down, dtype),
         )
 
@@ -302,11 +296,12 @@ class LocalEngine:
             )
 
         if config.gated:
+            size = inter * hidden * 2
             map_up = encode(
                 up[first].data_ptr(),
-                [hidden, 16, 2, -(-inter // 16), owned],
-                [TILE_DEPTH, 16, 2, TILE_WEIGHT_ROWS // 32, 1],
-                [hidden * 2, inter * hidden * 2, 16 * hidden * 2, 2 * inter * hidden * 2],
+                [hidden, inter, 2, owned, 1],
+                [TILE_DEPTH, TILE_WEIGHT_ROWS // 2, 2, 1, 1],
+                [hidden * 2, size, 2 * size, 2 * size * owned],
             )
         else:
             map_up = matrices(up, inter, hidden)
