@@ -27,11 +27,12 @@ TILE = np.dtype(
     [
         (name, np.int64)
         for name in ("rank", "tile", "gemm", "expert", "row_tile", "row_tile_global", "col_tile",
-                     "rows", "cols", "depth")
+                     "rows", "height", "cols", "depth")
     ]
     + [("family", "U16")]
 )  # fmt: skip
 MHZ = 1755
+STEP = 16  # heights of row tiles are multiples of it
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,18 @@ def route(shape: Shape, rng: np.random.Generator) -> np.ndarray:
     return drawn.reshape(shape.ranks, shape.sms, shape.experts).astype(np.uint32)
 
 
+def tile_heights(shape: Shape, rows: np.ndarray) -> np.ndarray:
+    """Rows of each expert's row tiles, as tile_height() in csrc/core/shape.h has them."""
+    tiles = np.maximum(1, -(-rows // shape.tile_m))
+    share = -(-rows // tiles)
+    return np.maximum(STEP, -(-share // STEP) * STEP)
+
+
 def plan(shape: Shape, counts: np.ndarray) -> np.ndarray:
     """The tiles of all ranks, in order: waves of experts, GEMM2 of one among GEMM1 of the next."""
     rows_of = counts.sum(axis=(0, 1)).astype(np.int64)
-    row_tiles = -(-rows_of // shape.tile_m)
+    heights = tile_heights(shape, rows_of)
+    row_tiles = -(-rows_of // heights)
     globally = np.concatenate([[0], np.cumsum(row_tiles)])
     parts = []
     for rank in range(shape.ranks):
@@ -111,7 +120,9 @@ def plan(shape: Shape, counts: np.ndarray) -> np.ndarray:
             tiles["row_tile"] = globally[e] - globally[first] + j
             tiles["row_tile_global"] = globally[e] + j
             tiles["col_tile"] = col
-            tiles["rows"] = np.minimum(shape.tile_m, rows_of[e] - j * shape.tile_m)
+            rows = np.minimum(heights[e], rows_of[e] - j * heights[e])
+            tiles["rows"] = rows
+            tiles["height"] = np.where(rows <= STEP // 2, STEP // 2, -(-rows // STEP) * STEP)
             tiles["cols"] = np.minimum(step, width - col * step)
             tiles["depth"] = shape.hidden if gemm == 1 else shape.intermediate
             tiles["family"] = f"{shape.tile_m}x{step}"
@@ -129,9 +140,10 @@ def puts(shape: Shape, counts: np.ndarray, tiles: np.ndarray) -> np.ndarray:
     starts = ends - by_source
     first_tile = np.full(shape.experts, 1 << 40, np.int64)
     np.minimum.at(first_tile, tiles["expert"], tiles["row_tile_global"])
-    a = (tiles["row_tile_global"] - first_tile[tiles["expert"]]) * shape.tile_m
-    b = a + tiles["rows"]
     e = tiles["expert"]
+    heights = tile_heights(shape, counts.sum(axis=(0, 1)).astype(np.int64))
+    a = (tiles["row_tile_global"] - first_tile[e]) * heights[e]
+    b = a + tiles["rows"]
     rows = np.minimum(b[:, None], ends.T[e]) - np.maximum(a[:, None], starts.T[e])
     return np.maximum(rows, 0) * tiles["cols"][:, None] * 2 * (tiles["gemm"] == 2)[:, None]
 
@@ -346,7 +358,7 @@ def meta(shape: Shape) -> dict[str, Any]:
             "lanes": [schema.LANE_NAME[lane] for lane in Lane],
             "experts_of_rank": [[a, b] for a, b in itertools.pairwise(edges)],
             "tokens": [shape.tokens] * shape.ranks, "row_bytes": shape.hidden * 2,
-            "tile_rows": shape.tile_m, "topology": "shared-gpu",
+            "topology": "shared-gpu",
         },
         "device": None,
         "clock": {"source": "synthetic", "step_ns": 32.0, "record_cost_ns": 90.0, "sm_mhz": MHZ},

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 TILE_M: int = 16
 
+TILE_STEP: int = 1
+
 TILE_N1: int = 32
 
 TILE_N2: int = 64

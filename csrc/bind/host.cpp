@@ -225,6 +225,7 @@ nb::object chunk_counts(BoundEngine& self) {
 
 void bind_host(nb::module_& m) {
   m.attr("TILE_M") = kTileM;
+  m.attr("TILE_STEP") = kTileStep;
   m.attr("TILE_N1") = kTileN1;
   m.attr("TILE_N2") = kTileN2;
   m.attr("WAVE_EXPERTS") = kWaveExperts;

@@ -93,13 +93,14 @@ nb::dict plan_dict(const nb::dict& shape, const ChunkCounts& chunk_counts) {
     kRowTileGlobal,
     kColTile,
     kRows,
+    kHeight,
     kCols,
     kDepth,
     kColumns
   };
   static const char* const kNames[kColumns] = {
-      "rank",     "tile", "gemm", "expert", "row_tile", "row_tile_global",
-      "col_tile", "rows", "cols", "depth"};
+      "rank",     "tile", "gemm",   "expert", "row_tile", "row_tile_global",
+      "col_tile", "rows", "height", "cols",   "depth"};
   std::vector<uint32_t> columns[kColumns];
   SerialTeam team;
   for (uint32_t rank = 0; rank < s.world; ++rank) {
@@ -118,6 +119,7 @@ nb::dict plan_dict(const nb::dict& shape, const ChunkCounts& chunk_counts) {
       columns[kRowTileGlobal].push_back(t.row_tile_global);
       columns[kColTile].push_back(t.col_tile);
       columns[kRows].push_back(t.rows);
+      columns[kHeight].push_back(computed_rows(s, t.rows));
       columns[kCols].push_back(min_u32(step, width - t.col_tile * step));
       columns[kDepth].push_back(t.gemm == 1 ? s.hidden : s.inter);
     }

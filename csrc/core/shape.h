@@ -76,6 +76,13 @@ FLASHMOE_HD uint32_t tile_height(const Shape& s, uint32_t rows) {
   return static_cast<uint32_t>(align_up(ceil_div(rows, tiles), s.tile_step));
 }
 
+// Rows that the products of a tile with `rows` rows are computed for, the padding included: whole
+// steps, or half a step where the rows are no more.
+FLASHMOE_HD uint32_t computed_rows(const Shape& s, uint32_t rows) {
+  const uint32_t half = s.tile_step / 2;
+  return rows <= half ? half : static_cast<uint32_t>(align_up(rows, s.tile_step));
+}
+
 FLASHMOE_HD uint32_t column_tiles(const Shape& s, uint32_t gemm) {
   return gemm == 1 ? ceil_div(s.inter, s.tile_n1) : ceil_div(s.hidden, s.tile_n2);
 }

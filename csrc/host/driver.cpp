@@ -49,7 +49,7 @@ Problem make_problem(const Case& c, uint32_t tokens) {
   s.hidden = c.hidden;
   s.inter = c.inter;
   s.tile_m = kTileM;
-  s.tile_step = kTileM;
+  s.tile_step = kTileStep;
   s.tile_n1 = kTileN1;
   s.tile_n2 = kTileN2;
   s.wave_experts = 2;

@@ -66,7 +66,8 @@ void check(const EngineConfig& config) {
   for (const uint32_t t : config.tokens) {
     if (t > s.max_tokens) throw std::invalid_argument("a rank has more than max_tokens");
   }
-  if (s.tile_m != kTileM || s.tile_step != kTileM || s.tile_n1 != kTileN1 || s.tile_n2 != kTileN2) {
+  if (s.tile_m != kTileM || s.tile_step != kTileStep || s.tile_n1 != kTileN1 ||
+      s.tile_n2 != kTileN2) {
     throw std::invalid_argument("the host engine has one tile family");
   }
   if (s.hidden % 8 != 0 || s.inter % 8 != 0) throw std::invalid_argument("H and I: multiples of 8");

@@ -19,9 +19,11 @@
 
 namespace flashmoe::host {
 
-// The one tile family of the host, named in plan.parquet: rows of a tile, columns of h of a GEMM1
+// The one tile family of the host, named in plan.parquet: most rows of a tile, what its rows are
+// rounded up to (nothing: the products are of the rows that there are), columns of h of a GEMM1
 // tile, columns of a GEMM2 tile.
 inline constexpr uint32_t kTileM = 16;
+inline constexpr uint32_t kTileStep = 1;
 inline constexpr uint32_t kTileN1 = 32;
 inline constexpr uint32_t kTileN2 = 64;
 inline constexpr uint32_t kWaveExperts = 4;

@@ -42,6 +42,7 @@ PLAN = pa.schema(
         ("row_tile_global", pa.uint32()),
         ("col_tile", pa.uint32()),
         ("rows", pa.uint32()),
+        ("height", pa.uint32()),
         ("cols", pa.uint32()),
         ("depth", pa.uint32()),
         ("family", pa.string()),
@@ -323,7 +324,8 @@ class Run:
     @cached_property
     def plan(self) -> pa.Table:
         """The tiles of each iteration, with the columns of ``PLAN``."""
-        return self._read("plan.parquet", PLAN)
+        table = self._read("plan.parquet", PLAN, without="height")
+        return table if "height" in table.column_names else self._with_height(table)
 
     @cached_property
     def counts(self) -> pa.Table:
@@ -349,7 +351,15 @@ class Run:
             raise FlashmoeError(f"{path} is truncated.", "Copy the run again, or run again.")
         return np.frombuffer(data, schema.FLIGHT_SLOT)
 
-    def _read(self, name: str, of: pa.Schema) -> pa.Table:
+    def _with_height(self, plan: pa.Table) -> pa.Table:
+        """The plan of a run from before tiles had heights of their own: all had that of one."""
+        rows = plan["rows"].to_numpy()
+        height = (self.meta.get("world") or {}).get("tile_rows") or rows.max(initial=1)
+        at, field = PLAN.get_field_index("height"), PLAN.field("height")
+        return plan.add_column(at, field, pa.array(np.full(len(rows), height, np.uint32)))
+
+    def _read(self, name: str, of: pa.Schema, without: str | None = None) -> pa.Table:
+        """A table of the run, which has all columns of ``of`` but, it may be, ``without``."""
         path = self.path / name
         if not path.exists():
             raise _missing(path)
@@ -359,7 +369,7 @@ class Run:
             raise FlashmoeError(
                 f"{path} is damaged or truncated.", "Copy the run again, or trace again."
             ) from error
-        lacking = [column for column in of.names if column not in table.column_names]
+        lacking = [n for n in of.names if n not in table.column_names and n != without]
         if lacking:
             raise FlashmoeError(
                 f"{path} has no column {', '.join(lacking)}: flashmoe did not write it.",

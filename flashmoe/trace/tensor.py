@@ -10,12 +10,11 @@ from flashmoe.trace import schema
 from flashmoe.trace.account import Account
 from flashmoe.trace.columns import Events, column
 from flashmoe.trace.rundir import Run
-from flashmoe.trace.traffic import tile_rows
 
 # Dense bf16 or fp16 of one Hopper SM: 4 tensor cores x 512 multiply-adds x 2.
 FLOP_PER_CYCLE = 4096
 GATED = ("swiglu", "geglu")
-_COLUMNS = ("iter", "rank", "tile", "gemm", "col_tile", "rows", "cols", "depth")
+_COLUMNS = ("iter", "rank", "tile", "gemm", "col_tile", "rows", "height", "cols", "depth")
 
 
 class TensorWork:
@@ -27,7 +26,6 @@ class TensorWork:
         inside = np.isin(plan["iter"], spent.iterations)
         ran = inside & _ran(plan, events)
         self.planned, self.ran = int(inside.sum()), int(ran.sum())
-        self.tile_rows = tile_rows(meta, run.plan)
         plan = {name: values[ran] for name, values in plan.items()}
         gated = (meta.get("config") or {}).get("activation") in GATED
         # A gated GEMM1 multiplies two weight rows, gate and up, for each column of h.
@@ -38,7 +36,8 @@ class TensorWork:
         # Exact below 2^53 FLOP a (rank, launch).
         self._flop = np.bincount(cell, flop, ranks * n).astype(np.int64).reshape(ranks, n)
         self._tiles = np.bincount(cell, minlength=ranks * n).reshape(ranks, n)
-        self._rows = plan["rows"][(plan["gemm"] == 1) & (plan["col_tile"] == 0)]
+        of_rows = (plan["gemm"] == 1) & (plan["col_tile"] == 0)
+        self._rows, self._computed = plan["rows"][of_rows], plan["height"][of_rows]
         self._wall = np.zeros((ranks, n), np.int64)
         self._wall[actors.rank] = spent.wall_ns
         self._sms = np.bincount(np.unique(np.stack([actors.rank, actors.cta]), axis=1)[0])
@@ -60,16 +59,16 @@ class TensorWork:
         }
 
     def tiles(self) -> dict[str, Any]:
-        """How full the row tiles were, over all ranks: real rows over rows of full tiles."""
-        slots = len(self._rows) * self.tile_rows
+        """How full the row tiles were, over all ranks: real rows over the rows computed."""
+        rows, computed = int(self._rows.sum()), int(self._computed.sum())
         return {
             "planned": self.planned,
             "ran": self.ran,
-            "tile_rows": self.tile_rows,
             "row_tiles": len(self._rows),
-            "rows": int(self._rows.sum()),
-            "fill": int(self._rows.sum()) / slots if slots else None,
-            "not_full": int((self._rows < self.tile_rows).sum()),
+            "rows": rows,
+            "computed_rows": computed,
+            "fill": rows / computed if computed else None,
+            "not_full": int((self._rows < self._computed).sum()),
         }
 
 

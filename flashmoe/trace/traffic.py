@@ -34,7 +34,7 @@ def traffic_summary(run: Run, iteration: int | None = None, bins: int = 64) -> d
     payload = int(total.sum() - np.trace(total))
     start, end = window(events, iteration)
     row_bytes = world.get("row_bytes")
-    counts = _of_iteration(run.counts, iteration)
+    counts, plan = (_of_iteration(table, iteration) for table in (run.counts, run.plan))
     other = None
     if row_bytes and len(counts["rows"]):
         other = alternatives(
@@ -44,7 +44,7 @@ def traffic_summary(run: Run, iteration: int | None = None, bins: int = 64) -> d
             int(config["experts"]),
             int(config["top_k"]),
             int(row_bytes),
-            tile_rows(meta, run.plan),
+            plan,
         )
     return {
         "schema": TRAFFIC_SCHEMA,
@@ -95,14 +95,15 @@ def alternatives(
     experts: int,
     top_k: int,
     row_bytes: int,
-    tile: int,
+    plan: dict[str, np.ndarray],
 ) -> dict[str, Any]:
     """Bytes that would have crossed, both ways, had the rows been moved otherwise.
 
-    ``expected``: exactly the rows routed.  ``padded``: each (source, expert) rounded up to tiles of
-    ``tile`` rows.  ``capacity``: each source sends every expert a buffer of
-    ceil(factor x T x k / E) rows, and drops what does not fit; ``capacity_lossless`` is the
-    smallest such buffer that drops nothing.
+    ``counts`` and ``plan``: columns of counts.parquet and plan.parquet.  ``expected``: exactly the
+    rows routed.  ``padded``: each (source, expert) rounded up to whole tiles of the height that the
+    expert's had in that launch, of which ``tile_rows`` is the range.  ``capacity``: each source
+    sends every expert a buffer of ceil(factor x T x k / E) rows, and drops what does not fit;
+    ``capacity_lossless`` is the smallest such buffer that drops nothing.
     """
     ranks, launches = len(tokens), len(np.unique(counts["iter"]))
     owner = np.zeros(experts, np.int64)
@@ -112,6 +113,7 @@ def alternatives(
     place = (launch * ranks + counts["source"]) * experts + counts["expert"]
     rows = np.bincount(place, counts["rows"], len(which) * ranks * experts).astype(np.int64)
     rows = rows.reshape(-1, ranks, experts)
+    tile = _tallest(plan, which, experts)
     crosses = owner[None, :] != np.arange(ranks)[:, None]
     back_and_forth = 2 * row_bytes
 
@@ -121,9 +123,14 @@ def alternatives(
     mean = np.array(tokens) * top_k / experts
     fixed = np.ceil(CAPACITY_FACTOR * mean).astype(np.int64)[:, None]
     largest = int(rows.max(initial=0))
+    used = tile[rows.any(axis=1)]
+    top = int(used.max(initial=1))
     return {
         "expected": {"bytes": bytes_of(rows)},
-        "padded": {"bytes": bytes_of(-(-rows // tile) * tile), "tile_rows": tile},
+        "padded": {
+            "bytes": bytes_of(-(-rows // tile[:, None]) * tile[:, None]),
+            "tile_rows": [int(used.min(initial=top)), top],
+        },
         "capacity": {
             "bytes": bytes_of(np.broadcast_to(fixed, rows.shape)),
             "factor": CAPACITY_FACTOR,
@@ -138,10 +145,14 @@ def alternatives(
     }
 
 
-def tile_rows(meta: dict[str, Any], plan: pa.Table) -> int:
-    """Rows of a full tile: run.json's ``world.tile_rows``, else the tallest tile of the plan."""
-    known = (meta.get("world") or {}).get("tile_rows")
-    return int(known or column(plan, "rows").max(initial=1))
+def _tallest(plan: dict[str, np.ndarray], launches: np.ndarray, experts: int) -> np.ndarray:
+    """int64 [launches, E]: height of the expert's tallest tile, 1 where it has none."""
+    height = np.ones((len(launches), experts), np.int64)
+    known = np.flatnonzero((plan["gemm"] == 1) & (plan["col_tile"] == 0))
+    known = known[np.isin(plan["iter"][known], launches)]
+    at = np.searchsorted(launches, plan["iter"][known])
+    np.maximum.at(height, (at, plan["expert"][known]), plan["height"][known])
+    return height
 
 
 def window(events: Events, iteration: int | None) -> tuple[int, int]:
@@ -173,7 +184,9 @@ def _iterations(events: Events) -> int:
 
 
 def _of_iteration(table: pa.Table, iteration: int | None) -> dict[str, np.ndarray]:
-    get = {name: column(table, name).astype(np.int64) for name in table.column_names}
+    """The table's columns of numbers, of all iterations or of one."""
+    numbers = [field.name for field in table.schema if not pa.types.is_string(field.type)]
+    get = {name: column(table, name).astype(np.int64) for name in numbers}
     if iteration is None:
         return get
     mine = get["iter"] == iteration

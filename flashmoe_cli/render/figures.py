@@ -101,19 +101,18 @@ def _rank_table(
 
 
 def _of_ranks(run: Run, iteration: int) -> tuple[dict[int, float], dict[int, str]]:
-    """By rank: real rows over rows of its row tiles, and rows per expert as a range."""
+    """By rank: real rows over the rows its row tiles computed, and rows per expert as a range."""
     import numpy as np
 
     from flashmoe.trace.columns import column
-    from flashmoe.trace.traffic import tile_rows
 
-    plan = {n: column(run.plan, n) for n in ("iter", "rank", "gemm", "col_tile", "rows")}
+    names = ("iter", "rank", "gemm", "col_tile", "rows", "height")
+    plan = {n: column(run.plan, n) for n in names}
     first = (plan["iter"] == iteration) & (plan["gemm"] == 1) & (plan["col_tile"] == 0)
-    ranks, real = plan["rank"][first], plan["rows"][first].astype(np.int64)
-    tall = tile_rows(run.meta, run.plan)
+    ranks = plan["rank"][first]
+    real, computed = (plan[n][first].astype(np.int64) for n in ("rows", "height"))
     fills = {
-        int(r): float(real[ranks == r].sum() / (tall * (ranks == r).sum()))
-        for r in np.unique(ranks)
+        int(r): float(real[ranks == r].sum() / computed[ranks == r].sum()) for r in np.unique(ranks)
     }
     counts = {n: column(run.counts, n) for n in ("iter", "expert", "rows")}
     mine = counts["iter"] == iteration

@@ -75,10 +75,12 @@ def _alternatives(figures: dict[str, Any]) -> list[str]:
         more = percent(n / sent - 1, 0) if sent else "-"
         return f"{bytes_text(n)} ({'+' if not more.startswith('-') else ''}{more})"
 
+    least, most = other["padded"]["tile_rows"]
+    tiles = f"{least}-{most}" if least < most else str(most)
     capacity, lossless = other["capacity"], other["capacity_lossless"]
     return [
         f"  if padded      {beside(other['padded']['bytes'])} with each (source, expert) filled "
-        f"to tiles of {other['padded']['tile_rows']} rows",
+        f"to tiles of {tiles} rows",
         f"  if capacity    {beside(capacity['bytes'])} with a capacity factor of "
         f"{capacity['factor']}, and {plural(capacity['rows_dropped'], 'row')} dropped",
         f"  if lossless    {beside(lossless['bytes'])} with a capacity of "

@@ -33,7 +33,8 @@ _SMS = 2
 _TILES = np.dtype(
     [
         *((name, "<u4") for name in ("rank", "tile", "gemm", "expert", "row_tile")),
-        *((name, "<u4") for name in ("row_tile_global", "col_tile", "rows", "cols", "depth")),
+        *((name, "<u4") for name in ("row_tile_global", "col_tile", "rows", "height")),
+        *((name, "<u4") for name in ("cols", "depth")),
         ("family", "U16"),
     ]
 )
@@ -112,7 +113,7 @@ class TorchEngine:
             for gemm in (1, 2):
                 for n, e in enumerate(of_rank):
                     tile = n + (gemm - 1) * len(of_rank)
-                    found.append((rank, tile, gemm, e, n, e, 0, rows[e], 8, 8, "none"))
+                    found.append((rank, tile, gemm, e, n, e, 0, rows[e], rows[e], 8, 8, "none"))
         return np.array(found, _TILES)
 
     def rings(self) -> RingDump:

@@ -52,7 +52,7 @@ def shapes(draw: st.DrawFn) -> dict[str, Any]:
         "pool_rows": draw(st.integers(1, 500)),
         "chunks": draw(st.integers(1, 5)),
         "tile_m": draw(st.sampled_from([16, 48, 128])),
-        "tile_step": draw(st.sampled_from([8, 16])),
+        "tile_step": draw(st.sampled_from([1, 8, 16])),
         "tile_n1": draw(st.sampled_from([32, 128])),
         "tile_n2": draw(st.sampled_from([64, 256])),
         "wave_experts": draw(st.integers(1, 6)),
@@ -96,7 +96,8 @@ def test_sections_of_the_heap_follow_each_other(shape: dict[str, Any]) -> None:
 
 
 def expected_tiles(shape: dict[str, Any], counts: np.ndarray) -> list[tuple[int, ...]]:
-    """The plan, derived the plain way: (rank, gemm, expert, row tile, global, column, rows)."""
+    """The plan, derived the plain way: (rank, gemm, expert, row tile, global, column, rows,
+    height, columns)."""
     world, experts, wave = shape["world"], shape["experts"], shape["wave_experts"]
     rows = counts.sum(axis=(0, 1))
     step = shape["tile_step"]
@@ -123,7 +124,11 @@ def expected_tiles(shape: dict[str, Any], counts: np.ndarray) -> list[tuple[int,
                     left = min(heights[e], rows[e] - j * heights[e])
                     cols = min(columns, width - col * columns)
                     at = before[e] + j
-                    found.append((rank, gemm, e, at - before[own[0]], at, col, left, cols))
+                    # Whole steps, but half a step is enough for so few rows.
+                    height = -(-left // step) * step
+                    height = step // 2 if left <= step // 2 else height
+                    place = (rank, gemm, e, at - before[own[0]], at, col)
+                    found.append((*place, left, height, cols))
     return [tuple(int(v) for v in t) for t in found]
 
 
@@ -134,7 +139,8 @@ def test_plan_is_the_order_of_waves(shape: dict[str, Any], seed: int) -> None:
     size = (shape["world"], shape["chunks"], shape["experts"])
     counts = random.integers(0, 40, size) * random.integers(0, 2, size)
     tiles = tile_plan(shape, counts.astype(np.uint32), "a-family")
-    names = ["rank", "gemm", "expert", "row_tile", "row_tile_global", "col_tile", "rows", "cols"]
+    names = ["rank", "gemm", "expert", "row_tile", "row_tile_global", "col_tile"]
+    names += ["rows", "height", "cols"]
     assert [tuple(int(t[n]) for n in names) for t in tiles] == expected_tiles(shape, counts)
     for rank in range(shape["world"]):
         mine = tiles[tiles["rank"] == rank]
@@ -142,6 +148,22 @@ def test_plan_is_the_order_of_waves(shape: dict[str, Any], seed: int) -> None:
     depth = np.where(tiles["gemm"] == 1, shape["hidden"], shape["inter"])
     assert (tiles["depth"] == depth).all()
     assert set(tiles["family"]) <= {"a-family"}
+
+
+@pytest.mark.parametrize(
+    ("step", "heights"),
+    [
+        (16, {1: 8, 8: 8, 9: 16, 16: 16, 17: 32, 100: 112, 192: 192}),  # the GPU kernel's products
+        (1, {1: 1, 7: 7, 16: 16, 100: 100}),  # the host engine's
+    ],
+)
+def test_a_tile_computes_its_rows_and_what_rounds_them_up(
+    step: int, heights: dict[int, int]
+) -> None:
+    shape = shape_of(world=1, experts=1, top_k=1, tile_m=192, tile_step=step)
+    for rows, height in heights.items():
+        tiles = tile_plan(shape, np.full((1, 1, 1), rows, np.uint32), "")
+        assert (set(tiles["rows"]), set(tiles["height"])) == ({rows}, {height})
 
 
 @settings(max_examples=60, deadline=None)
@@ -162,8 +184,8 @@ def shape_of(**changes: Any) -> dict[str, Any]:
     base = {
         "world": 2, "experts": 4, "top_k": 2, "hidden": 64, "inter": 64, "max_tokens": 8,
         "pool_rows": 32, "chunks": 2, "tile_m": 16, "tile_step": 8, "tile_n1": 32,
-        "tile_n2": 64, "wave_experts": 2, "activation": "swiglu", "routing": "softmax", "renormalize": True,
-        "scale": 1.0, "groups": 1, "top_groups": 1,
+        "tile_n2": 64, "wave_experts": 2, "activation": "swiglu", "routing": "softmax",
+        "renormalize": True, "scale": 1.0, "groups": 1, "top_groups": 1,
     }  # fmt: skip
     return base | changes
 

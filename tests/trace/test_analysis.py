@@ -128,8 +128,11 @@ def test_tensor_work_is_that_of_the_definition(
     assert summary["clock"]["sm_mhz_mean"] == pytest.approx(synthetic.MHZ, rel=1e-3)
     assert summary["tiles"]["ran"] == summary["tiles"]["planned"] == run.plan.num_rows
     assert summary["tiles"]["rows"] == per_expert.sum() * shape.iterations
-    slots = (-(-per_expert // shape.tile_m) * shape.tile_m).sum()
-    assert summary["tiles"]["fill"] == pytest.approx(per_expert.sum() / slots)
+    first = (routed.tiles["gemm"] == 1) & (routed.tiles["col_tile"] == 0)
+    computed = routed.tiles["height"][first].sum()
+    assert summary["tiles"]["computed_rows"] == computed * shape.iterations
+    assert summary["tiles"]["fill"] == pytest.approx(per_expert.sum() / computed)
+    assert 0 < summary["tiles"]["fill"] < 1
 
 
 def test_rows_per_expert_are_those_routed(

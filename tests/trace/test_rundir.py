@@ -47,6 +47,20 @@ def test_a_run_reads_back_as_it_was_written(run_path: Path, shape: synthetic.Sha
     assert run.flight is None
 
 
+@pytest.mark.parametrize("known", [128, None])
+def test_tiles_of_an_older_run_have_one_height(copied: Path, known: int | None) -> None:
+    meta = json.loads((copied / "run.json").read_text())
+    meta["world"] |= {"tile_rows": known} if known else {}
+    (copied / "run.json").write_text(json.dumps(meta))
+    plan = pq.read_table(copied / "plan.parquet").drop_columns("height")
+    pq.write_table(plan, copied / "plan.parquet")
+    read = open_run(copied).plan
+    assert read.schema.field("height") == PLAN.field("height")
+    assert read.schema.names == PLAN.names
+    height = known or plan["rows"].to_numpy().max()
+    assert set(read["height"].to_pylist()) == {height}
+
+
 def test_times_are_delta_packed_and_columns_zstd(run_path: Path) -> None:
     meta = pq.ParquetFile(run_path / "events.parquet").metadata
     columns = {

@@ -68,12 +68,21 @@ def test_padding_and_capacity_send_what_their_definition_says() -> None:
         "expert": np.array([2, 2, 0, 3]),
         "rows": np.array([3, 2, 9, 4]),
     }
+    plan = {
+        "iter": np.array([0, 0, 0, 0, 1, 0]),
+        "expert": np.array([0, 0, 2, 2, 3, 2]),
+        "gemm": np.array([1, 1, 1, 1, 1, 2]),
+        "col_tile": np.array([0, 0, 0, 1, 0, 0]),
+        "height": np.array([4, 1, 8, 99, 16, 99]),
+    }
     got = alternatives(
-        counts, [[0, 2], [2, 4]], tokens=[8, 8], experts=4, top_k=1, row_bytes=10, tile=4
+        counts, [[0, 2], [2, 4]], tokens=[8, 8], experts=4, top_k=1, row_bytes=10, plan=plan
     )
     # Crossing: (launch 0, rank 0 -> expert 2): 5 rows; (0, 1 -> 0): 9; (1, 0 -> 3): 4.
     assert got["expected"]["bytes"] == 18 * 20
-    assert got["padded"]["bytes"] == (8 + 12 + 4) * 20
+    # In tiles of 8, 4 and 16 rows.
+    assert got["padded"]["bytes"] == (8 + 12 + 16) * 20
+    assert got["padded"]["tile_rows"] == [4, 16]
     buffer = int(np.ceil(CAPACITY_FACTOR * 8 * 1 / 4))
     assert got["capacity"]["rows_per_expert"] == buffer == 3
     assert got["capacity"]["bytes"] == 2 * (2 * 2) * buffer * 20

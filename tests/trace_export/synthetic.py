@@ -76,6 +76,7 @@ def tables_of(counts: np.ndarray, tile_m: int, columns: tuple[int, int]) -> tupl
                                     "row_tile_global": int(of_expert_tiles[:e].sum()) + j,
                                     "col_tile": col,
                                     "rows": int(min(tile_m, of_expert[e] - j * tile_m)),
+                                    "height": tile_m,
                                     "cols": 64, "depth": 64, "family": 0,
                                 }
                             )  # fmt: skip
