@@ -1,4 +1,4 @@
-// The whole launch, step by step, as one CTA goes through it (docs/protocol.md).
+// The whole launch, step by step, as one CTA goes through it (docs/design.md).
 #pragma once
 
 #include <cstdint>
