@@ -52,8 +52,8 @@ inline Shape shape_from_dict(const nanobind::dict& d) {
   s.top_groups = u32("top_groups");
   if (s.world == 0 || s.experts == 0 || s.top_k == 0 || s.top_k > s.experts || s.hidden == 0 ||
       s.inter == 0 || s.chunks == 0 || s.tile_m == 0 || s.tile_step == 0 ||
-      s.tile_m % s.tile_step != 0 || s.tile_n1 == 0 || s.tile_n2 == 0 ||
-      s.wave_experts == 0 || s.groups == 0) {
+      s.tile_m % s.tile_step != 0 || s.tile_n1 == 0 || s.tile_n2 == 0 || s.wave_experts == 0 ||
+      s.groups == 0) {
     throw std::invalid_argument("a shape's sizes must be positive, and top_k at most experts");
   }
   return s;

@@ -286,7 +286,7 @@ class LocalEngine:
             )
 
         def matrices(tensor: torch.Tensor, matrix_rows: int, width: int) -> bytes:
-            """Of experts' matrices; five dimensions like the gated map's, so one load serves all."""
+            """Of experts' matrices; five dimensions, so that one load serves all."""
             size = matrix_rows * width * 2
             return encode(
                 tensor[first].data_ptr(),
