@@ -147,12 +147,7 @@ __device__ inline void send_counts(Shared<kTraced>& sh, const Place& place) {
     for (uint32_t c0 = 0; c0 < shape.chunks; c0 += 32) {
       const uint32_t c = c0 + lane;
       const uint32_t here = c < shape.chunks ? histogram[c * shape.experts + e] : 0;
-      uint32_t sum = here;
-#pragma unroll
-      for (uint32_t d = 1; d < 32; d *= 2) {
-        const uint32_t other = __shfl_up_sync(0xffffffffu, sum, d);
-        if (lane >= d) sum += other;
-      }
+      const uint32_t sum = warp_running_sum(here);
       if (c < shape.chunks) chunk_rows[c * shape.experts + e] = rows + sum - here;
       rows += __shfl_sync(0xffffffffu, sum, 31);
     }

@@ -40,6 +40,17 @@ struct GpuPlatform {
 template <bool kTraced>
 using GpuActor = Actor<GpuPlatform, kTraced>;
 
+// The sum of `value` over this lane and the ones before it.
+__device__ __forceinline__ uint32_t warp_running_sum(uint32_t value) {
+  uint32_t sum = value;
+#pragma unroll
+  for (uint32_t d = 1; d < 32; d *= 2) {
+    const uint32_t other = __shfl_up_sync(0xffffffffu, sum, d);
+    if (threadIdx.x % 32 >= d) sum += other;
+  }
+  return sum;
+}
+
 // All threads of the CTA build the plan together.
 struct CtaTeam {
   __device__ __forceinline__ uint32_t rank() const { return threadIdx.x; }
@@ -54,12 +65,7 @@ struct CtaTeam {
       for (uint32_t base = 0; base < n; base += 32) {
         const uint32_t i = base + lane;
         const uint32_t value = i < n ? t[i] : 0;
-        uint32_t sum = value;
-#pragma unroll
-        for (uint32_t d = 1; d < 32; d *= 2) {
-          const uint32_t other = __shfl_up_sync(0xffffffffu, sum, d);
-          if (lane >= d) sum += other;
-        }
+        const uint32_t sum = warp_running_sum(value);
         if (i < n) t[i] = carry + sum - value;
         carry += __shfl_sync(0xffffffffu, sum, 31);
       }
