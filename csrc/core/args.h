@@ -1,4 +1,4 @@
-// What a launch is given: one LaunchArgs in device memory, filled by the host before the launch.
+// What a launch is given: one LaunchArgs by value, filled by the host before the launch.
 #pragma once
 
 #include <cstdint>
@@ -55,5 +55,6 @@ struct LaunchArgs {
   Record* records;    // [local_ranks][chunks][lanes][ring_capacity]
   FaultArgs fault;
 };
+static_assert(sizeof(LaunchArgs) <= 32764, "a kernel's parameters hold at most 32,764 bytes");
 
 }  // namespace flashmoe

@@ -1,14 +1,14 @@
 // The fused MoE forward for Hopper, peers reached by pointer.
 //
 // One cubin holds every variant; nothing is compiled per shape.  Entry points are named
-// moe_<dtype>_<expert kind>_<traced>, take one LaunchArgs in device memory, and are launched with
-// local_ranks * chunks blocks of 384 threads, all resident at once.
+// moe_<dtype>_<expert kind>_<traced>, take one LaunchArgs by value (so that a captured graph holds its
+// own), and are launched with local_ranks * chunks blocks of 384 threads, all resident at once.
 #include "device/kernel.h"
 
 #define FLASHMOE_KERNEL(name, type, gated, traced)                    \
   extern "C" __global__ void __launch_bounds__(flashmoe::kThreads, 1) \
-      name(const flashmoe::LaunchArgs* __restrict__ args) {           \
-    flashmoe::moe_forward<type, gated, traced>(*args);                \
+      name(const __grid_constant__ flashmoe::LaunchArgs args) {       \
+    flashmoe::moe_forward<type, gated, traced>(args);                 \
   }
 
 FLASHMOE_KERNEL(moe_bf16_gated_untraced, __nv_bfloat16, true, false)

@@ -243,7 +243,7 @@ class LocalEngine:
             dtype=torch.uint8,
             **empty,
         )
-        self._args = torch.empty(0, dtype=torch.uint8, **empty)
+        self._args: ctypes.Array[ctypes.c_char] | None = None
         self.reset()
 
     def _allocate_heaps(self) -> None:
@@ -379,7 +379,7 @@ class LocalEngine:
             self._records.data_ptr() if self.options.traced else 0,
             self._fault_args(),
         )
-        self._args = torch.frombuffer(bytearray(args), dtype=torch.uint8).to(self.device)
+        self._args = ctypes.create_string_buffer(args, len(args))
 
     # -- running --------------------------------------------------------------------------------
 
@@ -403,16 +403,25 @@ class LocalEngine:
         """One launch on torch's current stream, without waiting for it."""
         from cuda.bindings import driver
 
-        grid = self.options.ranks * self.sms_per_rank
-        stream = torch.cuda.current_stream(self.device).cuda_stream
+        assert self._args is not None
+        config = driver.CUlaunchConfig()
+        config.gridDimX = self.options.ranks * self.sms_per_rank
+        config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+        config.blockDimX = THREADS
+        config.sharedMemBytes = SHARED_BYTES
+        config.hStream = torch.cuda.current_stream(self.device).cuda_stream
         # Cooperative: the driver refuses a grid that is not resident as a whole.
+        cooperative = driver.CUlaunchAttribute()
+        cooperative.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+        cooperative.value.cooperative = 1
+        config.attrs = [cooperative]
+        config.numAttrs = 1
+        # The driver copies the arguments before it returns.
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._args))
         _check(
-            driver.cuLaunchCooperativeKernel(
-                self._function, grid, 1, 1, THREADS, 1, 1, SHARED_BYTES, stream,
-                ((self._args.data_ptr(),), (ctypes.c_void_p,)),
-            ),
+            driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0),
             "launching the kernel",
-        )  # fmt: skip
+        )
         self._launches += 1
 
     def launch(self) -> Launch:
@@ -558,7 +567,7 @@ class LocalEngine:
         self._slots.zero_()
         self._launches = 0
         self._iteration_base = 0
-        if self._args.numel():
+        if self._args is not None:
             self._write_args()
 
     def close(self) -> None:
