@@ -179,6 +179,7 @@ nb::bytes launch_args(const nb::dict& shape, const std::vector<uintptr_t>& heaps
     rank.gate_box_tokens = nb::cast<uint32_t>(d["gate_box_tokens"]);
   }
   args->local_ranks = local_ranks;
+  args->pair_size = pair_size(s);
   args->ring_capacity = ring_capacity;
   args->keep_last = keep_last ? 1 : 0;
   args->iteration_base = iteration_base;

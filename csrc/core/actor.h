@@ -7,7 +7,7 @@
 //   3. wait(...) for anything another CTA or rank must do first;
 //   4. end() once, when the actor leaves the launch.
 //
-// `P` is the platform: static functions load(word) (acquire), store_relaxed, now_ns, cycles, relax,
+// `P` is the platform: static functions load(word) (acquire), peek(word) (relaxed), now_ns, cycles, relax,
 // put_slot and put_record.  `kTraced` false compiles every record away; the flight recorder, the
 // deadline and the abort stay.  On the GPU one lane of the warp runs these.
 #pragma once
@@ -135,9 +135,15 @@ struct Actor {
 
   // The one wait on another CTA or rank.  Returns Status::kOk once the word has reached the target,
   // kHang when the deadline passed first (the caller raises abort), or the status found in the abort
-  // word.  The clock is first read after the first try failed.
+  // word.  The clock is first read after the first try failed.  `meanwhile` is called between tries.
+  // Polls are relaxed, and one acquire follows the last: on a GPU each acquire empties the SM's L1.
   FLASHMOE_HD Status wait(const Awaited& what, const uint64_t* word, Until until, uint64_t target,
                           uint32_t lacking_unit = 0) {
+    return wait(what, word, until, target, lacking_unit, [] {});
+  }
+  template <class Meanwhile>
+  FLASHMOE_HD Status wait(const Awaited& what, const uint64_t* word, Until until, uint64_t target,
+                          uint32_t lacking_unit, const Meanwhile& meanwhile) {
     uint64_t seen = P::load(word);
     if (reached(seen, until, target)) return Status::kOk;
     const uint64_t from = P::now_ns();
@@ -151,9 +157,13 @@ struct Actor {
     Status status = Status::kOk;
     for (;;) {
       P::relax();
-      seen = P::load(word);
-      if (reached(seen, until, target)) break;
-      const uint64_t aborted = P::load(abort_word);
+      meanwhile();
+      seen = P::peek(word);
+      if (reached(seen, until, target)) {
+        P::load(word);  // counters only grow and tags stay until the next launch: it is there still
+        break;
+      }
+      const uint64_t aborted = P::peek(abort_word);
       if (aborted != 0) {
         status = static_cast<Status>(aborted);
         cut_short = 1;

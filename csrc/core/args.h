@@ -39,12 +39,16 @@ struct alignas(64) RankArgs {
   uint32_t gate_box_tokens;  // 8 or 32
 };
 
+// CTAs of a cluster: pairs fetch weights that both need once.  A rank with an odd number goes without.
+inline uint32_t pair_size(const Shape& s) { return s.chunks % 2 == 0 ? 2 : 1; }
+
 struct LaunchArgs {
   Shape shape;
   HeapLayout layout;
   Heap heaps[kMaxRanks];  // as this process reaches them
   RankArgs ranks[kMaxRanks];
   uint32_t local_ranks;  // ranks in this launch; CTA b belongs to rank b / shape.chunks
+  uint32_t pair_size;    // pair_size(shape), also the launch's cluster dimension
   uint32_t ring_capacity;
   uint32_t keep_last;
   uint32_t iteration_base;  // epoch at which iteration 0 starts, less one

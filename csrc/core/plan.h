@@ -123,6 +123,22 @@ FLASHMOE_HD uint32_t tiles_of_rank(const PlanTables& p, const Shape& s, uint32_t
   return p.segments[2 * owned_experts(s, rank)];
 }
 
+// Where the tile `within` a segment lies.  Row tile by row tile, so that the two tiles of a pair (2i and
+// 2i + 1) have the same weights; where an expert has an odd number of row tiles, its last row tiles of
+// two columns make a pair.
+struct TilePosition {
+  uint32_t col;
+  uint32_t row;
+};
+FLASHMOE_HD TilePosition position_in_segment(uint32_t within, uint32_t rows, uint32_t columns) {
+  const uint32_t block = within / (2 * rows), v = within - block * 2 * rows;
+  const uint32_t col = 2 * block;
+  if (rows % 2 == 0 || col + 1 == columns) return {col + v / rows, v % rows};
+  const uint32_t even = rows - 1;
+  if (v >= 2 * even) return {col + v - 2 * even, even};
+  return {v < even ? col : col + 1, v < even ? v : v - even};
+}
+
 // The tile at `index` of the rank's order; index < tiles_of_rank().
 FLASHMOE_HD Tile tile_at(const PlanTables& p, const Shape& s, uint32_t rank, uint32_t index) {
   uint32_t low = 0, high = 2 * owned_experts(s, rank);
@@ -135,8 +151,9 @@ FLASHMOE_HD Tile tile_at(const PlanTables& p, const Shape& s, uint32_t rank, uin
   }
   const Segment segment = segment_of(s, rank, low);
   const uint32_t row_tiles = expert_row_tiles(p, s, segment.expert);
-  const uint32_t within = index - p.segments[low];
-  const uint32_t col = within / row_tiles, j = within - col * row_tiles;
+  const TilePosition at =
+      position_in_segment(index - p.segments[low], row_tiles, column_tiles(s, segment.gemm));
+  const uint32_t col = at.col, j = at.row;
   Tile t;
   t.index = index;
   t.gemm = segment.gemm;

@@ -43,7 +43,7 @@ struct PieceRing {
   }
 };
 
-// The chunk's rows for one owner's experts of one wave: rows [begin, end) of the chunk's order.
+// The chunk's rows for one owner's experts of some waves: rows [begin, end) of the chunk's order.
 struct DispatchUnit {
   uint32_t owner;
   uint32_t expert_begin;
@@ -52,17 +52,30 @@ struct DispatchUnit {
   uint32_t end;
 };
 
-// The unit that comes `turn`-th in a wave: itself first and then its neighbours in rotated order.
+// Waves of experts, and how many of them all warps dispatch before the roles part: the first, or all of
+// them where the chunk has few rows, each of which would cost a comm warp a round trip.
+__device__ __forceinline__ uint32_t waves_of(const Shape& shape) {
+  return ceil_div(max_owned_experts(shape), shape.wave_experts);
+}
+template <bool kTraced>
+__device__ __forceinline__ uint32_t first_waves(const Shared<kTraced>& sh) {
+  constexpr uint32_t kFewRows = 8 * kWarps;
+  return sh.tables.chunk_order[sh.shape.experts] <= kFewRows ? waves_of(sh.shape) : 1;
+}
+
+// The unit of waves [from, to) that comes `turn`-th: the rank itself first and then its neighbours in
+// rotated order.
 template <bool kTraced>
 __device__ __forceinline__ DispatchUnit dispatch_unit(const Shared<kTraced>& sh, const Place& place,
-                                                      uint32_t wave, uint32_t turn) {
+                                                      uint32_t from, uint32_t to, uint32_t turn) {
   const Shape& shape = sh.shape;
   DispatchUnit u;
   u.owner = place.rank + turn;
   if (u.owner >= shape.world) u.owner -= shape.world;
   const uint32_t owner_end = first_expert(shape, u.owner + 1);
-  u.expert_begin = min_u32(first_expert(shape, u.owner) + wave * shape.wave_experts, owner_end);
-  u.expert_end = min_u32(u.expert_begin + shape.wave_experts, owner_end);
+  const uint32_t owner_begin = first_expert(shape, u.owner);
+  u.expert_begin = min_u32(owner_begin + from * shape.wave_experts, owner_end);
+  u.expert_end = min_u32(owner_begin + to * shape.wave_experts, owner_end);
   u.begin = sh.tables.chunk_order[u.expert_begin];
   u.end = sh.tables.chunk_order[u.expert_end];
   return u;
@@ -118,43 +131,54 @@ __device__ __forceinline__ void publish_rows(const Shared<kTraced>& sh, const Pl
   }
 }
 
-// Copies one row of `units` 16-byte pieces, by one warp, eight pieces in flight a lane.
-__device__ __forceinline__ void copy_row(uint4* to, const uint4* from, uint32_t units) {
-  constexpr uint32_t kInFlight = 8;
-  for (uint32_t base = threadIdx.x % 32; base < units; base += 32 * kInFlight) {
-    uint4 piece[kInFlight];
-#pragma unroll
-    for (uint32_t i = 0; i < kInFlight; ++i) {
-      if (base + i * 32 < units) piece[i] = __ldg(from + base + i * 32);
-    }
-#pragma unroll
-    for (uint32_t i = 0; i < kInFlight; ++i) {
-      if (base + i * 32 < units) to[base + i * 32] = piece[i];
-    }
-  }
-}
-
 // The chunk's rows for the experts due first, by all warps of the CTA before the roles part: no tile
 // can begin without them, so there is nothing else to do.
 template <bool kTraced>
-__device__ inline void dispatch_first_wave(Shared<kTraced>& sh, const Place& place,
-                                           const FaultArgs& fault) {
+__device__ inline void dispatch_first(Shared<kTraced>& sh, const Place& place,
+                                      const FaultArgs& fault, char* stages) {
   const Shape& shape = sh.shape;
-  const uint32_t warp = threadIdx.x / 32;
-  const uint32_t units = shape.hidden / 8;
+  const uint32_t warp = threadIdx.x / 32, thread = threadIdx.x % 32;
+  const uint32_t row_bytes = shape.hidden * 2;
   const char* x = static_cast<const char*>(place.args->x);
   const uint32_t* sorted = chunk_rows_sorted(sh, place);
+  // Rows bounce through the warp's part of the stages, a lane a row, as many at once as it holds.
+  constexpr uint32_t kPart = kStages * kStageBytes / kWarps;
+  static_assert(kPart % 16 == 0, "bulk copies move multiples of 16 bytes");
+  char* part = stages + warp * kPart;
+  uint64_t* full = &sh.first_full[warp];
+  const uint32_t at_once = max_u32(1, min_u32(kPart / row_bytes, 32));
+  const uint32_t piece_bytes = min_u32(row_bytes, kPart);
+  uint32_t turn_of_full = 0;
+  const uint32_t waves = first_waves(sh);
   for (uint32_t turn = 0; turn < shape.world; ++turn) {
-    const DispatchUnit u = dispatch_unit(sh, place, 0, turn);
+    const DispatchUnit u = dispatch_unit(sh, place, 0, waves, turn);
     char* pool = sh.heaps[u.owner].template at<char>(sh.layout.pool);
     uint32_t expert = u.expert_begin;
-    for (uint32_t p = u.begin + warp; p < u.end; p += kWarps) {
-      while (p >= sh.tables.chunk_order[expert + 1]) ++expert;
-      const RowPath path = row_path(sh, place, sorted, expert, p);
-      copy_row(reinterpret_cast<uint4*>(pool + path.to),
-               reinterpret_cast<const uint4*>(x + path.from), units);
+    for (uint32_t base = u.begin + warp; base < u.end; base += kWarps * at_once) {
+      const uint32_t rows = min_u32(ceil_div(u.end - base, kWarps), at_once);
+      const bool mine = thread < rows;
+      RowPath path{};
+      if (mine) {
+        const uint32_t p = base + kWarps * thread;
+        while (p >= sh.tables.chunk_order[expert + 1]) ++expert;
+        path = row_path(sh, place, sorted, expert, p);
+      }
+      for (uint32_t at = 0; at < row_bytes; at += piece_bytes) {
+        const uint32_t bytes = min_u32(piece_bytes, row_bytes - at);
+        if (thread == 0) ptx::mbarrier_expect(full, rows * bytes);
+        __syncwarp();
+        if (mine) ptx::bulk_load(part + thread * row_bytes, x + path.from + at, bytes, full);
+        ptx::mbarrier_wait(full, turn_of_full);
+        turn_of_full ^= 1;
+        if (mine) {
+          ptx::bulk_store(pool + path.to + at, part + thread * row_bytes, bytes);
+          ptx::bulk_commit();
+          ptx::bulk_wait_read<0>();
+        }
+        __syncwarp();
+      }
     }
-    ptx::fence_proxy_async();  // the rows will be read by tensor copies
+    ptx::bulk_wait_all();
     __syncthreads();
     // Every actor says what its own warps moved; warp w has moved rows w, w + kWarps, ...
     const int lane = led_lane();
@@ -176,10 +200,10 @@ __device__ inline void dispatch_first_wave(Shared<kTraced>& sh, const Place& pla
 }
 
 // One comm warp's share of the chunk's other rows, wave by wave, the two warps halving each unit.
-// Never waits, so no rank can hold another up here.
+// Never waits, so no rank can hold another up here.  Returns the pieces it has used.
 template <bool kTraced>
-__device__ inline void dispatch(Shared<kTraced>& sh, const Place& place, const FaultArgs& fault,
-                                uint32_t half, char* pieces) {
+__device__ inline uint32_t dispatch(Shared<kTraced>& sh, const Place& place, const FaultArgs& fault,
+                                    uint32_t half, char* pieces) {
   const Shape& shape = sh.shape;
   const PlanTables& tables = sh.tables;
   const uint32_t lane = threadIdx.x % 32;
@@ -188,10 +212,10 @@ __device__ inline void dispatch(Shared<kTraced>& sh, const Place& place, const F
   const char* x = static_cast<const char*>(place.args->x);
   PieceRing ring{sh.piece_full[half], sh.piece_goals[half], pieces + half * kPieces * kPieceBytes};
   const uint32_t* sorted = chunk_rows_sorted(sh, place);
-  const uint32_t waves = ceil_div(max_owned_experts(shape), shape.wave_experts);
-  for (uint32_t wave = 1; wave < waves; ++wave) {
+  const uint32_t waves = waves_of(shape);
+  for (uint32_t wave = first_waves(sh); wave < waves; ++wave) {
     for (uint32_t turn = 0; turn < shape.world; ++turn) {
-      const DispatchUnit u = dispatch_unit(sh, place, wave, turn);
+      const DispatchUnit u = dispatch_unit(sh, place, wave, wave + 1, turn);
       const uint32_t begin = u.begin + (u.end - u.begin) * half / 2;
       const uint32_t end = u.begin + (u.end - u.begin) * (half + 1) / 2;
       if (begin == end) continue;
@@ -224,6 +248,7 @@ __device__ inline void dispatch(Shared<kTraced>& sh, const Place& place, const F
       }
     }
   }
+  return __shfl_sync(0xffffffffu, ring.loaded, 0);
 }
 
 // Waits until all result rows of tokens [begin, end) of the chunk are here.  One warp; its lane 0
@@ -299,12 +324,15 @@ __device__ inline void combine_token(const Shared<kTraced>& sh, const Place& pla
       float w[kRows];
 #pragma unroll
       for (uint32_t i = 0; i < kRows; ++i) {
-        const uint32_t r = __shfl_sync(0xffffffffu, row, (j0 + i) % 32);
-        w[i] = __shfl_sync(0xffffffffu, weight, (j0 + i) % 32);
-        const uint4* from = ret + static_cast<uint64_t>(r) * units + base + lane;
+        // Beyond the last row or column the last one is fetched again and not used: loads under a
+        // condition would wait for one another.
+        const uint32_t j = min_u32(j0 + i, k - 1);
+        const uint32_t r = __shfl_sync(0xffffffffu, row, j % 32);
+        w[i] = __shfl_sync(0xffffffffu, weight, j % 32);
+        const uint4* from = ret + static_cast<uint64_t>(r) * units;
 #pragma unroll
         for (uint32_t c = 0; c < kColumns; ++c) {
-          if (j0 + i < k && base + c * 32 + lane < units) piece[i][c] = from[c * 32];
+          piece[i][c] = from[min_u32(base + c * 32 + lane, units - 1)];
         }
       }
 #pragma unroll
@@ -333,10 +361,86 @@ __device__ inline void combine_token(const Shared<kTraced>& sh, const Place& pla
   }
 }
 
-// Combines batches of the chunk's tokens until none is left.  A team is one comm warp, or the four
-// warps of a math group, whose first warp waits for all of them.
+// The same by a comm warp, whose registers hold few loads in flight: bulk copies bring the token's rows
+// into its pieces, a slice of each row at a time.  Bits are those of combine_token: each value is summed
+// in the order of k.  `used` counts the pieces of all calls.  k is at most kPieces.
+template <class T, bool kTraced>
+__device__ inline void combine_token_bulk(const Shared<kTraced>& sh, const Place& place,
+                                          uint32_t token, uint64_t* full, const char* pieces,
+                                          uint32_t& used) {
+  const Shape& shape = sh.shape;
+  const PlanTables& tables = sh.tables;
+  const uint32_t lane = threadIdx.x % 32, k = shape.top_k;
+  const uint64_t first = static_cast<uint64_t>(token) * k;
+  const uint32_t row_bytes = shape.hidden * 2, slices = ceil_div(row_bytes, kPieceBytes);
+  const char* ret = place.heap.at<char>(sh.layout.ret);
+  uint4* y = static_cast<uint4*>(place.args->y) + static_cast<uint64_t>(token) * (row_bytes / 16);
+  uint64_t from = 0;  // of the lane's row
+  float weight = 0.0f;
+  if (lane < k) {
+    const uint32_t e = place.heap.at<uint32_t>(sh.layout.ids)[first + lane];
+    const uint32_t slot = place.heap.at<uint32_t>(sh.layout.slots)[first + lane];
+    from = static_cast<uint64_t>(
+               return_row(tables, shape, place.rank, e, tables.chunk_prefix[e] + slot)) *
+           row_bytes;
+    weight = place.heap.at<float>(sh.layout.weights)[first + lane];
+  }
+  // The rows were written by ordinary stores, which this warp has acquired.
+  if (lane == 0) ptx::fence_proxy_async();
+  uint32_t issued = 0;  // of slices * k pieces, slice by slice
+  for (uint32_t slice = 0; slice < slices; ++slice) {
+    for (; issued < slices * k && issued - slice * k < kPieces; ++issued) {
+      const uint32_t j = issued % k, at = issued / k * kPieceBytes;
+      const uint64_t row = __shfl_sync(0xffffffffu, from, j);
+      if (lane == 0) {
+        const uint32_t slot = (used + issued) % kPieces,
+                       bytes = min_u32(row_bytes - at, kPieceBytes);
+        ptx::mbarrier_expect(full + slot, bytes);
+        ptx::bulk_load(const_cast<char*>(pieces) + slot * kPieceBytes, ret + row + at, bytes,
+                       full + slot);
+      }
+    }
+    const uint32_t begin = used + slice * k;
+    for (uint32_t j = 0; j < k; ++j) {
+      ptx::mbarrier_wait(full + (begin + j) % kPieces, (begin + j) / kPieces & 1);
+    }
+    const uint32_t units = min_u32(row_bytes - slice * kPieceBytes, kPieceBytes) / 16;
+    for (uint32_t base = lane; base < units; base += 64) {
+      float sum[2][8] = {};
+      for (uint32_t j = 0; j < k; ++j) {
+        const float w = __shfl_sync(__activemask(), weight, j);
+        const uint4* piece =
+            reinterpret_cast<const uint4*>(pieces + (begin + j) % kPieces * kPieceBytes);
+#pragma unroll
+        for (uint32_t c = 0; c < 2; ++c) {
+          if (base + c * 32 >= units) break;
+          const uint4 loaded = piece[base + c * 32];
+          const T* values = reinterpret_cast<const T*>(&loaded);
+#pragma unroll
+          for (int v = 0; v < 8; ++v) sum[c][v] = fmaf(w, static_cast<float>(values[v]), sum[c][v]);
+        }
+      }
+#pragma unroll
+      for (uint32_t c = 0; c < 2; ++c) {
+        if (base + c * 32 >= units) break;
+        uint4 out;
+        T* values = reinterpret_cast<T*>(&out);
+#pragma unroll
+        for (int v = 0; v < 8; ++v) values[v] = static_cast<T>(sum[c][v]);
+        y[slice * (kPieceBytes / 16) + base + c * 32] = out;
+      }
+    }
+    __syncwarp();  // the pieces are read: they may be filled again
+  }
+  used += slices * k;
+}
+
+// Combines batches of the chunk's tokens until none is left.  A team is one comm warp, which has pieces
+// and has used some of them, or the four warps of a math group, whose first warp waits for all of them.
 template <class T, uint32_t kTeamWarps, bool kTraced>
-__device__ inline Status combine(Shared<kTraced>& sh, const Place& place, Lane who) {
+__device__ inline Status combine(Shared<kTraced>& sh, const Place& place, Lane who,
+                                 [[maybe_unused]] const char* pieces = nullptr,
+                                 [[maybe_unused]] uint32_t used = 0) {
   const Shape& shape = sh.shape;
   GpuActor<kTraced>& actor = sh.actors[static_cast<int>(who)];
   const uint32_t team = static_cast<uint32_t>(who) - static_cast<uint32_t>(Lane::k_comm0);
@@ -380,11 +484,16 @@ __device__ inline Status combine(Shared<kTraced>& sh, const Place& place, Lane w
     const uint32_t to = min_u32(from + batch, end);
     for (uint32_t t = from + warp; t < to; t += kTeamWarps) {
       if constexpr (kTeamWarps == 1) {
-        combine_token<T, 4, 1>(sh, place, t);
+        if (shape.top_k <= kPieces) {
+          combine_token_bulk<T>(sh, place, t, sh.piece_full[team],
+                                pieces + team * kPieces * kPieceBytes, used);
+        } else {
+          combine_token<T, 4, 1>(sh, place, t);
+        }
       } else if (shape.top_k <= 2) {
         combine_token<T, 2, 8>(sh, place, t);
       } else {
-        combine_token<T, 8, 2>(sh, place, t);
+        combine_token<T, 8, 4>(sh, place, t);
       }
     }
     sync();

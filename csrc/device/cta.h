@@ -52,19 +52,36 @@ inline constexpr uint32_t kTasks = 2;
 inline constexpr uint32_t kMaxExperts = 1024;
 
 struct Task {
-  Tile tile;           // gemm 0: no more tiles
+  Tile tile;  // gemm 0: no more tiles; rows 0: none for this CTA, but one for the other of the pair
+  uint32_t blocks;     // of kTileK columns, the tile's depth
+  uint32_t turns;      // of the stages: the deeper tile's blocks, so that both CTAs stay in step
+  uint32_t shared;     // both CTAs' tiles have the same weights
   uint32_t wait_kind;  // EventKind the scheduler waited for, 0 if it did not
   uint32_t wait_lacking;
   uint64_t wait_from;
   uint64_t wait_to;
 };
 
-// A tile that a math group has stored and not yet counted where others wait for it.
-struct Unpublished {
-  Tile tile;
-  uint64_t* word;  // the counter of its row tile
-  uint64_t due;    // GEMM2: the count of a complete row tile; 0 for GEMM1
+// What the leader of a math group leaves of a tile for the trace; the scheduler writes the records.
+struct TileStamps {
+  uint64_t begin_ns;
+  uint64_t products_ns;  // the products are done, GEMM2 begins to give back
+  uint64_t end_ns;
+  uint32_t cycles;
+  uint32_t stall_cycles;
 };
+
+// What the first CTA of a pair tells the second: a pair of tiles and the wait for their rows.
+struct PairMessage {
+  uint32_t index;  // of the second CTA's tile, or of the first's where `has` is 0
+  uint32_t has;    // the second CTA has a tile; kNoWork: no more
+  uint32_t turns;  // Task
+  uint32_t shared;
+  uint64_t wait_kind_lacking;
+  uint64_t wait_from;
+  uint64_t wait_to;
+};
+inline constexpr uint32_t kNoWork = 2;
 
 // Where a loaded piece of a row goes.
 struct PieceGoal {
@@ -78,13 +95,16 @@ struct Shared {
   uint64_t empty[kStages];
   uint64_t task_full[kTasks];
   uint64_t task_empty[kTasks];
-  uint64_t stored[kMathGroups][kTasks];  // a group's warps have stored their part of a task's tile
+  uint64_t pair_full[kTasks];   // second CTA: a message is here
+  uint64_t pair_empty[kTasks];  // first CTA: the second can take another task
+  PairMessage messages[kTasks];
   uint64_t piece_full[kCommWarps][kPieces];
   PieceGoal piece_goals[kCommWarps][kPieces];
+  uint64_t first_full[kWarps];  // of the rows that each warp dispatches before the roles part
   uint64_t gate_full[kGateStages];
   uint64_t gate_empty[kGateStages];
   Task tasks[kTasks];
-  Unpublished unpublished[kMathGroups];
+  TileStamps stamps[kTasks][kMathGroups];
   GpuActor<kTraced> actors[kLanes];
   Shape shape;
   HeapLayout layout;
@@ -96,9 +116,8 @@ struct Shared {
   uint32_t status;        // Status, as this CTA knows it
   uint32_t lacking_word;  // first counts word not there yet
   uint32_t bad_ids;
-  uint32_t handed_over;  // tiles the scheduler has handed over
-  uint32_t next_token;   // of this chunk, not yet taken for combining
-  uint32_t batch[4];     // first token of the batch of comm0, comm1, math0, math1
+  uint32_t next_token;  // of this chunk, not yet taken for combining
+  uint32_t batch[4];    // first token of the batch of comm0, comm1, math0, math1
   uint32_t table_words[kTableWords];
 };
 
@@ -108,7 +127,10 @@ struct Place {
   uint32_t chunk;   // index of this CTA within its rank
   uint32_t tokens;  // of the rank
   uint32_t epoch;
-  Heap heap;  // the rank's own
+  uint32_t pair_size;  // CTAs of a cluster, 1 or 2
+  uint32_t pair_rank;  // this one's place in it
+  uint32_t to_other;  // from a shared address here to the same in the other CTA, 0 if there is none
+  Heap heap;          // the rank's own
   const RankArgs* args;
 };
 

@@ -21,6 +21,10 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
   place.chunk = blockIdx.x - local * args.shape.chunks;
   place.tokens = place.args->tokens;
   place.heap = args.heaps[place.rank];
+  place.pair_size = args.pair_size;
+  place.pair_rank = args.pair_size == 1 ? 0 : ptx::cluster_rank();
+  const uint32_t here = ptx::shared_address(&sh);
+  place.to_other = args.pair_size == 1 ? 0 : ptx::cluster_address(here, place.pair_rank ^ 1) - here;
   place.epoch = static_cast<uint32_t>(
                     ptx::load_relaxed_sys(place.heap.at<uint64_t>(args.layout.epoch_word))) +
                 1;
@@ -34,20 +38,21 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
                             args.shape);
     sh.status = static_cast<uint32_t>(Status::kOk);
     sh.bad_ids = 0;
-    sh.handed_over = 0;
     sh.next_token = 0;
     for (uint32_t i = 0; i < kStages; ++i) {
       ptx::mbarrier_init(&sh.full[i], 1);
-      ptx::mbarrier_init(&sh.empty[i], kMathGroups * 4);
+      ptx::mbarrier_init(&sh.empty[i], kMathGroups * 4 * args.pair_size);
     }
     for (uint32_t i = 0; i < kTasks; ++i) {
       ptx::mbarrier_init(&sh.task_full[i], 1);
-      ptx::mbarrier_init(&sh.task_empty[i], 1 + kMathGroups * kGroupThreads);
-      for (uint32_t g = 0; g < kMathGroups; ++g) ptx::mbarrier_init(&sh.stored[g][i], 4);
+      ptx::mbarrier_init(&sh.task_empty[i], 1 + kMathGroups * 4);
+      ptx::mbarrier_init(&sh.pair_full[i], 1);
+      ptx::mbarrier_init(&sh.pair_empty[i], 1);
     }
     for (uint32_t i = 0; i < kCommWarps * kPieces; ++i) {
       ptx::mbarrier_init(&sh.piece_full[i / kPieces][i % kPieces], 1);
     }
+    for (uint32_t i = 0; i < kWarps; ++i) ptx::mbarrier_init(&sh.first_full[i], 1);
     for (uint32_t i = 0; i < kGateStages; ++i) {
       ptx::mbarrier_init(&sh.gate_full[i], 1);
       ptx::mbarrier_init(&sh.gate_empty[i], 4);
@@ -73,7 +78,12 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
     a.cta = static_cast<uint16_t>(place.chunk);
     a.begin(place.epoch, place.epoch - 1 - args.iteration_base);
   }
-  __syncthreads();
+  // The barriers are there before the other CTA can arrive at them.
+  if (place.pair_size == 1) {
+    __syncthreads();
+  } else {
+    ptx::cluster_barrier();
+  }
   return place;
 }
 
@@ -132,49 +142,88 @@ __device__ inline bool rank_barrier(Shared<kTraced>& sh, const Place& place) {
                        Until::kAtLeast, static_cast<uint64_t>(sh.shape.chunks) * place.epoch);
 }
 
-// Sends this rank's rows per expert to every rank: a warp an expert, the experts spread over the CTAs.
-// The rows of earlier chunks are written on the way; the release of the count makes them visible too.
+// This rank's rows for expert e, once own_counts() has summed them.
+template <bool kTraced>
+__device__ __forceinline__ uint32_t* own_rows(const Shared<kTraced>& sh, const Place& place) {
+  return sh.tables.prefix + (2 + place.rank) * (sh.shape.experts + 1);
+}
+
+// Sums the rank's histograms: its rows for each expert, and those of the chunks before this one.  Every
+// CTA does so for itself, which costs less than to wait once more for what others have summed.
+template <bool kTraced>
+__device__ inline void own_counts(const Shared<kTraced>& sh, const Place& place) {
+  const Shape& shape = sh.shape;
+  const uint32_t* histogram = place.heap.at<uint32_t>(sh.layout.histogram);
+  uint32_t* own = own_rows(sh, place);
+  uint32_t* earlier = sh.tables.chunk_prefix;
+  for (uint32_t e = threadIdx.x; e < shape.experts; e += kThreads) own[e] = earlier[e] = 0;
+  __syncthreads();
+  // A warp a histogram, a lane an expert, so that all loads of a warp are in flight together.
+  const uint32_t chunks = ceil_div(place.tokens, chunk_size(shape, place.tokens));  // not empty
+  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (uint32_t e0 = 0; e0 < shape.experts; e0 += 128) {
+    uint32_t all[4] = {}, before[4] = {};
+#pragma unroll 4
+    for (uint32_t c = warp; c < chunks; c += kWarps) {
+      const uint32_t* row = histogram + c * shape.experts + e0;
+#pragma unroll
+      for (uint32_t i = 0; i < 4; ++i) {
+        const uint32_t e = lane + 32 * i;
+        const uint32_t rows = e0 + e < shape.experts ? row[e] : 0;
+        all[i] += rows;
+        before[i] += c < place.chunk ? rows : 0;
+      }
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < 4; ++i) {
+      const uint32_t e = e0 + lane + 32 * i;
+      if (all[i] != 0) atomicAdd(own + e, all[i]);
+      if (before[i] != 0) atomicAdd(earlier + e, before[i]);
+    }
+  }
+  __syncthreads();
+}
+
+// Sends this rank's rows per expert to every rank, the experts spread over the CTAs.
 template <bool kTraced>
 __device__ inline void send_counts(Shared<kTraced>& sh, const Place& place) {
   const Shape& shape = sh.shape;
-  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const uint32_t* histogram = place.heap.at<uint32_t>(sh.layout.histogram);
-  uint32_t* chunk_rows = place.heap.at<uint32_t>(sh.layout.chunk_rows);
-  uint32_t sent = 0;
-  for (uint32_t e = place.chunk + warp * shape.chunks; e < shape.experts;
-       e += kWarps * shape.chunks) {
-    uint32_t rows = 0;
-    for (uint32_t c0 = 0; c0 < shape.chunks; c0 += 32) {
-      const uint32_t c = c0 + lane;
-      const uint32_t here = c < shape.chunks ? histogram[c * shape.experts + e] : 0;
-      const uint32_t sum = warp_running_sum(here);
-      if (c < shape.chunks) chunk_rows[c * shape.experts + e] = rows + sum - here;
-      rows += __shfl_sync(0xffffffffu, sum, 31);
+  const uint32_t* own = own_rows(sh, place);
+  const uint32_t share = place.chunk < shape.experts
+                             ? ceil_div(shape.experts - place.chunk, shape.chunks) * shape.world
+                             : 0;
+  if (threadIdx.x < 32) {
+    for (uint32_t i = threadIdx.x; i < share; i += 32) {
+      const uint32_t to = i % shape.world, e = place.chunk + i / shape.world * shape.chunks;
+      uint64_t* word = counts_words(sh.heaps[to], sh.layout, shape, place.epoch, place.rank) + e;
+      const uint64_t value = static_cast<uint64_t>(place.epoch) << 32 | own[e];
+      if (to == place.rank) {
+        ptx::store_relaxed_sys(word, value);  // for the diagnosis: the rank itself has summed them
+      } else {
+        ptx::store_release_sys(word, value);
+      }
     }
-    __syncwarp();
-    if (lane < shape.world) {
-      ptx::store_release_sys(
-          counts_words(sh.heaps[lane], sh.layout, shape, place.epoch, place.rank) + e,
-          static_cast<uint64_t>(place.epoch) << 32 | rows);
-    }
-    sent += shape.world;
   }
   const int led = led_lane();
-  // Each leader records what its own warp sent; the warps of a math group that lead nothing are few.
-  if (led >= 0) sh.actors[led].span(EventKind::k_counts, kNoPeer, kNoExpert, kNoTile, sent * 8);
+  if (led >= 0) {
+    sh.actors[led].span(EventKind::k_counts, kNoPeer, kNoExpert, kNoTile,
+                        threadIdx.x == 0 ? share * 8 : 0);
+  }
 }
 
-// Until the counts of all ranks are here.  Nothing is written to a peer's rows before.
+// Until the counts of all other ranks are here.  Nothing is written to a peer's rows before.
 template <bool kTraced>
 __device__ inline bool await_counts(Shared<kTraced>& sh, const Place& place) {
   const Shape& shape = sh.shape;
   const uint64_t* words = counts_words(place.heap, sh.layout, shape, place.epoch, 0);
   const uint32_t n = shape.world * shape.experts;
+  if (shape.world == 1) return true;
   for (;;) {
     if (threadIdx.x == 0) sh.lacking_word = n;
     __syncthreads();
     for (uint32_t i = threadIdx.x; i < n; i += kThreads) {
-      if (!reached(ptx::load_acquire_sys(words + i), Until::kTag, place.epoch)) {
+      if (i / shape.experts != place.rank &&
+          !reached(ptx::load_acquire_sys(words + i), Until::kTag, place.epoch)) {
         atomicMin(&sh.lacking_word, i);
         break;
       }
@@ -194,11 +243,17 @@ __device__ inline void make_plan(Shared<kTraced>& sh, const Place& place) {
   const Shape& shape = sh.shape;
   CtaTeam team;
   const uint64_t* words = counts_words(place.heap, sh.layout, shape, place.epoch, 0);
+  const uint32_t* own = own_rows(sh, place);
+  const uint32_t* mine = place.heap.at<uint32_t>(sh.layout.histogram) + place.chunk * shape.experts;
+  for (uint32_t e = threadIdx.x; e < shape.experts; e += kThreads) {
+    sh.tables.chunk_order[e] = mine[e];
+  }
   build_plan(team, sh.tables, shape, place.rank, [&](uint32_t source, uint32_t e) {
-    return static_cast<uint32_t>(ptx::load_relaxed_sys(words + source * shape.experts + e));
+    return source == place.rank
+               ? own[e]
+               : static_cast<uint32_t>(ptx::load_relaxed_sys(words + source * shape.experts + e));
   });
-  build_chunk_tables(team, sh.tables, shape, place.heap.at<uint32_t>(sh.layout.histogram),
-                     place.heap.at<uint32_t>(sh.layout.chunk_rows), place.chunk);
+  team.scan(sh.tables.chunk_order, 1, shape.experts);
   const uint32_t begin = chunk_begin(shape, place.tokens, place.chunk);
   const uint32_t end = chunk_begin(shape, place.tokens, place.chunk + 1);
   const uint64_t first = static_cast<uint64_t>(begin) * shape.top_k;
@@ -231,6 +286,7 @@ __device__ inline Status prepare(Shared<kTraced>& sh, const Place& place, char* 
     return Status::kBadIds;
   }
   if (!rank_barrier(sh, place)) return static_cast<Status>(sh.status);
+  own_counts(sh, place);
   send_counts(sh, place);
   if (!await_counts(sh, place)) return static_cast<Status>(sh.status);
   make_plan(sh, place);
@@ -242,7 +298,12 @@ __device__ inline Status prepare(Shared<kTraced>& sh, const Place& place, char* 
 // The last CTA of the rank to leave says how the launch ended and moves the epoch on.
 template <bool kTraced>
 __device__ inline void leave(Shared<kTraced>& sh, const Place& place, Status status) {
-  __syncthreads();
+  // Neither CTA of a pair goes while the other may still arrive at its barriers.
+  if (place.pair_size == 1) {
+    __syncthreads();
+  } else {
+    ptx::cluster_barrier();
+  }
   const uint64_t aborted = ptx::load_relaxed_sys(place.heap.at<uint64_t>(sh.layout.abort_word));
   if (status == Status::kOk && aborted != 0) status = static_cast<Status>(aborted);
   const int lane = led_lane();
@@ -282,22 +343,29 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
     leave(sh, place, status);
     return;
   }
-  dispatch_first_wave(sh, place, args.fault);
-  // The gate wrote its scratch by ordinary stores where the tensor copies will write.
+  // The gate wrote its scratch by ordinary stores where bulk and tensor copies will write.
   ptx::fence_proxy_async();
   __syncthreads();
+  dispatch_first(sh, place, args.fault, stages);
   const uint32_t warp = threadIdx.x / 32;
   if (warp < kMathWarp) {
     ptx::registers_decrease<56>();
     if (warp == kLoadWarp) {
       if (threadIdx.x % 32 == 0) load_tiles<kGated>(sh, place, stages);
     } else if (warp == kSchedWarp) {
-      if (threadIdx.x % 32 == 0) schedule_tiles(sh, place);
+      if (threadIdx.x % 32 == 0) {
+        if (place.pair_rank == 0) {
+          schedule_tiles(sh, place);
+        } else {
+          follow_schedule(sh, place);
+        }
+      }
     } else {
-      dispatch(sh, place, args.fault, warp - kCommWarp,
-               stages + kStages * kStageBytes + kEpilogueBytes);
+      char* pieces = stages + kStages * kStageBytes + kEpilogueBytes;
+      const uint32_t used = dispatch(sh, place, args.fault, warp - kCommWarp, pieces);
       combine<T, 1>(sh, place,
-                    static_cast<Lane>(static_cast<uint32_t>(Lane::k_comm0) + warp - kCommWarp));
+                    static_cast<Lane>(static_cast<uint32_t>(Lane::k_comm0) + warp - kCommWarp),
+                    pieces, used);
     }
     __syncwarp();
   } else {

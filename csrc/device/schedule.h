@@ -1,58 +1,270 @@
-// The scheduler warp: takes tiles from the rank's counter, waits until their rows are there, and
-// hands them over.  One lane.
+// The scheduler warp: takes tiles from the rank's counter, waits until their rows are there, hands them
+// over, and publishes what the math groups have stored.  One lane.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "device/cta.h"
 
 namespace flashmoe {
 
+__device__ __forceinline__ uint32_t depth_of(const Shape& shape, uint32_t gemm) {
+  return gemm == 1 ? shape.hidden : shape.inter;
+}
+
+// Into the trace of both math groups what their leaders stamped.
+template <bool kTraced>
+__device__ __forceinline__ void record_tile(Shared<kTraced>& sh, uint32_t slot) {
+  const Shape& shape = sh.shape;
+  const Task& task = sh.tasks[slot];
+  const Tile& tile = task.tile;
+  for (uint32_t group = 0; group < kMathGroups; ++group) {
+    GpuActor<kTraced>& actor = sh.actors[static_cast<int>(Lane::k_math0) + group];
+    const TileStamps& stamps = sh.stamps[slot][group];
+    if (task.wait_kind != 0) {
+      const uint64_t to = task.wait_to < stamps.begin_ns ? task.wait_to : stamps.begin_ns;
+      actor.waited({static_cast<EventKind>(task.wait_kind), kNoPeer,
+                    static_cast<uint16_t>(tile.expert), tile.row_tile},
+                   task.wait_from, to, task.wait_lacking, Status::kOk);
+    }
+    actor.span_at(tile.gemm == 1 ? EventKind::k_gemm1 : EventKind::k_gemm2, stamps.begin_ns,
+                  stamps.products_ns, kNoPeer, tile.expert, tile.index, stamps.cycles,
+                  stamps.stall_cycles);
+    const uint32_t columns = kTileWeights / kMathGroups;
+    const uint32_t col0 = tile.col_tile * kTileWeights + group * columns;
+    if (tile.gemm == 1 || col0 >= shape.hidden) continue;
+    const uint64_t row_bytes = 2ull * min_u32(columns, shape.hidden - col0);
+    actor.span_at(EventKind::k_give_back, stamps.products_ns, stamps.end_ns, kNoPeer, tile.expert,
+                  tile.index, tile.rows * row_bytes);
+    for (uint32_t s = 0; s < shape.world; ++s) {
+      const uint32_t from = source_start(sh.tables, shape, s, tile.expert);
+      const uint32_t first = max_u32(tile.row0, from);
+      const uint32_t last =
+          min_u32(tile.row0 + tile.rows, from + source_rows(sh.tables, shape, s, tile.expert));
+      if (first < last) {
+        actor.instant(EventKind::k_put, s, tile.expert, tile.index, (last - first) * row_bytes);
+      }
+    }
+  }
+}
+
+// Counts a stored tile where others wait for it: a GEMM1 tile towards its row tile's `h`; the GEMM2 tile
+// that is its row tile's last tells each source with rows in it.
+template <bool kTraced>
+__device__ __forceinline__ void publish_tile(Shared<kTraced>& sh, const Place& place,
+                                             const Tile& tile) {
+  const Shape& shape = sh.shape;
+  if (tile.gemm == 1) {
+    ptx::fence_acq_rel_gpu();  // nobody but this rank's own CTAs reads `h` or its counter
+    ptx::add_relaxed_gpu(
+        tile_counter(place.heap, sh.layout.h_ready, shape, place.epoch, tile.row_tile), 1);
+    return;
+  }
+  ptx::fence_acq_rel_sys();
+  const uint64_t before = ptx::fetch_add_relaxed_gpu(
+      tile_counter(place.heap, sh.layout.y_ready, shape, place.epoch, tile.row_tile), 1);
+  if (before + 1 != column_tiles(shape, 2)) return;
+  ptx::fence_acq_rel_sys();
+  for (uint32_t s = 0; s < shape.world; ++s) {
+    const uint32_t from = source_start(sh.tables, shape, s, tile.expert);
+    const uint32_t rows = source_rows(sh.tables, shape, s, tile.expert);
+    if (rows == 0 || from >= tile.row0 + tile.rows || from + rows <= tile.row0) continue;
+    ptx::store_relaxed_sys(
+        sh.heaps[s].template at<uint64_t>(sh.layout.returned) + tile.row_tile_global, place.epoch);
+  }
+}
+
+// What both schedulers of a pair do: tiles handed over, tiles published.  One lane.
+template <bool kTraced>
+struct TaskRing {
+  Shared<kTraced>& sh;
+  const Place& place;
+  GpuActor<kTraced>& actor;
+  uint32_t handed = 0;
+  uint32_t finished = 0;
+
+  __device__ __forceinline__ void finish() {
+    const uint32_t slot = finished++ % kTasks;
+    const Tile& tile = sh.tasks[slot].tile;
+    if (tile.rows == 0) return;
+    publish_tile(sh, place, tile);
+    if constexpr (kTraced) record_tile(sh, slot);
+  }
+  // Publishes a tile that is done, if there is one.  Called in every wait: what is awaited may depend on
+  // this CTA's own tiles.
+  __device__ __forceinline__ void meanwhile() {
+    if (finished < handed &&
+        ptx::mbarrier_test(&sh.task_empty[finished % kTasks], finished / kTasks & 1)) {
+      finish();
+    }
+  }
+  // Until the slot of the next task is free, or none is used where `all`.
+  __device__ __forceinline__ void make_room(bool all = false) {
+    const uint32_t end = all ? handed : handed < kTasks ? 0 : handed - kTasks + 1;
+    while (finished < end) {
+      ptx::mbarrier_wait(&sh.task_empty[finished % kTasks], finished / kTasks & 1);
+      actor.skip();  // it had nothing to do until then
+      finish();
+    }
+  }
+  // Waits for a barrier that the other CTA arrives at, once a task.
+  __device__ __forceinline__ void await_other(uint64_t* barrier, uint32_t turn) {
+    while (!ptx::mbarrier_test_cluster(barrier, turn & 1)) meanwhile();
+    actor.skip();
+  }
+  // The time since it had something to do went into tile `index`.
+  __device__ __forceinline__ void scheduled(const Tile& tile) {
+    actor.span(EventKind::k_schedule, kNoPeer, tile.expert, tile.index, 0);
+  }
+  // Hands over a tile, whose rows may be 0: then only the other CTA of the pair has one.
+  __device__ __forceinline__ void hand_over(const Tile& tile, uint32_t turns, uint32_t shared,
+                                            const PairMessage& wait) {
+    const uint32_t slot = handed % kTasks;
+    Task& task = sh.tasks[slot];
+    task.tile = tile;
+    task.blocks = tile.rows == 0 ? 0 : ceil_div(depth_of(sh.shape, tile.gemm), kTileK);
+    task.turns = turns;
+    task.shared = shared;
+    if constexpr (kTraced) {
+      task.wait_kind = static_cast<uint32_t>(wait.wait_kind_lacking);
+      task.wait_lacking = static_cast<uint32_t>(wait.wait_kind_lacking >> 32);
+      task.wait_from = wait.wait_from;
+      task.wait_to = wait.wait_to;
+    }
+    ptx::mbarrier_arrive(&sh.task_full[slot]);
+    ++handed;
+  }
+  // Every role leaves by the same way out, whatever ended the launch.
+  __device__ __forceinline__ void hand_over_exit() {
+    make_room(true);
+    sh.tasks[handed % kTasks].tile.gemm = 0;
+    ptx::mbarrier_arrive(&sh.task_full[handed % kTasks]);
+  }
+};
+
+// Until the rows or the `h` of a tile are there.  Adds to `wait` what was awaited, for the other lanes.
+template <bool kTraced>
+__device__ inline Status await_operands(TaskRing<kTraced>& ring, const Tile& tile,
+                                        PairMessage& wait) {
+  const Shape& shape = ring.sh.shape;
+  const Place& place = ring.place;
+  const bool up = tile.gemm == 1;
+  const EventKind kind = up ? EventKind::k_wait_rows : EventKind::k_wait_h;
+  const uint64_t* word =
+      tile_counter(place.heap, up ? ring.sh.layout.rows_ready : ring.sh.layout.h_ready, shape,
+                   place.epoch, tile.row_tile);
+  const uint64_t due = up ? tile.rows : column_tiles(shape, 1);
+  const uint64_t seen = ptx::load_acquire_sys(word);
+  if (seen >= due) return Status::kOk;
+  if constexpr (kTraced) {
+    if (wait.wait_kind_lacking == 0) wait.wait_from = ptx::globaltimer();
+    wait.wait_kind_lacking = static_cast<uint64_t>(kind) | (due - seen) << 32;
+  }
+  const Status status =
+      ring.actor.wait({kind, kNoPeer, static_cast<uint16_t>(tile.expert), tile.row_tile}, word,
+                      Until::kAtLeast, due, 0, [&] { ring.meanwhile(); });
+  if constexpr (kTraced) wait.wait_to = ptx::globaltimer();
+  if (status == Status::kHang) raise_abort(ring.sh, status);
+  return status;
+}
+
+// The first CTA of a pair, or a CTA alone: takes pairs of tiles and waits for the rows of both, so that
+// a pair once begun finishes in both.
 template <bool kTraced>
 __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
   const Shape& shape = sh.shape;
-  GpuActor<kTraced>& actor = sh.actors[static_cast<int>(Lane::k_sched)];
+  TaskRing<kTraced> ring{sh, place, sh.actors[static_cast<int>(Lane::k_sched)]};
   const uint32_t tiles = tiles_of_rank(sh.tables, shape, place.rank);
+  const uint32_t clusters = shape.chunks / place.pair_size;
   const uint64_t* abort_word = place.heap.at<uint64_t>(sh.layout.abort_word);
   uint64_t* counter = next_tile_word(place.heap, sh.layout, place.epoch);
-  const uint64_t h_due = static_cast<uint64_t>(column_tiles(shape, 1)) * kMathGroups;
-  for (uint32_t n = 0;; ++n) {
-    const uint32_t slot = n % kTasks;
-    if (n >= kTasks) ptx::mbarrier_wait(&sh.task_empty[slot], (n / kTasks - 1) & 1);
-    Task& task = sh.tasks[slot];
-    const uint64_t index = ptx::fetch_add_relaxed_gpu(counter, 1);
-    actor.skip();  // it had nothing to do until a slot came free
-    if (index >= tiles || ptx::load_relaxed_sys(abort_word) != 0) break;
-    const Tile tile = tile_at(sh.tables, shape, place.rank, static_cast<uint32_t>(index));
-    const bool up = tile.gemm == 1;
-    const EventKind kind = up ? EventKind::k_wait_rows : EventKind::k_wait_h;
-    const uint64_t* word = tile_counter(place.heap, up ? sh.layout.rows_ready : sh.layout.h_ready,
-                                        shape, place.epoch, tile.row_tile);
-    const uint64_t due = up ? tile.rows : h_due;
-    actor.span(EventKind::k_schedule, kNoPeer, tile.expert, tile.index, 0);
-    task.tile = tile;
-    task.wait_kind = 0;
-    if (ptx::load_acquire_sys(word) < due) {
-      if constexpr (kTraced) {
-        task.wait_kind = static_cast<uint32_t>(kind);
-        task.wait_from = ptx::globaltimer();
-        task.wait_lacking = static_cast<uint32_t>(due - ptx::load_acquire_sys(word));
-      }
-      const Status status =
-          actor.wait({kind, kNoPeer, static_cast<uint16_t>(tile.expert), tile.row_tile}, word,
-                     Until::kAtLeast, due);
-      if (status != Status::kOk) {
-        if (status == Status::kHang) raise_abort(sh, status);
-        break;
-      }
-      if constexpr (kTraced) task.wait_to = ptx::globaltimer();
+  auto tell_other = [&](const PairMessage& message) {
+    if (place.pair_size == 1) return;
+    const uint32_t slot = ring.handed % kTasks;
+    const uint32_t to = ptx::shared_address(&sh.messages[slot]) + place.to_other;
+    constexpr uint32_t kWords =
+        (kTraced ? sizeof(PairMessage) : offsetof(PairMessage, wait_from)) / 8;
+    const uint64_t* from = reinterpret_cast<const uint64_t*>(&message);
+#pragma unroll
+    for (uint32_t i = 0; i < kWords; ++i) ptx::store_cluster(to + 8 * i, from[i]);
+    ptx::mbarrier_arrive_cluster(ptx::shared_address(&sh.pair_full[slot]) + place.to_other);
+  };
+  auto make_room = [&] {
+    ring.make_room();
+    if (place.pair_size == 1 || ring.handed < kTasks) return;
+    ring.await_other(&sh.pair_empty[ring.handed % kTasks], ring.handed / kTasks - 1);
+  };
+  // Once the rows of `one` and `two` are here, the CTAs begin them; rows 0: no tile for that CTA.
+  auto run = [&](const Tile& one, const Tile& two) {
+    PairMessage message{};
+    if (one.rows != 0 && await_operands(ring, one, message) != Status::kOk) return false;
+    if (two.rows != 0 && await_operands(ring, two, message) != Status::kOk) return false;
+    const uint32_t depth = max_u32(one.rows == 0 ? 0 : depth_of(shape, one.gemm),
+                                   two.rows == 0 ? 0 : depth_of(shape, two.gemm));
+    message.index = two.index;
+    message.has = two.rows != 0;
+    message.turns = ceil_div(depth, kTileK);
+    message.shared = one.rows != 0 && two.rows != 0 && one.gemm == two.gemm &&
+                     one.expert == two.expert && one.col_tile == two.col_tile;
+    tell_other(message);
+    ring.hand_over(one, message.turns, message.shared, message);
+    return true;
+  };
+  for (;;) {
+    make_room();
+    // The first pairs are dealt, so that no CTA begins by a round trip to the counter.
+    const uint64_t pair = ring.handed == 0 ? place.chunk / place.pair_size
+                                           : clusters + ptx::fetch_add_relaxed_gpu(counter, 1);
+    const uint32_t first = static_cast<uint32_t>(pair) * place.pair_size;
+    if (first >= tiles || ptx::load_relaxed_sys(abort_word) != 0) break;
+    const Tile one = tile_at(sh.tables, shape, place.rank, first);
+    Tile two = one;
+    two.rows = 0;
+    if (place.pair_size == 2 && first + 1 < tiles) {
+      two = tile_at(sh.tables, shape, place.rank, first + 1);
     }
-    ptx::mbarrier_arrive(&sh.task_full[slot]);
-    ++sh.handed_over;
+    ring.scheduled(one);
+    // Where an expert has an odd number of tiles, a pair may hold its last GEMM1 tile and its first GEMM2
+    // tile: the one waits for the other.
+    if (two.rows != 0 && one.gemm != two.gemm && one.expert == two.expert) {
+      Tile none = one;
+      none.rows = 0;
+      if (!run(one, none)) break;
+      make_room();
+      none = two;
+      none.rows = 0;
+      if (!run(none, two)) break;
+    } else if (!run(one, two)) {
+      break;
+    }
   }
-  // Every role leaves by the same way out, whatever ended the launch.
-  sh.tasks[sh.handed_over % kTasks].tile.gemm = 0;
-  ptx::mbarrier_arrive(&sh.task_full[sh.handed_over % kTasks]);
+  make_room();
+  PairMessage none{};
+  none.has = kNoWork;
+  tell_other(none);
+  ring.hand_over_exit();
+}
+
+// The second CTA of a pair: takes what the first one's scheduler tells it.
+template <bool kTraced>
+__device__ inline void follow_schedule(Shared<kTraced>& sh, const Place& place) {
+  TaskRing<kTraced> ring{sh, place, sh.actors[static_cast<int>(Lane::k_sched)]};
+  for (;;) {
+    const uint32_t slot = ring.handed % kTasks;
+    ring.make_room();
+    if (ring.handed >= kTasks) {
+      ptx::mbarrier_arrive_cluster(ptx::shared_address(&sh.pair_empty[slot]) + place.to_other);
+    }
+    ring.await_other(&sh.pair_full[slot], ring.handed / kTasks);
+    const PairMessage message = sh.messages[slot];
+    if (message.has == kNoWork) break;
+    Tile tile = tile_at(sh.tables, sh.shape, place.rank, message.index);
+    if (message.has == 0) tile.rows = 0;
+    ring.hand_over(tile, message.turns, message.shared, message);
+    if (tile.rows != 0) ring.scheduled(tile);
+  }
+  ring.hand_over_exit();
 }
 
 }  // namespace flashmoe

@@ -16,6 +16,9 @@ struct GpuPlatform {
   static __device__ __forceinline__ uint64_t load(const uint64_t* word) {
     return ptx::load_acquire_sys(word);
   }
+  static __device__ __forceinline__ uint64_t peek(const uint64_t* word) {
+    return ptx::load_relaxed_sys(word);
+  }
   static __device__ __forceinline__ uint64_t now_ns() { return ptx::globaltimer(); }
   static __device__ __forceinline__ uint64_t cycles() { return clock64(); }
   static __device__ __forceinline__ void relax() { __nanosleep(20); }

@@ -27,10 +27,6 @@ struct StageCursor {
   }
 };
 
-__device__ __forceinline__ uint32_t depth_of(const Shape& shape, uint32_t gemm) {
-  return gemm == 1 ? shape.hidden : shape.inter;
-}
-
 // Says in this actor's trace what the scheduler waited for on behalf of the tile; the rest of the
 // time since the actor's last span is idle.
 template <bool kTraced>
@@ -47,58 +43,74 @@ __device__ __forceinline__ void take_up(GpuActor<kTraced>& actor, const Task& ta
   }
 }
 
-// The box of a tile's weights: its map and its coordinates but for K, the first.
+// The halves of a tile's weights, 128 rows each: their map and their coordinates but for K, the first.
+// Where a GEMM1 is gated, the one is of gate rows and the other of the same columns' up rows.
 struct WeightBox {
   const void* map;
-  int32_t c1, c2, c3, c4;
+  int32_t c1, c2, c3;
+  int32_t step1, step2;  // to the second half
   template <bool kGated>
   static __device__ __forceinline__ WeightBox of(const RankArgs& args, const Tile& tile,
                                                  uint32_t expert0) {
+    constexpr int32_t kHalf = kTileWeights / 2;
     const int32_t expert = static_cast<int32_t>(tile.expert - expert0);
-    const int32_t col = static_cast<int32_t>(tile.col_tile * kTileWeights);
-    // Gated: 128 gate rows, then the 128 up rows of the same columns.
-    if (kGated && tile.gemm == 1) return {args.map_up, col / 2, 0, expert, 0};
-    return {tile.gemm == 1 ? args.map_up : args.map_down, col, expert, 0, 0};
+    const int32_t col = static_cast<int32_t>(tile.col_tile);
+    if (kGated && tile.gemm == 1) return {args.map_up, col * kHalf, 0, expert, 0, 1};
+    return {tile.gemm == 1 ? args.map_up : args.map_down, col * 2 * kHalf, expert, 0, kHalf, 0};
   }
 };
 
 // The loads of every tile the scheduler hands over; one lane.  It runs ahead into the next tile as
-// far as the stages go.
+// far as the stages go.  A stage is free once both CTAs of a pair have read theirs, since either may be
+// about to fill the other's: where both run tiles of the same weights, each fetches one half for both.
 template <bool kGated, bool kTraced>
 __device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char* stages) {
   GpuActor<kTraced>& actor = sh.actors[static_cast<int>(Lane::k_load)];
   const RankArgs& args = *place.args;
   const uint32_t expert0 = first_expert(sh.shape, place.rank);
+  constexpr uint32_t kHalfBytes = kStageBytesWeights / 2;
   StageCursor cursor;
   for (uint32_t n = 0;; ++n) {
     const uint32_t slot = n % kTasks;
     ptx::mbarrier_wait(&sh.task_full[slot], n / kTasks & 1);
     const Task& task = sh.tasks[slot];
     if (task.tile.gemm == 0) return;
-    take_up(actor, task, EventKind::k_load);
-    const uint64_t begin_cycles = kTraced ? clock64() : 0;
-    uint64_t stall = 0;
+    if (task.tile.rows != 0) take_up(actor, task, EventKind::k_load);
+    const uint32_t begin_cycles = kTraced ? ptx::clock32() : 0;
+    uint32_t stall = 0;
     // The rows were written by ordinary or bulk stores of other CTAs; the scheduler acquired them, this
     // lane makes that hold for its tensor copies too.
     ptx::fence_proxy_async();
-    const bool up = task.tile.gemm == 1;
-    const uint32_t depth = depth_of(sh.shape, task.tile.gemm);
+    const bool up = task.tile.gemm == 1, shared = task.shared != 0;
     const int32_t row = static_cast<int32_t>(task.tile.pool_row0);
     const WeightBox box = WeightBox::of<kGated>(args, task.tile, expert0);
     const uint32_t boxes = ceil_div(task.tile.rows, kBoxRows);  // a bit a box of 16 << bit rows
     const uint32_t bytes = kStageBytesWeights + boxes * kBoxRows * kRowBytes;
-    for (uint32_t k0 = 0; k0 < depth; k0 += kTileK) {
+    const uint32_t blocks = task.blocks, turns = task.turns;
+    for (uint32_t i = 0; i < turns; ++i, cursor.next()) {
       uint64_t* full = &sh.full[cursor.stage];
       if (!ptx::mbarrier_test(&sh.empty[cursor.stage], cursor.turn ^ 1)) {
-        const uint64_t from = kTraced ? clock64() : 0;
+        const uint32_t from = kTraced ? ptx::clock32() : 0;
         ptx::mbarrier_wait(&sh.empty[cursor.stage], cursor.turn ^ 1);
-        if constexpr (kTraced) stall += clock64() - from;
+        if constexpr (kTraced) stall += ptx::clock32() - from;
+      }
+      if (i >= blocks) {  // the other CTA's tile is deeper
+        ptx::mbarrier_arrive(full);
+        continue;
       }
       char* weights = stages + cursor.stage * kStageBytes;
       char* rows = weights + kStageBytesWeights;
-      const int32_t k = static_cast<int32_t>(k0);
+      const int32_t k = static_cast<int32_t>(i * kTileK);
       ptx::mbarrier_expect(full, bytes);
-      ptx::tma_load_5d(weights, box.map, full, k, box.c1, box.c2, box.c3, box.c4);
+      if (shared) {
+        const int32_t half = static_cast<int32_t>(place.pair_rank);
+        ptx::tma_load_5d_both(weights + half * kHalfBytes, box.map, full, k,
+                              box.c1 + half * box.step1, box.c2 + half * box.step2, box.c3, 0);
+      } else {
+        ptx::tma_load_5d(weights, box.map, full, k, box.c1, box.c2, box.c3, 0);
+        ptx::tma_load_5d(weights + kHalfBytes, box.map, full, k, box.c1 + box.step1,
+                         box.c2 + box.step2, box.c3, 0);
+      }
       int32_t from = row;
 #pragma unroll
       for (uint32_t bit = 0; bit < kRowBoxes; ++bit) {
@@ -108,11 +120,12 @@ __device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char*
           from += kBoxRows << bit;
         }
       }
-      cursor.next();
     }
     if constexpr (kTraced) {
-      actor.span(EventKind::k_load, kNoPeer, task.tile.expert, task.tile.index,
-                 clock64() - begin_cycles, GpuActor<kTraced>::saturate(stall));
+      if (task.tile.rows != 0) {
+        actor.span(EventKind::k_load, kNoPeer, task.tile.expert, task.tile.index,
+                   ptx::clock32() - begin_cycles, stall);
+      }
     }
     ptx::mbarrier_arrive(&sh.task_empty[slot]);
   }
@@ -153,60 +166,6 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return *reinterpret_cast<uint32_t*>(pair);
 }
 
-// A group's stores wait here until they are published: at the first stage of the next tile, under whose
-// products the fence costs nothing, or as soon as there is no next tile to begin.  Only the group's
-// leader holds any.  A GEMM1 tile counts towards its row tile's `h`; the GEMM2 tile that is its row
-// tile's last has each source with rows in it told, once no sums are held.
-template <bool kTraced>
-struct Publisher {
-  Shared<kTraced>& sh;
-  const Place& place;
-  uint32_t group;
-  uint32_t task = 0;  // of the tile not published yet
-  bool any = false;
-  bool last = false;  // that tile was its row tile's last, and its sources are not told yet
-
-  __device__ __forceinline__ void put(uint32_t n, const Tile& tile) {
-    const Shape& shape = sh.shape;
-    Unpublished& u = sh.unpublished[group];
-    u.tile = tile;
-    const bool up = tile.gemm == 1;
-    u.word = tile_counter(place.heap, up ? sh.layout.h_ready : sh.layout.y_ready, shape,
-                          place.epoch, tile.row_tile);
-    u.due = up ? 0 : static_cast<uint64_t>(column_tiles(shape, 2)) * kMathGroups;
-    task = n;
-    any = true;
-  }
-
-  __device__ __forceinline__ void count() {
-    if (!any) return;
-    any = false;
-    ptx::mbarrier_wait(&sh.stored[group][task % kTasks], task / kTasks & 1);
-    const Unpublished& u = sh.unpublished[group];
-    if (u.due == 0) {
-      ptx::fence_acq_rel_sys();
-      ptx::add_relaxed_sys(u.word, 1);
-    } else {
-      last = ptx::fetch_add_acq_rel_sys(u.word, 1) + 1 == u.due;
-    }
-  }
-
-  __device__ __forceinline__ void tell() {
-    if (!last) return;
-    last = false;
-    const Shape& shape = sh.shape;
-    const Tile& tile = sh.unpublished[group].tile;
-    for (uint32_t s = 0; s < shape.world; ++s) {
-      const uint32_t from = source_start(sh.tables, shape, s, tile.expert);
-      const uint32_t rows = source_rows(sh.tables, shape, s, tile.expert);
-      if (rows == 0 || from >= tile.row0 + tile.rows || from + rows <= tile.row0) continue;
-      ptx::store_release_sys(
-          sh.heaps[s].template at<uint64_t>(sh.layout.returned) + tile.row_tile_global,
-          place.epoch);
-    }
-  }
-};
-
 // Where in a stage the weight rows of a group's two products lie.
 struct GroupWeights {
   uint32_t of_group;     // bytes from the stage to the first product's rows
@@ -220,21 +179,30 @@ struct GroupWeights {
   }
 };
 
+// A stage that a math warp has read, given back to the loads of both CTAs of a pair.
+struct StageRelease {
+  uint32_t to_other;  // from an address here to the same in the other CTA; 0 where there is none
+  __device__ __forceinline__ void operator()(uint64_t* empty) const {
+    if (threadIdx.x % 32 != 0) return;
+    ptx::mbarrier_arrive(empty);
+    if (to_other != 0) ptx::mbarrier_arrive_other(ptx::shared_address(empty) + to_other);
+  }
+};
+
 // sums[b][N / 2]: the two products of 64 weight rows over the whole depth.
 template <class T, uint32_t kN, bool kTraced>
-__device__ __forceinline__ uint64_t multiply(Shared<kTraced>& sh, uint32_t stages,
+__device__ __forceinline__ uint32_t multiply(Shared<kTraced>& sh, uint32_t stages,
                                              StageCursor& cursor, uint32_t blocks,
                                              const GroupWeights& weights,
-                                             Publisher<kTraced>& publisher,
+                                             const StageRelease& release,
                                              float (&sums)[2][kN / 2]) {
-  const bool signals = threadIdx.x % 32 == 0;
-  uint64_t stall = 0;
+  uint32_t stall = 0;
   // Issues the products of the cursor's stage; `first` is a compile-time constant.
   auto issue = [&](auto first) {
     if (!ptx::mbarrier_test(&sh.full[cursor.stage], cursor.turn)) {
-      [[maybe_unused]] const uint64_t from = kTraced ? clock64() : 0;
+      [[maybe_unused]] const uint32_t from = kTraced ? ptx::clock32() : 0;
       ptx::mbarrier_wait(&sh.full[cursor.stage], cursor.turn);
-      if constexpr (kTraced) stall += clock64() - from;
+      if constexpr (kTraced) stall += ptx::clock32() - from;
     }
     const uint32_t stage = stages + cursor.stage * kStageBytes;
     const uint64_t a = ptx::wgmma_descriptor(stage + weights.of_group, weights.atom_stride);
@@ -254,20 +222,31 @@ __device__ __forceinline__ uint64_t multiply(Shared<kTraced>& sh, uint32_t stage
     ptx::wgmma_commit();
   };
   issue(std::true_type{});
-  publisher.count();
   uint32_t previous = cursor.stage;
   cursor.next();
   for (uint32_t i = 1; i < blocks; ++i) {
     issue(std::false_type{});
     // One stage's products stay in flight; the stage before it is read.
     ptx::wgmma_wait<1>();
-    if (signals) ptx::mbarrier_arrive(&sh.empty[previous]);
+    release(&sh.empty[previous]);
     previous = cursor.stage;
     cursor.next();
   }
   ptx::wgmma_wait<0>();
-  if (signals) ptx::mbarrier_arrive(&sh.empty[previous]);
+  release(&sh.empty[previous]);
   return stall;
+}
+
+// Turns of the stages that hold nothing for this CTA, while the other one's tile goes on.
+template <bool kTraced>
+__device__ __forceinline__ void pass_turns(Shared<kTraced>& sh, StageCursor& cursor, uint32_t turns,
+                                           const StageRelease& release) {
+  for (uint32_t i = 0; i < turns; ++i) {
+    ptx::mbarrier_wait(&sh.full[cursor.stage], cursor.turn);
+    __syncwarp();
+    release(&sh.empty[cursor.stage]);
+    cursor.next();
+  }
 }
 
 // Where the rows of `h` go: a lane's tokens are `step` apart.
@@ -423,60 +402,37 @@ __device__ __forceinline__ void store_returns(const Shared<kTraced>& sh, const T
       goal);
 }
 
-// Bytes this group gave back, by source, into the trace.
-template <bool kTraced>
-__device__ __forceinline__ void record_returns(const Shared<kTraced>& sh, GpuActor<kTraced>& actor,
-                                               const Tile& tile, uint32_t group) {
-  const Shape& shape = sh.shape;
-  const uint32_t col0 = tile.col_tile * kTileWeights + group * (kTileWeights / kMathGroups);
-  if (col0 >= shape.hidden) return;
-  const uint64_t row_bytes = 2ull * min_u32(kTileWeights / kMathGroups, shape.hidden - col0);
-  actor.span(EventKind::k_give_back, kNoPeer, tile.expert, tile.index, tile.rows * row_bytes);
-  for (uint32_t s = 0; s < shape.world; ++s) {
-    const uint32_t from = source_start(sh.tables, shape, s, tile.expert);
-    const uint32_t first = max_u32(tile.row0, from);
-    const uint32_t last =
-        min_u32(tile.row0 + tile.rows, from + source_rows(sh.tables, shape, s, tile.expert));
-    if (first < last) {
-      actor.instant(EventKind::k_put, s, tile.expert, tile.index, (last - first) * row_bytes);
-    }
-  }
-}
-
-// One tile whose rows are at most kN: its products, its stores, its records.
+// One tile whose rows are at most kN: its products, its stores, its stamps.
 template <class T, bool kGated, uint32_t kN, bool kTraced>
 __device__ __forceinline__ void run_tile(Shared<kTraced>& sh, const Place& place, char* stages,
-                                         StageCursor& cursor, const Tile& tile, uint32_t group,
-                                         Publisher<kTraced>& publisher) {
-  const uint64_t begin_cycles = kTraced ? clock64() : 0;
+                                         StageCursor& cursor, const Task& task, uint32_t group,
+                                         const StageRelease& release) {
+  const Tile& tile = task.tile;
   const bool leads = threadIdx.x % kGroupThreads == 0;
   const uint32_t warp = threadIdx.x / 32 - kMathWarp;
   char* buffer = stages + kStages * kStageBytes + warp * kEpilogueBytesWarp;
-  GpuActor<kTraced>& actor = sh.actors[static_cast<int>(Lane::k_math0) + group];
   float sums[2][kN / 2];
-  const uint64_t stall = multiply<T, kN>(
-      sh, ptx::shared_address(stages), cursor, ceil_div(depth_of(sh.shape, tile.gemm), kTileK),
-      GroupWeights(kGated && tile.gemm == 1, group), publisher, sums);
+  const uint32_t stall =
+      multiply<T, kN>(sh, ptx::shared_address(stages), cursor, task.blocks,
+                      GroupWeights(kGated && tile.gemm == 1, group), release, sums);
+  pass_turns(sh, cursor, task.turns - task.blocks, release);
+  auto stamp_products = [&] {
+    if constexpr (kTraced) {
+      if (leads) {
+        TileStamps& stamps = sh.stamps[&task - sh.tasks][group];
+        stamps.products_ns = ptx::globaltimer();
+        stamps.cycles = ptx::clock32() - stamps.cycles;
+        stamps.stall_cycles = stall;
+      }
+    }
+  };
+  // A GEMM1 tile's span holds its activation; what GEMM2 gives back is a span of its own.
   if (tile.gemm == 1) {
     store_hidden<T, kGated, kN>(sh, place, tile, warp, buffer, sums);
-    ptx::fence_proxy_async();  // `h` will be read by tensor copies
-    if constexpr (kTraced) {
-      if (leads) {
-        actor.span(EventKind::k_gemm1, kNoPeer, tile.expert, tile.index, clock64() - begin_cycles,
-                   GpuActor<kTraced>::saturate(stall));
-      }
-    }
+    stamp_products();
   } else {
-    if constexpr (kTraced) {
-      if (leads) {
-        actor.span(EventKind::k_gemm2, kNoPeer, tile.expert, tile.index, clock64() - begin_cycles,
-                   GpuActor<kTraced>::saturate(stall));
-      }
-    }
+    stamp_products();
     store_returns<T, kN>(sh, tile, warp, buffer, sums);
-    if constexpr (kTraced) {
-      if (leads) record_returns(sh, actor, tile, group);
-    }
   }
 }
 
@@ -484,27 +440,32 @@ __device__ __forceinline__ void run_tile(Shared<kTraced>& sh, const Place& place
 template <class T, bool kGated, bool kTraced>
 __device__ __forceinline__ void multiply_tiles(Shared<kTraced>& sh, const Place& place,
                                                char* stages, uint32_t group) {
-  GpuActor<kTraced>& actor = sh.actors[static_cast<int>(Lane::k_math0) + group];
   const bool leads = threadIdx.x % kGroupThreads == 0;
-  Publisher<kTraced> publisher{sh, place, group};
+  const StageRelease release{place.to_other};
   StageCursor cursor;
   for (uint32_t n = 0;; ++n) {
     const uint32_t slot = n % kTasks;
-    if (!ptx::mbarrier_test(&sh.task_full[slot], n / kTasks & 1)) {
-      // The next tile may itself wait for what this group has not published yet.
-      publisher.count();
-      publisher.tell();
-      ptx::mbarrier_wait(&sh.task_full[slot], n / kTasks & 1);
-    }
-    const Tile& tile = sh.tasks[slot].tile;  // read when needed: the sums leave few registers
-    if (tile.gemm == 0) break;
+    ptx::mbarrier_wait(&sh.task_full[slot], n / kTasks & 1);
+    const Task& task = sh.tasks[slot];
+    const Tile& tile = task.tile;  // read when needed: the sums leave few registers
+    if (tile.gemm == 0) return;
     if (leads) {
-      take_up(actor, sh.tasks[slot], tile.gemm == 1 ? EventKind::k_gemm1 : EventKind::k_gemm2);
+      sh.actors[static_cast<int>(Lane::k_math0) + group].doing(
+          tile.gemm == 1 ? EventKind::k_gemm1 : EventKind::k_gemm2, kNoPeer, tile.expert,
+          tile.index);
+      if constexpr (kTraced) {
+        TileStamps& stamps = sh.stamps[slot][group];
+        stamps.begin_ns = ptx::globaltimer();
+        stamps.cycles = ptx::clock32();
+      }
     }
     switch (ceil_div(tile.rows, 8)) {
-#define FLASHMOE_TILE(n)                                                     \
-  run_tile<T, kGated, n>(sh, place, stages, cursor, tile, group, publisher); \
+#define FLASHMOE_TILE(n)                                                   \
+  run_tile<T, kGated, n>(sh, place, stages, cursor, task, group, release); \
   break;
+      case 0:  // no tile, but the other CTA has one
+        pass_turns(sh, cursor, task.turns, release);
+        break;
       case 1:
         FLASHMOE_TILE(8)
       case 2:
@@ -543,18 +504,13 @@ __device__ __forceinline__ void multiply_tiles(Shared<kTraced>& sh, const Place&
         FLASHMOE_TILE(192)
 #undef FLASHMOE_TILE
     }
-    // Ordered after all lanes' stores, which the group's leader publishes.
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&sh.stored[group][slot]);
-    if (leads) {
-      publisher.tell();
-      publisher.put(n, tile);
+    if constexpr (kTraced) {
+      if (leads) sh.stamps[slot][group].end_ns = ptx::globaltimer();
     }
-    // Every thread has read the task, so every thread gives its slot back.
-    ptx::mbarrier_arrive(&sh.task_empty[slot]);
+    // Ordered after all lanes' reads of the task and their stores, which the scheduler publishes.
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&sh.task_empty[slot]);
   }
-  publisher.count();
-  publisher.tell();
 }
 
 }  // namespace flashmoe

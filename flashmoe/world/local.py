@@ -99,9 +99,9 @@ class LocalEngine:
         self.device = torch.device("cuda", options.device)
         code = kernels.load(options.device)
         properties = torch.cuda.get_device_properties(self.device)
-        self.sms_per_rank = (
-            options.sms_per_rank or properties.multi_processor_count // options.ranks
-        )
+        share = properties.multi_processor_count // options.ranks
+        # Pairs of SMs fetch weights together: an odd one out would leave all without a partner.
+        self.sms_per_rank = options.sms_per_rank or (share - share % 2 if share > 1 else share)
         if self.sms_per_rank * options.ranks > properties.multi_processor_count:
             raise FlashmoeError(
                 f"{options.ranks} ranks of {self.sms_per_rank} SMs need more than the "
@@ -291,7 +291,7 @@ class LocalEngine:
             return encode(
                 tensor[first].data_ptr(),
                 [width, matrix_rows, owned, 1, 1],
-                [TILE_DEPTH, TILE_WEIGHT_ROWS, 1, 1, 1],
+                [TILE_DEPTH, TILE_WEIGHT_ROWS // 2, 1, 1, 1],
                 [width * 2, size, owned * size, owned * size],
             )
 
@@ -300,7 +300,7 @@ class LocalEngine:
             map_up = encode(
                 up[first].data_ptr(),
                 [hidden, inter, 2, owned, 1],
-                [TILE_DEPTH, TILE_WEIGHT_ROWS // 2, 2, 1, 1],
+                [TILE_DEPTH, TILE_WEIGHT_ROWS // 2, 1, 1, 1],
                 [hidden * 2, size, 2 * size, 2 * size * owned],
             )
         else:
@@ -414,8 +414,12 @@ class LocalEngine:
         cooperative = driver.CUlaunchAttribute()
         cooperative.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
         cooperative.value.cooperative = 1
-        config.attrs = [cooperative]
-        config.numAttrs = 1
+        cluster = driver.CUlaunchAttribute()
+        cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        cluster.value.clusterDim.x = 2 if self.sms_per_rank % 2 == 0 else 1
+        cluster.value.clusterDim.y = cluster.value.clusterDim.z = 1
+        config.attrs = [cooperative, cluster]
+        config.numAttrs = 2
         # The driver copies the arguments before it returns.
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._args))
         _check(
