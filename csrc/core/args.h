@@ -28,6 +28,8 @@ struct alignas(64) RankArgs {
   uint8_t map_down[128];  // [experts owned][H][I]
   uint8_t map_x[128];     // x [tokens][H], box 64 x gate_box_tokens
   uint8_t map_gate[128];  // gate [E][H], box 64 x gate_columns(E)
+  const void* up;         // what map_up and map_down are of
+  const void* down;
   const void* x;          // [tokens][H] dtype
   const void* gate;       // [E][H] dtype
   const float* bias;      // [E], or null

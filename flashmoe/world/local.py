@@ -310,6 +310,8 @@ class LocalEngine:
             "map_h": rows_of("h", inter),
             "map_up": map_up,
             "map_down": matrices(down, hidden, inter),
+            "up": up[first].data_ptr(),
+            "down": down[first].data_ptr(),
             **self._gate_maps(rank),
         }
 
