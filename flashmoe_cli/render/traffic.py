@@ -20,12 +20,15 @@ def traffic_lines(figures: dict[str, Any], where: Terminal) -> list[str]:
     if figures["ranks"] == 1:
         rows = bytes_text(figures["local_bytes"])
         return [f"one rank: no row crosses ({rows} of rows moved within it, {launches})"]
+    of_counts = bytes_text(figures["counts_bytes"])
+    if figures["counts_bounds"]:
+        of_counts = f"at least {of_counts}"
     lines = [
         paint(f"payload bytes from (row) to (column), {launches}", "1", where.colour),
         *_matrix(figures, where),
         "",
         f"  crossed        {bytes_text(figures['payload_bytes'])} of real rows, none of padding; "
-        f"{bytes_text(figures['counts_bytes'])} of counts",
+        f"{of_counts} of counts",
         f"  stayed         {bytes_text(figures['local_bytes'])}",
     ]
     if figures["mean_gb_per_s"] is not None:

@@ -34,6 +34,13 @@ def test_the_traffic_as_a_person_reads_it(made_up: Any, cli: Any, golden: Any) -
     golden("traffic.txt", done.stdout)
 
 
+def test_counts_that_were_not_all_recorded_are_a_bound(made_up: Any, cli: Any) -> None:
+    made_up("all.fmoe")
+    assert "padding; 192 B of counts" in cli("traffic", "all.fmoe").stdout
+    made_up("part.fmoe", experts=16)
+    assert "padding; at least 480 B of counts" in cli("traffic", "part.fmoe").stdout
+
+
 def test_dropped_records_are_said_and_strict_ends_with_4(made_up: Any, cli: Any) -> None:
     made_up(iterations=4, capacity=60)
     done = cli("timeline", "--strict")
