@@ -97,8 +97,8 @@ def one_iteration(spent: Account, iteration: int) -> Account:
     """The same account, of one iteration alone; FlashmoeError where there is no such one."""
     if not 0 <= iteration < len(spent.iterations):
         raise FlashmoeError(
-            f"The run has no iteration {iteration}.",
-            f"It has {len(spent.iterations)}, counted from 0.",
+            f"the run has no iteration {iteration}",
+            f"it has {len(spent.iterations)}, counted from 0",
             2,
         )
     at = slice(iteration, iteration + 1)
