@@ -57,7 +57,7 @@ def timeline_summary(run: Run, iteration: int | None = None) -> dict[str, Any]:
         "overlap_ns": spent.overlap_ns,
         "clock": clock | {"sm_mhz_mean": work.sm_mhz},
         "tracer": tracer,
-        "rings": {name: rings[name] for name in ("n", "capacity", "mode", "records", "dropped")}
+        "rings": {name: rings.get(name) for name in ("n", "capacity", "mode", "records", "dropped")}
         | {
             "with_drops": int((actors.dropped > 0).sum()),
             "never_began": sum(not ring["began"] for ring in rings["per_ring"]),

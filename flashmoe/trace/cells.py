@@ -201,8 +201,8 @@ def _window(
     """Start of the run or iteration, absolute; begin and end of the window, from there.  All ns."""
     at = slice(None) if iteration is None else slice(iteration, iteration + 1)
     begins, ends = spent.begin_ns[:, at], spent.end_ns[:, at]
+    what = "the run" if iteration is None else f"iteration {iteration}"
     if not (begins > 0).any():
-        what = "the run" if iteration is None else f"iteration {iteration}"
         raise FlashmoeError(
             f"there are no events in {what}",
             f"the run has {len(spent.iterations)} iterations, counted from 0",
@@ -212,8 +212,8 @@ def _window(
     begin, stop = window or (0, None)
     if begin >= end - start:
         raise FlashmoeError(
-            f"the window begins at {begin / 1000:g} us, after the end of the run",
-            f"the run ends at {(end - start) / 1000:g} us",
+            f"the window begins at {begin / 1000:g} us, after the end of {what}",
+            f"it ends at {(end - start) / 1000:g} us",
             2,
         )
     return start, begin, max(begin + 1, end - start if stop is None else stop)

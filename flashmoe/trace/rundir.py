@@ -426,8 +426,7 @@ def find_run(path: str | os.PathLike[str] | None) -> Path:
             )
         return max(runs, key=lambda run: run.stat().st_mtime)
     given = Path(path)
-    for candidate in (given, given.with_name(given.name + SUFFIX), folder / given,
-                      folder / f"{given}{SUFFIX}"):  # fmt: skip
+    for candidate in (given, Path(f"{given}{SUFFIX}"), folder / given, folder / f"{given}{SUFFIX}"):
         if candidate.is_dir():
             return candidate
     if given.exists():

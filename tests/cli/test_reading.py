@@ -221,3 +221,62 @@ def test_colour_only_where_it_is_wanted(
     assert "\x1b[38;5;" in cli("timeline").stdout
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b" not in cli("timeline").stdout
+
+
+def test_a_narrow_terminal_shows_all_of_the_traffic(
+    made_up: Any, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up()
+    wide = cli("traffic").stdout
+    monkeypatch.setenv("COLUMNS", "36")
+    narrow = cli("traffic").stdout
+    assert ".." not in narrow
+    for text in (narrow, wide):
+        said = " ".join(text.split())
+        for words in ("192 B of counts", "within one GPU)", "which drops none"):
+            assert words in said
+    # The bars are of all the run, not of its begin.
+    bars = [line.partition("over time")[2].strip() for line in narrow.splitlines()]
+    (bars,) = [line for line in bars if line]
+    assert bars[0] == bars[-1] == "|" and bars.strip("| ")[-1] == "\u2588"
+
+
+@pytest.mark.parametrize("name", ["/", ".", "..", "", "one.fmoe/", "one", "nothing/one"])
+def test_any_name_of_a_run_is_found_or_refused(made_up: Any, cli: Any, name: str) -> None:
+    made_up("one.fmoe")
+    done = cli("timeline", name)
+    if name in ("one", "one.fmoe/"):
+        assert done.exit_code == 0
+    else:
+        assert done.exit_code in (1, 2)
+        assert "internal error" not in done.stderr and len(done.stderr.splitlines()) == 2
+
+
+def test_a_run_is_found_from_inside(
+    made_up: Any, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(made_up())
+    assert cli("timeline", ".").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "format"),
+    [
+        (("-o", "a.json"), "chrome"),
+        (("-o", "a.json.gz"), "chrome"),
+        (("-o", "a"), "perfetto"),
+        ((), "perfetto"),
+        (("-o", "a.json", "--format", "perfetto"), "perfetto"),
+    ],
+)
+def test_a_file_holds_what_its_name_says(
+    made_up: Any, cli: Any, args: tuple[str, ...], format: str
+) -> None:
+    made_up()
+    assert json.loads(cli("export", *args, "--json").stdout)["format"] == format
+
+
+@pytest.mark.parametrize("verb", ["timeline", "traffic", "info", "presets", "doctor"])
+def test_every_object_names_its_verb(made_up: Any, cli: Any, verb: str) -> None:
+    made_up()
+    assert json.loads(cli(verb, "--json").stdout)["verb"] == verb
