@@ -68,8 +68,12 @@ def open_traced(name: str | Path | None) -> Run:
 
 
 def is_incomplete(run: Run) -> bool:
-    """True where records were dropped, or the run hung."""
-    return bool(run.meta["rings"]["dropped"]) or bool(run.meta.get("hang"))
+    """True where records were dropped, or the run ended before it was done.
+
+    A run that was judged had come to its end, however the judgement went.
+    """
+    failed = bool((run.meta.get("status") or {}).get("code"))
+    return bool(run.meta["rings"]["dropped"]) or (failed and not run.meta.get("check"))
 
 
 def timeline_json(run: Run, view: View | None = None) -> dict[str, Any]:

@@ -279,3 +279,13 @@ def test_a_terminal_without_unicode_stays_readable(made_up: Any) -> None:
     )
     done.stdout.decode("ascii")
     assert b"GEMM1" in done.stdout
+
+
+def test_a_ctrl_c_while_loading_is_no_traceback(tmp_path: Path) -> None:
+    """As if it came while typer was being imported."""
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from flashmoe_cli.__main__ import"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{script} main; main()"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")

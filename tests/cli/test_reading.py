@@ -11,6 +11,12 @@ import pytest
 
 from flashmoe_cli.render.text import visible
 
+CHECK = {
+    "ok": False,
+    "output": {"ok": False, "over": 9, "not_finite": 0, "unbounded": 0, "max_abs": 1.0,
+               "max_ratio": 9.0},
+}  # fmt: skip
+
 
 def test_the_timeline_as_a_person_reads_it(made_up: Any, cli: Any, golden: Any) -> None:
     made_up()
@@ -274,6 +280,35 @@ def test_a_file_holds_what_its_name_says(
 ) -> None:
     made_up()
     assert json.loads(cli("export", *args, "--json").stdout)["format"] == format
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "says"),
+    [
+        ({"status": {"code": 130, "message": "interrupted"}}, 4, "did not end well: interrupted"),
+        (
+            {
+                "status": {"code": 124, "message": "a wait passed its deadline"},
+                "hang": {"reason": "rank 1 never started"},
+            },
+            4,
+            "this run hung: rank 1 never started",
+        ),
+        ({"status": {"code": 1, "message": "wrong result"}, "check": CHECK}, 0, "wrong result"),
+        ({}, 0, ""),
+    ],
+)
+def test_a_run_that_ended_early_is_said_to_and_incomplete(
+    made_up: Any, cli: Any, change: dict[str, Any], code: int, says: str
+) -> None:
+    path = made_up()
+    meta = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps(meta | change))
+    for verb in ("timeline", "traffic"):
+        assert cli(verb, "--strict").exit_code == code
+        assert cli(verb).exit_code == 0
+    text = cli("timeline").stdout
+    assert says in text and ("this run" in text) == bool(says)
 
 
 @pytest.mark.parametrize("verb", ["timeline", "traffic", "info", "presets", "doctor"])
