@@ -2,9 +2,10 @@
 
     python benchmarks/synthetic.py --events 1000000 -o big.fmoe
 
-The routing is consistent: tiles follow from the counts as in csrc/core/plan.h, and the bytes of
-every dispatch and put add up to the rows routed.  The times are random, but no two spans of an
-actor overlap and each lies inside its launch.
+The routing is consistent: tiles follow from the counts by csrc/core/plan.h itself, and the bytes of
+every dispatch and put add up to the rows routed.  The lanes record what those of a GPU do: all of
+them the gate to the first wave of dispatch.  The times are random, but no two spans of an actor
+overlap and each lies inside its launch.
 """
 
 from __future__ import annotations
@@ -22,17 +23,15 @@ from flashmoe.trace import schema
 from flashmoe.trace.rundir import RunWriter
 from flashmoe.trace.schema import EventKind as K
 from flashmoe.trace.schema import Lane, RecordFlag
+from flashmoe.world.tiles import tile_plan
 
-TILE = np.dtype(
-    [
-        (name, np.int64)
-        for name in ("rank", "tile", "gemm", "expert", "row_tile", "row_tile_global", "col_tile",
-                     "rows", "height", "cols", "depth")
-    ]
-    + [("family", "U16")]
-)  # fmt: skip
 MHZ = 1755
-STEP = 16  # heights of row tiles are multiples of it
+# Warps of each lane, of a CTA's twelve.
+WARPS = 12
+WARPS_OF = {
+    Lane.LOAD: range(1), Lane.SCHED: range(1, 2), Lane.COMM0: range(2, 3), Lane.COMM1: range(3, 4),
+    Lane.MATH0: range(4, 8), Lane.MATH1: range(8, 12),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,8 @@ class Shape:
     top_k: int = 8
     iterations: int = 1
     tile_m: int = 128
-    tile_n: int = 256
+    tile_step: int = 16
+    tile_n: int = 256  # weight rows of a tile
     waves: int = 4
     wall_us: float = 3000.0
     skew: float = 0.5
@@ -58,6 +58,22 @@ class Shape:
 
     def first_expert(self, rank: int) -> int:
         return rank * self.experts // self.ranks
+
+    @property
+    def wave_experts(self) -> int:
+        """Experts of one owner that are due together."""
+        return -(-self.experts // (self.ranks * self.waves))
+
+    def of_core(self) -> dict[str, Any]:
+        """The fields of csrc/core/shape.h."""
+        return {
+            "world": self.ranks, "experts": self.experts, "top_k": self.top_k,
+            "hidden": self.hidden, "inter": self.intermediate, "max_tokens": self.tokens,
+            "pool_rows": self.ranks * self.tokens * self.top_k, "chunks": self.sms,
+            "tile_m": self.tile_m, "tile_step": self.tile_step, "tile_n1": self.tile_n // 2,
+            "tile_n2": self.tile_n, "wave_experts": self.wave_experts, "activation": "swiglu",
+            "routing": "softmax", "renormalize": True, "scale": 1.0, "groups": 1, "top_groups": 1,
+        }  # fmt: skip
 
 
 @dataclass
@@ -86,51 +102,9 @@ def route(shape: Shape, rng: np.random.Generator) -> np.ndarray:
     return drawn.reshape(shape.ranks, shape.sms, shape.experts).astype(np.uint32)
 
 
-def tile_heights(shape: Shape, rows: np.ndarray) -> np.ndarray:
-    """Rows of each expert's row tiles, as tile_height() in csrc/core/shape.h has them."""
-    tiles = np.maximum(1, -(-rows // shape.tile_m))
-    share = -(-rows // tiles)
-    return np.maximum(STEP, -(-share // STEP) * STEP)
-
-
 def plan(shape: Shape, counts: np.ndarray) -> np.ndarray:
-    """The tiles of all ranks, in order: waves of experts, GEMM2 of one among GEMM1 of the next."""
-    rows_of = counts.sum(axis=(0, 1)).astype(np.int64)
-    heights = tile_heights(shape, rows_of)
-    row_tiles = -(-rows_of // heights)
-    globally = np.concatenate([[0], np.cumsum(row_tiles)])
-    parts = []
-    for rank in range(shape.ranks):
-        first, last = shape.first_expert(rank), shape.first_expert(rank + 1)
-        wave = max(1, -(-(last - first) // shape.waves))
-        groups = [range(a, min(a + wave, last)) for a in range(first, last, wave)]
-        order = []
-        for i in range(len(groups) + 1):
-            order += [(1, e) for e in groups[i]] if i < len(groups) else []
-            order += [(2, e) for e in groups[i - 1]] if i else []
-        own = []
-        for gemm, e in order:
-            width = shape.intermediate if gemm == 1 else shape.hidden
-            step = shape.tile_n // 2 if gemm == 1 else shape.tile_n  # gate and up rows together
-            columns = -(-width // step)
-            n = int(row_tiles[e]) * columns
-            j, col = np.arange(n) % max(1, row_tiles[e]), np.arange(n) // max(1, row_tiles[e])
-            tiles = np.zeros(n, TILE)
-            tiles["rank"], tiles["gemm"], tiles["expert"] = rank, gemm, e
-            tiles["row_tile"] = globally[e] - globally[first] + j
-            tiles["row_tile_global"] = globally[e] + j
-            tiles["col_tile"] = col
-            rows = np.minimum(heights[e], rows_of[e] - j * heights[e])
-            tiles["rows"] = rows
-            tiles["height"] = np.where(rows <= STEP // 2, STEP // 2, -(-rows // STEP) * STEP)
-            tiles["cols"] = np.minimum(step, width - col * step)
-            tiles["depth"] = shape.hidden if gemm == 1 else shape.intermediate
-            tiles["family"] = f"{shape.tile_m}x{step}"
-            own.append(tiles)
-        joined = np.concatenate(own) if own else np.zeros(0, TILE)
-        joined["tile"] = np.arange(len(joined))
-        parts.append(joined)
-    return np.concatenate(parts)
+    """The tiles of all ranks, in order: as :func:`flashmoe.world.tiles.tile_plan` gives them."""
+    return tile_plan(shape.of_core(), counts, f"{shape.tile_n}w-{shape.tile_m}t")
 
 
 def puts(shape: Shape, counts: np.ndarray, tiles: np.ndarray) -> np.ndarray:
@@ -138,11 +112,12 @@ def puts(shape: Shape, counts: np.ndarray, tiles: np.ndarray) -> np.ndarray:
     by_source = counts.sum(axis=1).astype(np.int64)  # [W, E]
     ends = np.cumsum(by_source, axis=0)
     starts = ends - by_source
-    first_tile = np.full(shape.experts, 1 << 40, np.int64)
-    np.minimum.at(first_tile, tiles["expert"], tiles["row_tile_global"])
     e = tiles["expert"]
-    heights = tile_heights(shape, counts.sum(axis=(0, 1)).astype(np.int64))
-    a = (tiles["row_tile_global"] - first_tile[e]) * heights[e]
+    first_tile = np.full(shape.experts, 1 << 40, np.int64)
+    np.minimum.at(first_tile, e, tiles["row_tile_global"])
+    height = np.zeros(shape.experts, np.int64)  # all but an expert's last row tile are as high
+    np.maximum.at(height, e, tiles["rows"])
+    a = (tiles["row_tile_global"] - first_tile[e]) * height[e]
     b = a + tiles["rows"]
     rows = np.minimum(b[:, None], ends.T[e]) - np.maximum(a[:, None], starts.T[e])
     return np.maximum(rows, 0) * tiles["cols"][:, None] * 2 * (tiles["gemm"] == 2)[:, None]
@@ -198,11 +173,11 @@ def launch(shape: Shape, counts: np.ndarray, tiles: np.ndarray) -> list[np.ndarr
         [shape.first_expert(r) for r in range(1, shape.ranks)], np.arange(shape.experts), "right"
     )
     waves = [
-        (r, a, min(a + step, shape.first_expert(r + 1)))
+        (r, a, min(a + shape.wave_experts, shape.first_expert(r + 1)))
         for r in range(shape.ranks)
-        for step in [max(1, -(-(shape.first_expert(r + 1) - shape.first_expert(r)) // shape.waves))]
-        for a in range(shape.first_expert(r), shape.first_expert(r + 1), step)
+        for a in range(shape.first_expert(r), shape.first_expert(r + 1), shape.wave_experts)
     ]
+    begins = [shape.first_expert(r) for r in range(shape.ranks)]
     actors = []
     for rank in range(shape.ranks):
         own = np.flatnonzero(tiles["rank"] == rank)
@@ -210,25 +185,28 @@ def launch(shape: Shape, counts: np.ndarray, tiles: np.ndarray) -> list[np.ndarr
             mine = [own[(2 * cta + i) :: 2 * shape.sms] for i in (0, 1)]
             both = np.sort(np.concatenate(mine))
             units = np.array(
-                [(r, a, int(counts[rank, cta, a:b].sum()) * row_bytes) for r, a, b in waves],
-                np.int64,
+                [(r, a, int(counts[rank, cta, a:b].sum())) for r, a, b in waves], np.int64
             )
             units = units[units[:, 2] > 0]
             units = units[np.argsort((units[:, 0] - rank) % shape.ranks, kind="stable")]
+            due_first = np.isin(units[:, 1], begins)
             lanes: dict[Lane, list[np.ndarray]] = {
                 Lane.LOAD: _load(rng, wall, tiles[both]),
                 Lane.SCHED: [
-                    _spans(rng, np.array([K.WAIT_BARRIER, K.PLAN]), 0.04 * wall, 0.09 * wall),
-                    _spans(rng, np.full(len(both), K.SCHEDULE), 0.1 * wall, 0.88 * wall,
+                    _spans(rng, np.full(len(both), K.SCHEDULE), 0.12 * wall, 0.88 * wall,
                            tile=tiles["tile"][both]),
                 ],
             }  # fmt: skip
             for i, lane in enumerate((Lane.COMM0, Lane.COMM1)):
-                lanes[lane] = _comm(rng, wall, units[i::2], owners, shape, rank, cta)
+                later = units[~due_first]
+                later[:, 2] = (later[:, 2] * (i + 1) // 2 - later[:, 2] * i // 2) * row_bytes
+                lanes[lane] = _comm(rng, wall, later[later[:, 2] > 0], owners, shape, cta)
             for i, lane in enumerate((Lane.MATH0, Lane.MATH1)):
                 lanes[lane] = _math(rng, wall, tiles[mine[i]], back[mine[i]], cta)
+            together = _together(rng, wall, units[due_first], shape, rank, cta)
             for lane in Lane:
-                records = _with_opening(_in_turn(*lanes[lane]))
+                own_part = _own_part(together, units[due_first], lane, shape, cta)
+                records = _with_opening(_in_turn(own_part, *lanes[lane]))
                 outer = np.zeros(1, schema.RECORD)
                 outer["kind"], outer["peer"], outer["expert"], outer["tile"] = (
                     K.LAUNCH, schema.NO_PEER, schema.NO_EXPERT, schema.NO_TILE,
@@ -248,7 +226,7 @@ def _load(rng: np.random.Generator, wall: float, tiles: np.ndarray) -> list[np.n
     at = np.flatnonzero(np.repeat(waits, 1 + waits))[0::2]
     kinds[at] = np.where(first[waits], K.WAIT_ROWS, K.WAIT_H)
     repeated = np.repeat(tiles, 1 + waits)
-    records = _spans(rng, kinds, 0.1 * wall, 0.86 * wall, expert=repeated["expert"])
+    records = _spans(rng, kinds, 0.12 * wall, 0.86 * wall, expert=repeated["expert"])
     is_load = kinds == K.LOAD
     records["tile"] = np.where(is_load, repeated["tile"], repeated["row_tile"])
     loads = records[is_load]
@@ -258,28 +236,56 @@ def _load(rng: np.random.Generator, wall: float, tiles: np.ndarray) -> list[np.n
     return [records]
 
 
+def _together(
+    rng: np.random.Generator, wall: float, units: np.ndarray, shape: Shape, rank: int, cta: int
+) -> np.ndarray:
+    """What all warps of a CTA do together before the roles part; each lane records it.
+
+    ``units`` int64 [n, 3]: owner, first expert and rows of the dispatches due first.
+    """
+    others = np.array([r for r in range(shape.ranks) if r != rank], np.int64)
+    return np.concatenate(
+        [
+            _spans(rng, np.array([K.GATE, K.WAIT_BARRIER]), 0, 0.08 * wall, tile=cta),
+            _spans(rng, np.array([K.COUNTS]), 0.08 * wall, 0.09 * wall),
+            _spans(rng, np.full(len(others), K.WAIT_COUNTS), 0.09 * wall, 0.095 * wall,
+                   peer=others, expert=0),
+            _spans(rng, np.array([K.PLAN]), 0.095 * wall, 0.1 * wall),
+            _spans(rng, np.full(len(units), K.DISPATCH), 0.1 * wall, 0.12 * wall,
+                   peer=units[:, 0], expert=units[:, 1], tile=cta),
+        ]
+    )  # fmt: skip
+
+
+def _own_part(
+    together: np.ndarray, units: np.ndarray, lane: Lane, shape: Shape, cta: int
+) -> np.ndarray:
+    """``together`` with the bytes that the lane's warps moved: warp w row w, w + WARPS, ..."""
+    records = together.copy()
+    warps = np.array(WARPS_OF[lane])
+    rows = np.maximum(0, -(-(units[:, 2:] - warps) // WARPS)).sum(axis=1)
+    records["aux"][records["kind"] == K.DISPATCH] = rows * shape.hidden * 2
+    experts = len(range(cta + warps[0] * shape.sms, shape.experts, WARPS * shape.sms))
+    records["aux"][records["kind"] == K.COUNTS] = experts * 8 * shape.ranks
+    return records
+
+
 def _comm(
     rng: np.random.Generator,
     wall: float,
     units: np.ndarray,
     owners: np.ndarray,
     shape: Shape,
-    rank: int,
     cta: int,
 ) -> list[np.ndarray]:
-    others = np.array([r for r in range(shape.ranks) if r != rank], np.int64)
     returns = rng.integers(0, shape.experts, 4)
     parts = [
-        _spans(rng, np.array([K.COUNTS]), 0.09 * wall, 0.095 * wall,
-               aux=8 * shape.experts * shape.ranks),
-        _spans(rng, np.full(len(others), K.WAIT_COUNTS), 0.095 * wall, 0.1 * wall, peer=others,
-               expert=0),
-        _spans(rng, np.full(len(units), K.DISPATCH), 0.1 * wall, 0.35 * wall, peer=units[:, 0],
+        _spans(rng, np.full(len(units), K.DISPATCH), 0.12 * wall, 0.35 * wall, peer=units[:, 0],
                expert=units[:, 1], aux=units[:, 2], tile=cta),
         _spans(rng, np.tile([K.WAIT_RETURN, K.COMBINE], 4), 0.88 * wall, wall,
                peer=np.repeat(owners[returns], 2), expert=np.repeat(returns, 2), tile=cta),
     ]  # fmt: skip
-    combine = parts[3][1::2]
+    combine = parts[1][1::2]
     combine["peer"], combine["expert"] = schema.NO_PEER, schema.NO_EXPERT
     return parts
 
@@ -287,13 +293,12 @@ def _comm(
 def _math(
     rng: np.random.Generator, wall: float, tiles: np.ndarray, back: np.ndarray, cta: int
 ) -> list[np.ndarray]:
-    gate = _spans(rng, np.array([K.GATE, K.WAIT_BARRIER]), 0, 0.08 * wall, tile=cta)
     second = tiles["gemm"] == 2
     kinds = np.repeat(np.where(second, K.GEMM2, K.GEMM1), 1 + second)
     repeated = np.repeat(tiles, 1 + second)
     at = np.flatnonzero(np.repeat(second, 1 + second))[1::2]
     kinds[at] = K.GIVE_BACK
-    work = _spans(rng, kinds, 0.11 * wall, 0.9 * wall, expert=repeated["expert"],
+    work = _spans(rng, kinds, 0.12 * wall, 0.9 * wall, expert=repeated["expert"],
                   tile=repeated["tile"])  # fmt: skip
     _cycles(work, rng, 0.25)
     work["aux"][at] = back[second].sum(axis=1)
@@ -304,7 +309,7 @@ def _math(
     sent["t0_ns"] += sent["dur_ns"]
     sent["dur_ns"] = 0
     end = _spans(rng, np.array([K.COMBINE]), 0.9 * wall, wall, tile=cta)
-    return [gate, work, sent, end]
+    return [work, sent, end]
 
 
 def rings(shape: Shape, actors: list[np.ndarray]) -> Dump:

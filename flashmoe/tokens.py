@@ -186,6 +186,8 @@ def save_outputs(
     from safetensors.torch import save_file
 
     file = Path(path)
+    if file.exists() and not file.is_file():  # a rename would put the output in a device's place
+        raise FlashmoeError(f"{file} is no file", "give the name of a file", exit_code=2)
     if file.exists() and not force:
         raise FlashmoeError(f"{file} exists", "choose another name, or pass --force", exit_code=2)
     tensors = {

@@ -39,7 +39,9 @@ class View:
 
 
 def open_described(name: str | Path | None) -> Run:
-    """Opens a run that says what ran; raises FlashmoeError where it ended before it could."""
+    """Opens a run that says what ran; raises FlashmoeError where it ended before it could, or where
+    what it says is not what flashmoe writes."""
+    from flashmoe.trace.metadata import require_described
     from flashmoe.trace.rundir import open_run
 
     run = open_run(name)
@@ -50,6 +52,7 @@ def open_described(name: str | Path | None) -> Run:
             f"{run.path.name} does not say what ran: its run.json has no {what}",
             "it ended before it began, or was changed; trace again",
         )
+    require_described(run.meta, run.path / "run.json")
     return run
 
 
@@ -65,8 +68,12 @@ def open_traced(name: str | Path | None) -> Run:
 
 
 def is_incomplete(run: Run) -> bool:
-    """True where records were dropped, or the run hung."""
-    return bool(run.meta["rings"]["dropped"]) or bool(run.meta.get("hang"))
+    """True where records were dropped, or the run ended before it was done.
+
+    A run that was judged had come to its end, however the judgement went.
+    """
+    failed = bool((run.meta.get("status") or {}).get("code"))
+    return bool(run.meta["rings"]["dropped"]) or (failed and not run.meta.get("check"))
 
 
 def timeline_json(run: Run, view: View | None = None) -> dict[str, Any]:

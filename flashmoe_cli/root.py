@@ -23,6 +23,10 @@ _NO_CHOICE = re.compile(
     r"Invalid value for '(?P<flag>[^']+)': (?:Value error, )?"
     r"'(?P<value>[^']*)' is not one of (?P<known>.+?)\.?$"
 )
+#: How Typer words a value of another type or beyond a flag's bounds.
+_BAD_VALUE = re.compile(
+    r"Invalid value for (?P<flag>'[^:]+'): Input should be (?P<what>[^,]+)(?:, .*)?"
+)
 _INTERRUPTED = 130
 _USAGE = 2
 
@@ -128,6 +132,16 @@ def _explain(exc: Exception, verb: str | None) -> tuple[str, str, int]:
     return f"internal error: {what}", "run it again with --debug and report the traceback", 1
 
 
+def _verbs_with(option: str, ctx: Any) -> list[str]:
+    """The verbs that do have an option which the verb of ``ctx`` lacks."""
+    verbs = getattr(ctx.parent.command, "commands", {}) if ctx.parent is not None else {}
+    return [
+        f"flashmoe {name}"
+        for name, command in verbs.items()
+        if any(option in p.opts for p in command.get_params(ctx))
+    ]
+
+
 def _explain_usage(exc: typer.TyperException, verb: str | None) -> tuple[str, str, int]:
     """A misused command line, with the nearest flag and where to read on."""
     message = " ".join(exc.format_message().split())
@@ -139,10 +153,14 @@ def _explain_usage(exc: typer.TyperException, verb: str | None) -> tuple[str, st
         message = f"no such option {option}"
         known = [o for p in ctx.command.get_params(ctx) for o in (*p.opts, *p.secondary_opts)]
         known = [o for o in known if o.startswith("--")]
-        near = get_close_matches(option, known, n=1, cutoff=0.5) or getattr(
+        elsewhere = _verbs_with(option, ctx) if option.startswith("--") else []
+        near = get_close_matches(option, known, n=1, cutoff=0.6) or getattr(
             exc, "possibilities", None
         )
-        if near:
+        misspelt = get_close_matches(option, known, n=1, cutoff=0.85)
+        if elsewhere and not misspelt:
+            hint = f"{option} is of {' and '.join(elsewhere)}; {hint}"
+        elif near:
             hint = f"did you mean {near[0]}? {hint}"
     elif (choice := _NO_CHOICE.match(message)) is not None:
         near = get_close_matches(choice["value"], re.findall(r"'([^']+)'", choice["known"]), n=1)
@@ -150,6 +168,8 @@ def _explain_usage(exc: typer.TyperException, verb: str | None) -> tuple[str, st
         message = message.replace("'", "")
         if near:
             hint = f"did you mean {near[0]}? {hint}"
+    elif (bad := _BAD_VALUE.fullmatch(message)) is not None:
+        message = f"{bad['flag'].replace(chr(39), '')} must be {bad['what'].rstrip('.')}"
     else:
         message, _, suggestion = message.partition(" Did you mean ")
         if suggestion:

@@ -174,5 +174,8 @@ def test_outputs_are_written_whole_and_never_over_others(tmp_path: Path) -> None
     save_outputs(file, y * 0, ids, torch.ones(3, 2), force=True)
     assert not load_file(file)["y"].any()
     assert [p.name for p in tmp_path.iterdir()] == ["out.safetensors"]
+    (tmp_path / "null").symlink_to("/dev/null")
+    with pytest.raises(FlashmoeError, match="is no file"):
+        save_outputs(tmp_path / "null", y, ids, torch.ones(3, 2), force=True)
     with pytest.raises(FlashmoeError, match="can't be written"):
         save_outputs(tmp_path / "none" / "out.safetensors", y, ids, torch.ones(3, 2))

@@ -57,7 +57,7 @@ def timeline_summary(run: Run, iteration: int | None = None) -> dict[str, Any]:
         "overlap_ns": spent.overlap_ns,
         "clock": clock | {"sm_mhz_mean": work.sm_mhz},
         "tracer": tracer,
-        "rings": {name: rings[name] for name in ("n", "capacity", "mode", "records", "dropped")}
+        "rings": {name: rings.get(name) for name in ("n", "capacity", "mode", "records", "dropped")}
         | {
             "with_drops": int((actors.dropped > 0).sum()),
             "never_began": sum(not ring["began"] for ring in rings["per_ring"]),
@@ -97,8 +97,8 @@ def one_iteration(spent: Account, iteration: int) -> Account:
     """The same account, of one iteration alone; FlashmoeError where there is no such one."""
     if not 0 <= iteration < len(spent.iterations):
         raise FlashmoeError(
-            f"The run has no iteration {iteration}.",
-            f"It has {len(spent.iterations)}, counted from 0.",
+            f"the run has no iteration {iteration}",
+            f"it has {len(spent.iterations)}, counted from 0",
             2,
         )
     at = slice(iteration, iteration + 1)

@@ -156,7 +156,7 @@ def _chosen(
     chosen = np.flatnonzero(keep)
     if not len(chosen):
         there = f"ranks 0-{actors.rank.max(initial=0)}, SMs 0-{actors.sm.max(initial=0)}"
-        raise FlashmoeError("The run has no such SM, lane or rank.", f"It has {there}.", 2)
+        raise FlashmoeError("the run has no such SM, lane or rank", f"it has {there}", 2)
     return chosen
 
 
@@ -201,19 +201,19 @@ def _window(
     """Start of the run or iteration, absolute; begin and end of the window, from there.  All ns."""
     at = slice(None) if iteration is None else slice(iteration, iteration + 1)
     begins, ends = spent.begin_ns[:, at], spent.end_ns[:, at]
+    what = "the run" if iteration is None else f"iteration {iteration}"
     if not (begins > 0).any():
-        what = "the run" if iteration is None else f"iteration {iteration}"
         raise FlashmoeError(
-            f"There are no events in {what}.",
-            f"The run has {len(spent.iterations)} iterations, counted from 0.",
+            f"there are no events in {what}",
+            f"the run has {len(spent.iterations)} iterations, counted from 0",
             2,
         )
     start, end = int(begins[begins > 0].min()), int(ends.max())
     begin, stop = window or (0, None)
     if begin >= end - start:
         raise FlashmoeError(
-            f"The window begins at {begin / 1000:g} us, after the end of the run.",
-            f"The run ends at {(end - start) / 1000:g} us.",
+            f"the window begins at {begin / 1000:g} us, after the end of {what}",
+            f"it ends at {(end - start) / 1000:g} us",
             2,
         )
     return start, begin, max(begin + 1, end - start if stop is None else stop)

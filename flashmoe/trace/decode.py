@@ -134,8 +134,8 @@ def require_known(table: pa.Table) -> None:
             strange = sorted({names[i] for i in used} - known)
             if strange:
                 raise FlashmoeError(
-                    f"The run holds an event of the {column} {strange[0]}, which there is none of.",
-                    "It is damaged; copy the run again, or trace again.",
+                    f"the run holds an event of the {column} {strange[0]}, which there is none of",
+                    "it is damaged; copy the run again, or trace again",
                 )
 
 

@@ -3,9 +3,14 @@
 Two kinds of edges, both derived from the routing counts and the tile plan, never from times alone:
 
 * ``dispatch`` -> ``gemm1``: from every dispatch record to the first GEMM1 tile of the owner that
-  read one of the rows it moved.
+  read one of the rows of its dispatch.
 * ``gemm2`` -> ``combine``: from the last GEMM2 tile of a row tile, once for every source that has
   rows in it, to that source's first combine record that read them.
+
+A dispatch is the rows of one chunk for one group of experts.  Several lanes of a CTA may have moved
+them together, each leaving a record of what it moved itself; which rows those were, the trace does
+not say.  So the records of one (iteration, rank, chunk, owner, first expert) stand for one dispatch
+of all their bytes, and each of them leads where it leads.
 
 A dispatch record has at most one edge; the other three kinds can have many.  So the edges are a
 table of their own, which is the truth, and the single ``flow`` column of the events holds what one
@@ -54,9 +59,9 @@ def assign(
     """Finds the edges of a run.
 
     ``plan`` has the columns of plan.parquet, ``counts`` those of counts.parquet.  Where
-    ``row_bytes`` (bytes of one row) is given, a dispatch record is held to have moved no more rows
-    than its bytes are, so that a record dropped from a full ring does not lend its rows to the one
-    before.  Edges that point back in time (clocks of two GPUs that disagree) are left out.
+    ``row_bytes`` (bytes of one row) is given, a dispatch is held to have moved no more rows than
+    the bytes of its records are, so that one dropped from a full ring does not lend its rows to the
+    one before.  Edges that point back in time (clocks of two GPUs that disagree) are left out.
     """
     table = events if isinstance(events, Events) else Events.of(events)
     rows = _RowTiles.of(plan)
@@ -181,6 +186,25 @@ class _Units:
         )
 
 
+@dataclass(frozen=True)
+class _Runs:
+    """Where the runs of equal values in an ascending array begin, and how long they are."""
+
+    first: np.ndarray
+    size: np.ndarray
+
+    @classmethod
+    def of(cls, ascending: np.ndarray) -> _Runs:
+        first = np.flatnonzero(np.r_[True, ascending[1:] != ascending[:-1]])
+        return cls(first, np.diff(np.r_[first, len(ascending)]))
+
+    def indices(self, runs: np.ndarray) -> np.ndarray:
+        """The places of all values of these runs, run after run."""
+        size = self.size[runs]
+        begin = np.cumsum(size) - size
+        return np.arange(size.sum()) + np.repeat(self.first[runs] - begin, size)
+
+
 def _first_by(keys: np.ndarray, times: np.ndarray) -> np.ndarray:
     """Of each distinct key, the index of the entry with the least time; keys ascending."""
     order = np.lexsort((times, keys))
@@ -203,7 +227,7 @@ def _dispatch_edges(
     tile_event = np.full(len(tiles.group), -1)
     tile_event[row[first]] = gemm1[first]
     tile_begin = np.where(tile_event >= 0, events.t0_ns[tile_event].astype(np.int64), _NEVER)
-    # The dispatch record of each unit: the last of its (source, chunk, owner) at or before it.
+    # The dispatch of each unit: the last of its (source, chunk, owner) at or before its expert.
     chunks = int(max(units.chunk.max(), events.tile[dispatch].astype(np.int64).max())) + 1
     wide = int(max(tiles.ranks, units.source.max() + 1, events.rank.max() + 1))
 
@@ -216,28 +240,33 @@ def _dispatch_edges(
         name: getattr(events, name)[dispatch].astype(np.int64)
         for name in ("iter", "rank", "tile", "peer", "expert", "bytes")
     }
-    group = place(record["iter"], record["rank"], record["tile"], record["peer"])
-    record_key = (group << 17) + record["expert"]
-    by_key = np.argsort(record_key, kind="stable")
-    unit_group = place(units.iter, units.source, units.chunk, units.owner)
-    unit_key = (unit_group << 17) + units.expert
-    at = np.searchsorted(record_key[by_key], unit_key, side="right") - 1
+    key = place(record["iter"], record["rank"], record["tile"], record["peer"])
+    key = (key << 17) + record["expert"]
+    by_key = np.argsort(key, kind="stable")
+    members = _Runs.of(key[by_key])  # the records of each dispatch
+    dispatch_key = key[by_key][members.first]
+    unit_place = place(units.iter, units.source, units.chunk, units.owner)
+    at = np.searchsorted(dispatch_key, (unit_place << 17) + units.expert, side="right") - 1
     owned = np.maximum(at, 0)
-    valid = (at >= 0) & (group[by_key][owned] == unit_group)
+    valid = (at >= 0) & (dispatch_key[owned] >> 17 == unit_place)
     if row_bytes:
-        order = np.lexsort((units.expert, unit_group))
+        order = np.lexsort((units.expert, unit_place))
         before = np.empty_like(units.rows)
         before[order] = np.cumsum(units.rows[order]) - units.rows[order]
-        begin = np.full(len(by_key), _NEVER)
+        begin = np.full(len(dispatch_key), _NEVER)
         np.minimum.at(begin, owned[valid], before[valid])
-        moved = record["bytes"][by_key] // row_bytes
+        moved = np.add.reduceat(record["bytes"][by_key], members.first) // row_bytes
         valid &= before - begin[owned] < moved[owned]
-    # The earliest tile over all units of a record and all row tiles of a unit.
+    # The earliest tile over all units of a dispatch and all row tiles of a unit.
     unit, tile = units.pair_unit, units.pair_tile
     keep = valid[unit] & (tile_begin[tile] != _NEVER)
     unit, tile = unit[keep], tile[keep]
     best = _first_by(owned[unit], tile_begin[tile])
-    return dispatch[by_key][owned[unit[best]]], tile_event[tile[best]]
+    found = owned[unit[best]]
+    return (
+        dispatch[by_key[members.indices(found)]],
+        np.repeat(tile_event[tile[best]], members.size[found]),
+    )
 
 
 def _combine_edges(

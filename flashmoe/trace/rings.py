@@ -117,20 +117,20 @@ def read_rings(path: Path) -> Rings:
     header = np.frombuffer(mapping, FILE_HEADER, count=1)[0]
     if header["magic"] != FILE_MAGIC:
         raise FlashmoeError(
-            f"{path} is not a flashmoe trace: it does not begin with {FILE_MAGIC.decode()}.",
-            "Give a run directory (NAME.fmoe) that flashmoe wrote.",
+            f"{path} is not a flashmoe trace: it does not begin with {FILE_MAGIC.decode()}",
+            "give a run directory (NAME.fmoe) that flashmoe wrote",
         )
     if header["version"] > FILE_VERSION:
         raise FlashmoeError(
             f"{path} has format version {header['version']}; this flashmoe reads up to "
-            f"{FILE_VERSION}.",
-            "Upgrade flashmoe, or read the run with the version that wrote it.",
+            f"{FILE_VERSION}",
+            "upgrade flashmoe, or read the run with the version that wrote it",
         )
     if (header["record_bytes"], header["header_bytes"]) != (RECORD.itemsize, RING_HEADER.itemsize):
         raise FlashmoeError(
             f"{path} has records of {header['record_bytes']} bytes and ring headers of "
-            f"{header['header_bytes']}, not {RECORD.itemsize} and {RING_HEADER.itemsize}.",
-            "The file is damaged; trace again.",
+            f"{header['header_bytes']}, not {RECORD.itemsize} and {RING_HEADER.itemsize}",
+            "the file is damaged; trace again",
         )
     headers = np.zeros(int(header["n_rings"]), RING_HEADER)
     stored = []
@@ -150,6 +150,6 @@ def read_rings(path: Path) -> Rings:
 
 def _truncated(path: Path) -> FlashmoeError:
     return FlashmoeError(
-        f"{path} is truncated: it ends before the last ring it announces.",
-        "The copy or the write was cut short; copy the run again, or trace again.",
+        f"{path} is truncated: it ends before the last ring it announces",
+        "the copy or the write was cut short; copy the run again, or trace again",
     )

@@ -76,21 +76,21 @@ def refuse_existing(path: Path, force: bool) -> None:
     """
     if path.name in ("", LATEST):
         raise FlashmoeError(
-            f"A run cannot be called {str(path)!r}.", f"Name it, e.g. mine{SUFFIX}.", 2
+            f"a run cannot be called {str(path)!r}", f"name it, e.g. mine{SUFFIX}", 2
         )
     if not path.exists() and not path.is_symlink():
         return
     if not force:
         raise FlashmoeError(
-            f"{path} exists already; nothing is overwritten.",
-            "Choose another name by -o, or replace it with -f.",
+            f"{path} exists already; nothing is overwritten",
+            "choose another name with -o, or replace it with -f",
             2,
         )
     ours = path.is_dir() and ((path / "run.json").exists() or not any(path.iterdir()))
     if not ours or path.is_symlink():
         raise FlashmoeError(
-            f"{path} exists and is not a run directory; -f replaces only runs.",
-            "Choose another name by -o.",
+            f"{path} exists and is not a run directory; -f replaces only runs",
+            "choose another name with -o",
             2,
         )
 
@@ -289,13 +289,13 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             message, hint = (
-                f"No space left to write {path}.",
-                "Free space, or write elsewhere by -o or $FLASHMOE_RUNS.",
+                f"no space left to write {path}",
+                "free space, or write elsewhere with -o or $FLASHMOE_RUNS",
             )
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            message, hint = f"{path} cannot be written: {error.strerror}.", "Write elsewhere by -o."
+            message, hint = f"{path} cannot be written: {error.strerror}", "write elsewhere with -o"
         else:
-            message, hint = f"{path} cannot be written: {error}.", "Write elsewhere by -o."
+            message, hint = f"{path} cannot be written: {error}", "write elsewhere with -o"
         raise FlashmoeError(message, hint) from error
 
 
@@ -348,7 +348,7 @@ class Run:
             return None
         data = path.read_bytes()
         if len(data) % schema.FLIGHT_SLOT.itemsize:
-            raise FlashmoeError(f"{path} is truncated.", "Copy the run again, or run again.")
+            raise FlashmoeError(f"{path} is truncated", "copy the run again, or trace again")
         return np.frombuffer(data, schema.FLIGHT_SLOT)
 
     def _with_height(self, plan: pa.Table) -> pa.Table:
@@ -367,13 +367,13 @@ class Run:
             table = pq.read_table(path)
         except (pa.ArrowException, OSError) as error:
             raise FlashmoeError(
-                f"{path} is damaged or truncated.", "Copy the run again, or trace again."
+                f"{path} is damaged or truncated", "copy the run again, or trace again"
             ) from error
         lacking = [n for n in of.names if n not in table.column_names and n != without]
         if lacking:
             raise FlashmoeError(
-                f"{path} has no column {', '.join(lacking)}: flashmoe did not write it.",
-                "Give a run directory (NAME.fmoe) that flashmoe wrote.",
+                f"{path} has no column {', '.join(lacking)}: flashmoe did not write it",
+                "give a run directory (NAME.fmoe) that flashmoe wrote",
             )
         return table
 
@@ -387,25 +387,25 @@ def open_run(path: str | os.PathLike[str] | None = None) -> Run:
     file = folder / "run.json"
     if not file.exists():
         raise FlashmoeError(
-            f"{folder} is not a flashmoe run: it has no run.json.",
-            "Give a run directory (NAME.fmoe) that `flashmoe trace` wrote.",
+            f"{folder} is not a flashmoe run: it has no run.json",
+            "give a run directory (NAME.fmoe) that `flashmoe trace` wrote",
         )
     try:
         meta = json.loads(file.read_text())
     except (ValueError, OSError) as error:
         raise FlashmoeError(
-            f"{file} is damaged or truncated.", "Copy the run again, or trace again."
+            f"{file} is damaged or truncated", "copy the run again, or trace again"
         ) from error
     version = meta.get("schema") if isinstance(meta, dict) else None
     if not isinstance(version, int) or "rings" not in meta:
         raise FlashmoeError(
-            f"{file} is not a flashmoe run's metadata.",
-            "Give a run directory (NAME.fmoe) that `flashmoe trace` wrote.",
+            f"{file} is not a flashmoe run's metadata",
+            "give a run directory (NAME.fmoe) that `flashmoe trace` wrote",
         )
     if version > SCHEMA:
         raise FlashmoeError(
-            f"{folder} was written in schema {version}; this flashmoe reads up to {SCHEMA}.",
-            "Upgrade flashmoe, or read the run with the version that wrote it.",
+            f"{folder} was written in schema {version}; this flashmoe reads up to {SCHEMA}",
+            "upgrade flashmoe, or read the run with the version that wrote it",
         )
     return Run(folder, meta)
 
@@ -420,22 +420,21 @@ def find_run(path: str | os.PathLike[str] | None) -> Path:
         runs = list_runs()
         if not runs:
             raise FlashmoeError(
-                f"There is no run in {folder.resolve()}.",
-                "Make one by `flashmoe trace`, or name one.",
+                f"there is no run in {folder.resolve()}",
+                "make one by `flashmoe trace`, or name one",
                 2,
             )
         return max(runs, key=lambda run: run.stat().st_mtime)
     given = Path(path)
-    for candidate in (given, given.with_name(given.name + SUFFIX), folder / given,
-                      folder / f"{given}{SUFFIX}"):  # fmt: skip
+    for candidate in (given, Path(f"{given}{SUFFIX}"), folder / given, folder / f"{given}{SUFFIX}"):
         if candidate.is_dir():
             return candidate
     if given.exists():
-        raise FlashmoeError(f"{given} is a file, not a run directory.", "Give a NAME.fmoe.", 2)
+        raise FlashmoeError(f"{given} is a file, not a run directory", "give a NAME.fmoe", 2)
     names = {run.name.removesuffix(SUFFIX): run.name for run in list_runs()}
     close = difflib.get_close_matches(given.name.removesuffix(SUFFIX), names, 1, 0.5)
-    hint = f"Did you mean {names[close[0]]}?" if close else "Make one by `flashmoe trace`."
-    raise FlashmoeError(f"There is no run {given}.", hint, 2)
+    hint = f"did you mean {names[close[0]]}?" if close else "make one by `flashmoe trace`"
+    raise FlashmoeError(f"there is no run {given}", hint, 2)
 
 
 def list_runs() -> list[Path]:
@@ -445,6 +444,6 @@ def list_runs() -> list[Path]:
 
 def _missing(path: Path) -> FlashmoeError:
     return FlashmoeError(
-        f"{path.parent} has no {path.name}: the run is incomplete.",
-        "Copy the run again, or trace again.",
+        f"{path.parent} has no {path.name}: the run is incomplete",
+        "copy the run again, or trace again",
     )

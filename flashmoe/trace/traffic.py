@@ -33,6 +33,8 @@ def traffic_summary(run: Run, iteration: int | None = None, bins: int = 64) -> d
     total = matrices["dispatch"] + matrices["return"]
     payload = int(total.sum() - np.trace(total))
     start, end = window(events, iteration)
+    launches = 1 if iteration is not None else _iterations(events)
+    of_counts = int(events.bytes[_moved(events, EventKind.COUNTS, iteration)].sum())
     row_bytes = world.get("row_bytes")
     counts, plan = (_of_iteration(table, iteration) for table in (run.counts, run.plan))
     other = None
@@ -52,7 +54,7 @@ def traffic_summary(run: Run, iteration: int | None = None, bins: int = 64) -> d
         "world": world.get("kind"),
         "topology": world.get("topology"),
         "iteration": iteration,
-        "iterations": 1 if iteration is not None else _iterations(events),
+        "iterations": launches,
         "ranks": ranks,
         "bounds": bool(meta["rings"]["dropped"]),
         "payload_bytes": payload,
@@ -60,7 +62,9 @@ def traffic_summary(run: Run, iteration: int | None = None, bins: int = 64) -> d
         "matrix_bytes": total.tolist(),
         "dispatch_bytes": matrices["dispatch"].tolist(),
         "return_bytes": matrices["return"].tolist(),
-        "counts_bytes": int(events.bytes[_moved(events, EventKind.COUNTS, iteration)].sum()),
+        "counts_bytes": of_counts,
+        # Every rank tells every rank 8 bytes an expert; some of it goes unrecorded.
+        "counts_bounds": of_counts < 8 * config.get("experts", 0) * ranks**2 * launches,
         "span_ns": end - start,
         "mean_gb_per_s": payload / (end - start) if end > start else None,
         "rate": rate(events, crossing, start, end, bins),

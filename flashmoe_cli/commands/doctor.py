@@ -22,7 +22,14 @@ def doctor(device: Device = 0, as_json: Json = False) -> None:
     checks = list(all_checks(device))
     failed = any(c.state == "fail" for c in checks)
     if as_json:
-        emit({"schema": SCHEMA, "ok": not failed, "checks": [asdict(c) for c in checks]})
+        emit(
+            {
+                "schema": SCHEMA,
+                "verb": "doctor",
+                "ok": not failed,
+                "checks": [asdict(c) for c in checks],
+            }
+        )
     else:
         emit(doctor_lines(checks, terminal()))
     if failed:

@@ -19,11 +19,22 @@ class Format(StrEnum):
     chrome = "chrome"
 
 
+def _format_of(output: Path | None) -> Format:
+    """What a file of this name should hold."""
+    name = "" if output is None else output.name.lower().removesuffix(".gz")
+    return Format.chrome if name.endswith(".json") else Format.perfetto
+
+
 def export(
     run: RunPath = None,
     format: Annotated[
-        Format, typer.Option("--format", help="Perfetto's binary format, or Chrome's JSON.")
-    ] = Format.perfetto,
+        Format | None,
+        typer.Option(
+            "--format",
+            help="Perfetto's binary format, or Chrome's JSON; by default as FILE's name says: "
+            ".json is Chrome's, all else Perfetto's.",
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -48,9 +59,10 @@ def export(
     with Progress(quiet or as_json) as progress:
         progress("reading the run")
         source = open_traced(run)
-        path = output or Path(source.path.stem + FORMATS[format.value])
+        form = format or _format_of(output)
+        path = output or Path(source.path.stem + FORMATS[form])
         progress(f"writing {path}")
-        done = write(source, format.value, path, force=force)
+        done = write(source, form, path, force=force)
     if as_json:
         emit(
             {

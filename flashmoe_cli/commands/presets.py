@@ -16,6 +16,6 @@ def presets(as_json: Json = False) -> None:
             {"name": n, "tokens": p.tokens, "description": p.description, **p.config.to_dict()}
             for n, p in PRESETS.items()
         ]
-        emit({"schema": SCHEMA, "presets": shapes})
+        emit({"schema": SCHEMA, "verb": "presets", "presets": shapes})
     else:
         emit(preset_lines(PRESETS, terminal()))

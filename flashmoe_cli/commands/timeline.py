@@ -54,7 +54,8 @@ def timeline(
         int | None, typer.Option("--rank", metavar="N", help="Only this rank's SMs.", min=0)
     ] = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Exit code 4 where records were dropped.")
+        bool,
+        typer.Option("--strict", help="Exit code 4 where the trace is incomplete."),
     ] = False,
     as_json: Json = False,
 ) -> None:

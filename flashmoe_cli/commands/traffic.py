@@ -19,7 +19,8 @@ def traffic(
         ),
     ] = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Exit code 4 where records were dropped.")
+        bool,
+        typer.Option("--strict", help="Exit code 4 where the trace is incomplete."),
     ] = False,
     as_json: Json = False,
 ) -> None:

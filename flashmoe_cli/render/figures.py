@@ -48,9 +48,10 @@ def figure_lines(summary: dict[str, Any], run: Run, iteration: int, where: Termi
         which = "every launch" if len(launches) <= MOST_LAUNCHES else which
         lines += ["", _heading(f"{which}, all ranks together", where)]
         lines += _launch_table(summary["iterations"], launches, where)
-    hang = run.meta.get("hang")
-    if hang:
-        parts = wrap(f"this run hung: {hang['reason']}", where.width)
+    hang, status = run.meta.get("hang"), run.meta.get("status") or {}
+    if hang or status.get("code"):
+        said = f"hung: {hang.get('reason')}" if hang else f"did not end well: {status['message']}"
+        parts = wrap(f"this run {said}", where.width)
         lines += ["", *(paint(part, "1;31", where.colour) for part in parts)]
     return [*lines, "", *_remarks(summary, where)]
 

@@ -36,7 +36,7 @@ def info_lines(
         ("no GPU", world.get("why")),
         ("experts", _experts(world["experts_of_rank"])),
         ("device", device_text(meta["device"]) if meta.get("device") else None),
-        ("clock", _clock(meta.get("clock"))),
+        ("clock", _clock(meta.get("clock"), world["kind"])),
         ("launches", f"{meta.get('iterations')} after {meta.get('warmup')} of warm-up"),
         ("time", _time(world["kind"], meta)),
         ("rings", _rings(rings)),
@@ -71,10 +71,11 @@ def _experts(owned: list[list[int]]) -> str:
     return f"{', '.join(shown)}{more} (by rank)"
 
 
-def _clock(clock: dict[str, Any] | None) -> str | None:
+def _clock(clock: dict[str, Any] | None, world: str) -> str | None:
     if clock is None:
         return None
-    sm = f", SM clock {clock['sm_mhz']:.0f} MHz" if clock.get("sm_mhz") else ""
+    counter = "cycle counter" if world == "host" else "SM clock"
+    sm = f", {counter} {clock['sm_mhz']:.0f} MHz" if clock.get("sm_mhz") else ""
     return (
         f"{clock['source']}, step {clock['step_ns']:.0f} ns, "
         f"a record costs {clock['record_cost_ns']:.0f} ns{sm}"
@@ -90,7 +91,7 @@ def _rings(rings: dict[str, Any]) -> str:
     drops = f"{count_text(rings['dropped'])} dropped" if rings["dropped"] else "none dropped"
     return (
         f"{plural(rings['n'], 'ring')} of {count_text(rings['capacity'])} records "
-        f"({rings['mode']}), {count_text(rings['records'])} records, {drops}"
+        f"({rings.get('mode')}), {count_text(rings['records'])} records, {drops}"
     )
 
 

@@ -36,7 +36,7 @@ def check_text(check: dict[str, Any] | None) -> str:
     """The verdict with its figures."""
     if check is None:
         return "not checked"
-    out, routing = check["output"], check["routing"]
+    out, routing = check["output"], check.get("routing")
     verdict = "ok" if out["ok"] else f"WRONG: {plural(out['over'], 'element')} over the bound"
     text = f"{verdict}; max error {out['max_abs']:.2g}, {out['max_ratio']:.2f} of its bound"
     if out["not_finite"]:

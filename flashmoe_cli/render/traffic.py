@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from textwrap import wrap
 from typing import Any
 
 from flashmoe_cli.output import Terminal
-from flashmoe_cli.render.text import bytes_text, clip, paint, percent, plural, table, time_text
+from flashmoe_cli.render.text import bytes_text, paint, percent, plural, table, time_text
 
+#: Where the figures begin, in columns.
+_INDENT = 17
 _SPARK = " ▁▂▃▄▅▆▇█"
 _SPARK_ASCII = " .:-=+*#@"
 _MOST_RANKS = 16
@@ -19,26 +22,38 @@ def traffic_lines(figures: dict[str, Any], where: Terminal) -> list[str]:
         launches = f"launch {figures['iteration']}"
     if figures["ranks"] == 1:
         rows = bytes_text(figures["local_bytes"])
-        return [f"one rank: no row crosses ({rows} of rows moved within it, {launches})"]
+        one = f"one rank: no row crosses ({rows} of rows moved within it, {launches})"
+        return wrap(one, where.width)
+    of_counts = bytes_text(figures["counts_bytes"])
+    if figures["counts_bounds"]:
+        of_counts = f"at least {of_counts}"
+    head = wrap(f"payload bytes from (row) to (column), {launches}", where.width)
+    matrix = [*(paint(line, "1", where.colour) for line in head), *_matrix(figures, where), ""]
     lines = [
-        paint(f"payload bytes from (row) to (column), {launches}", "1", where.colour),
-        *_matrix(figures, where),
-        "",
         f"  crossed        {bytes_text(figures['payload_bytes'])} of real rows, none of padding; "
-        f"{bytes_text(figures['counts_bytes'])} of counts",
+        f"{of_counts} of counts",
         f"  stayed         {bytes_text(figures['local_bytes'])}",
     ]
     if figures["mean_gb_per_s"] is not None:
         lines.append(
-            f"  rate           {figures['mean_gb_per_s']:.3g} GB/s on average over "
-            f"{time_text(figures['span_ns'])}, {figures['rate']['peak_gb_per_s']:.3g} at most in "
+            f"  rate           {figures['mean_gb_per_s']:.3g} GB/s over "
+            f"{time_text(figures['span_ns'])}, at most {figures['rate']['peak_gb_per_s']:.3g} in "
             f"{time_text(figures['rate']['bin_ns'])}{_not_a_link(figures)}"
         )
-        lines.append(f"  over time      |{_spark(figures['rate']['bytes'], where)}|")
+        lines.append(f"  over time      {_spark(figures['rate']['bytes'], where)}")
     lines += _alternatives(figures)
+    lines = [part for line in lines for part in _fit(line, where.width)]
     if figures["bounds"]:
-        lines.append(paint("  records were dropped: these are lower bounds", "33", where.colour))
-    return [clip(line, where.width) for line in lines]
+        dropped = wrap("  records were dropped: these are lower bounds", where.width)
+        lines += [paint(line, "33", where.colour) for line in dropped]
+    return [*matrix, *lines]
+
+
+def _fit(line: str, width: int) -> list[str]:
+    """A figure with its name in front, in lines of at most ``width`` columns."""
+    if len(line) <= width:
+        return [line]
+    return wrap(line, width, subsequent_indent=" " * min(_INDENT, width // 2))
 
 
 def _not_a_link(figures: dict[str, Any]) -> str:
@@ -60,9 +75,12 @@ def _matrix(figures: dict[str, Any], where: Terminal) -> list[str]:
 
 
 def _spark(values: list[int], where: Terminal) -> str:
+    """The values as a row of bars between two edges; neighbours share one where room is scarce."""
+    together = -(-len(values) // max(where.width - _INDENT - 2, 1)) if values else 1
+    values = [sum(values[i : i + together]) for i in range(0, len(values), together)]
     signs = _SPARK if where.unicode else _SPARK_ASCII
     top = max(values, default=0) or 1
-    return "".join(signs[-(-v * (len(signs) - 1) // top)] for v in values)
+    return f"|{''.join(signs[-(-v * (len(signs) - 1) // top)] for v in values)}|"
 
 
 def _alternatives(figures: dict[str, Any]) -> list[str]:

@@ -36,6 +36,10 @@ PLACE = {"PYTHONPATH": str(Path(flashmoe_cli.__file__).parents[1])}
         (("timeline", "--lane", "q"), "--lane q: it is one of load, ", "flashmoe timeline --help"),
         (("run", "--seed", str(2**63)), "--seed", "flashmoe run --help"),
         (("trace", "--ring-capacity", str(2**32)), "--ring-capacity", "flashmoe trace --help"),
+        (("run", "-n", "x"), "-n / --iterations must be a valid integer", "flashmoe run --help"),
+        (("run", "--skew", "-1"), "--skew must be greater than or equal to 0", "flashmoe run"),
+        (("run", "--sm", "3"), "no such option --sm", "--sm is of flashmoe timeline; "),
+        (("run", "--force", "--ring-mode", "x"), "no such option --ring-mode", "flashmoe trace"),
         (("run", "tiny", "extra"), "extra", "flashmoe run --help"),
         (("run", "--hidden"), "--hidden", "flashmoe run --help"),
         (("run", "tiny", "--hidden", "63"), "hidden size 63", "--hidden 56 or 64"),
@@ -275,3 +279,13 @@ def test_a_terminal_without_unicode_stays_readable(made_up: Any) -> None:
     )
     done.stdout.decode("ascii")
     assert b"GEMM1" in done.stdout
+
+
+def test_a_ctrl_c_while_loading_is_no_traceback(tmp_path: Path) -> None:
+    """As if it came while typer was being imported."""
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from flashmoe_cli.__main__ import"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{script} main; main()"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")

@@ -11,6 +11,12 @@ import pytest
 
 from flashmoe_cli.render.text import visible
 
+CHECK = {
+    "ok": False,
+    "output": {"ok": False, "over": 9, "not_finite": 0, "unbounded": 0, "max_abs": 1.0,
+               "max_ratio": 9.0},
+}  # fmt: skip
+
 
 def test_the_timeline_as_a_person_reads_it(made_up: Any, cli: Any, golden: Any) -> None:
     made_up()
@@ -32,6 +38,13 @@ def test_the_traffic_as_a_person_reads_it(made_up: Any, cli: Any, golden: Any) -
     done = cli("traffic")
     assert done.exit_code == 0, done.output
     golden("traffic.txt", done.stdout)
+
+
+def test_counts_that_were_not_all_recorded_are_a_bound(made_up: Any, cli: Any) -> None:
+    made_up("all.fmoe")
+    assert "padding; 192 B of counts" in cli("traffic", "all.fmoe").stdout
+    made_up("part.fmoe", experts=16)
+    assert "padding; at least 480 B of counts" in cli("traffic", "part.fmoe").stdout
 
 
 def test_dropped_records_are_said_and_strict_ends_with_4(made_up: Any, cli: Any) -> None:
@@ -214,3 +227,91 @@ def test_colour_only_where_it_is_wanted(
     assert "\x1b[38;5;" in cli("timeline").stdout
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b" not in cli("timeline").stdout
+
+
+def test_a_narrow_terminal_shows_all_of_the_traffic(
+    made_up: Any, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up()
+    wide = cli("traffic").stdout
+    monkeypatch.setenv("COLUMNS", "36")
+    narrow = cli("traffic").stdout
+    assert ".." not in narrow
+    for text in (narrow, wide):
+        said = " ".join(text.split())
+        for words in ("192 B of counts", "within one GPU)", "which drops none"):
+            assert words in said
+    # The bars are of all the run, not of its begin.
+    bars = [line.partition("over time")[2].strip() for line in narrow.splitlines()]
+    (bars,) = [line for line in bars if line]
+    assert bars[0] == bars[-1] == "|" and bars.strip("| ")[-1] == "\u2588"
+
+
+@pytest.mark.parametrize("name", ["/", ".", "..", "", "one.fmoe/", "one", "nothing/one"])
+def test_any_name_of_a_run_is_found_or_refused(made_up: Any, cli: Any, name: str) -> None:
+    made_up("one.fmoe")
+    done = cli("timeline", name)
+    if name in ("one", "one.fmoe/"):
+        assert done.exit_code == 0
+    else:
+        assert done.exit_code in (1, 2)
+        assert "internal error" not in done.stderr and len(done.stderr.splitlines()) == 2
+
+
+def test_a_run_is_found_from_inside(
+    made_up: Any, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(made_up())
+    assert cli("timeline", ".").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "format"),
+    [
+        (("-o", "a.json"), "chrome"),
+        (("-o", "a.json.gz"), "chrome"),
+        (("-o", "a"), "perfetto"),
+        ((), "perfetto"),
+        (("-o", "a.json", "--format", "perfetto"), "perfetto"),
+    ],
+)
+def test_a_file_holds_what_its_name_says(
+    made_up: Any, cli: Any, args: tuple[str, ...], format: str
+) -> None:
+    made_up()
+    assert json.loads(cli("export", *args, "--json").stdout)["format"] == format
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "says"),
+    [
+        ({"status": {"code": 130, "message": "interrupted"}}, 4, "did not end well: interrupted"),
+        (
+            {
+                "status": {"code": 124, "message": "a wait passed its deadline"},
+                "hang": {"reason": "rank 1 never started"},
+            },
+            4,
+            "this run hung: rank 1 never started",
+        ),
+        ({"status": {"code": 1, "message": "wrong result"}, "check": CHECK}, 0, "wrong result"),
+        ({}, 0, ""),
+    ],
+)
+def test_a_run_that_ended_early_is_said_to_and_incomplete(
+    made_up: Any, cli: Any, change: dict[str, Any], code: int, says: str
+) -> None:
+    path = made_up()
+    meta = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps(meta | change))
+    for verb in ("timeline", "traffic"):
+        assert cli(verb, "--strict").exit_code == code
+        assert cli(verb).exit_code == 0
+    text = cli("timeline").stdout
+    assert says in text and ("this run" in text) == bool(says)
+
+
+@pytest.mark.parametrize("verb", ["timeline", "traffic", "info", "presets", "doctor"])
+def test_every_object_names_its_verb(made_up: Any, cli: Any, verb: str) -> None:
+    made_up()
+    assert json.loads(cli(verb, "--json").stdout)["verb"] == verb

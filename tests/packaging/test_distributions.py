@@ -150,7 +150,7 @@ def test_metadata_names_the_command_and_keeps_torch_off_other_platforms(
     assert all(torch.specifier.contains(v) for v in ("2.11.0", "2.13.1"))
     assert not any(torch.specifier.contains(v) for v in ("2.10.2", "2.14.0"))
     (entry,) = (n for n in wheel.namelist() if n.endswith("entry_points.txt"))
-    assert "flashmoe_cli.main:main" in wheel.read(entry).decode()
+    assert "flashmoe_cli.__main__:main" in wheel.read(entry).decode()
 
 
 def test_licences_travel_along(wheel: zipfile.ZipFile) -> None:

@@ -110,7 +110,7 @@ def test_a_choice_of_nothing_is_an_error(run: Run) -> None:
 
 
 def test_what_was_dropped_shows_as_unrecorded(tmp_path: Path, shape: synthetic.Shape) -> None:
-    cut = dataclasses.replace(shape, capacity=8, iterations=1)
+    cut = dataclasses.replace(shape, capacity=15, iterations=1)
     synthetic.write(tmp_path / "cut.fmoe", cut)
     got = timeline_cells(open_run(tmp_path / "cut.fmoe"), 100, 20, lanes=["math0"])
     headers = synthetic.make(cut)[0].headers

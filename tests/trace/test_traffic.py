@@ -49,6 +49,22 @@ def test_the_matrix_is_what_the_counts_say(run: Run, shape: synthetic.Shape) -> 
     json.dumps(got)
 
 
+def test_counts_that_no_record_has_make_their_bytes_a_bound(
+    run: Run, shape: synthetic.Shape, tmp_path: Path
+) -> None:
+    each = 8 * shape.experts * shape.ranks**2
+    whole = traffic_summary(run)
+    assert whole["counts_bytes"] == each * shape.iterations and not whole["counts_bounds"]
+    assert traffic_summary(run, 1)["counts_bytes"] == each
+    assert not traffic_summary(run, 1)["counts_bounds"]
+    # More experts than five times the CTAs: warps that lead no lane send some.
+    many = dataclasses.replace(shape, experts=5 * shape.sms + 1)
+    synthetic.write(tmp_path / "many.fmoe", many)
+    got = traffic_summary(open_run(tmp_path / "many.fmoe"))
+    assert 0 < got["counts_bytes"] < 8 * many.experts * shape.ranks**2 * shape.iterations
+    assert got["counts_bounds"]
+
+
 def test_one_iteration_is_its_share(run: Run, shape: synthetic.Shape) -> None:
     each = [traffic_summary(run, i) for i in range(shape.iterations)]
     whole = traffic_summary(run)

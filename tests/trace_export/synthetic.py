@@ -18,12 +18,13 @@ START_NS = 1_790_000_000_123_456_789  # as a wall clock gives: past what a doubl
 
 @dataclass
 class Run:
-    """Looks like an opened run directory."""
+    """Looks like an opened run directory.  ``waves``: the experts that are dispatched together."""
 
     events: pa.Table
     plan: pa.Table
     counts: pa.Table
     meta: dict[str, Any] = field(default_factory=dict)
+    waves: list[list[int]] = field(default_factory=list)
 
 
 class Table:
@@ -88,12 +89,45 @@ def tables_of(counts: np.ndarray, tile_m: int, columns: tuple[int, int]) -> tupl
     return pa.Table.from_pylist(plan), pa.table(rows)
 
 
+# Which of a CTA's twelve warps are of which lane, as on a GPU.
+WARPS_OF = {
+    Lane.LOAD: range(1), Lane.SCHED: range(1, 2), Lane.COMM0: range(2, 3), Lane.COMM1: range(3, 4),
+    Lane.MATH0: range(4, 8), Lane.MATH1: range(8, 12),
+}  # fmt: skip
+
+
+def shares(rows: int, wave: int, by_lanes: bool) -> list[tuple[Lane, int]]:
+    """Who records the dispatch of a unit of ``rows`` rows, and how many of them it moved.
+
+    ``by_lanes``: as on a GPU, where all warps move an owner's first wave and the two comm lanes
+    halve the others; else one lane moves it all, in turn.
+    """
+    if not rows:
+        return []
+    if not by_lanes:
+        return [(Lane.COMM1 if wave % 2 else Lane.COMM0, rows)]
+    if wave == 0:
+        return [
+            (lane, sum(len(range(warp, rows, 12)) for warp in warps))
+            for lane, warps in WARPS_OF.items()
+        ]
+    halves = [(Lane.COMM0, rows // 2), (Lane.COMM1, rows - rows // 2)]
+    return [(lane, moved) for lane, moved in halves if moved]
+
+
 def run_of(
-    counts: np.ndarray, tile_m: int = 4, row_bytes: int = 96, sms: int = 2, seed: int = 0
+    counts: np.ndarray,
+    tile_m: int = 4,
+    row_bytes: int = 96,
+    sms: int = 2,
+    seed: int = 0,
+    wave: int = 1,
+    by_lanes: bool = False,
 ) -> Run:
     """A whole run: dispatch, tiles, returns and combine in causal order with random durations.
 
-    Chunk c of a rank is handled by CTA c % sms.  Waves are single experts.
+    Chunk c of a rank is handled by CTA c % sms.  A dispatch moves the rows of ``wave`` experts of
+    one owner; ``by_lanes`` as in :func:`shares`.
     """
     rng = np.random.default_rng(seed)
     iterations, world, chunks, experts = counts.shape
@@ -117,13 +151,12 @@ def run_of(
         for rank in range(world):
             for chunk in range(chunks):
                 cta = chunk % sms
-                for e in range(experts):
-                    rows = int(counts[it, rank, chunk, e])
-                    if rows:
-                        lane = Lane.COMM0 if e % 2 else Lane.COMM1
-                        end = span(EventKind.DISPATCH, rank, cta, lane, peer=owner[e], expert=e,
-                                   tile=chunk, aux=rows * row_bytes)  # fmt: skip
-                        arrived[e] = max(arrived.get(e, 0), end)
+                for number, group in waves_of(owner, wave):
+                    rows = int(counts[it, rank, chunk, group].sum())
+                    for lane, moved in shares(rows, number, by_lanes):
+                        end = span(EventKind.DISPATCH, rank, cta, lane, peer=owner[group[0]],
+                                   expert=group[0], tile=chunk, aux=moved * row_bytes)  # fmt: skip
+                        arrived |= {e: max(arrived.get(e, 0), end) for e in group}
         done: dict[int, int] = {}  # expert -> its last tile of the gemm before
         for gemm, kind in ((1, EventKind.GEMM1), (2, EventKind.GEMM2)):
             ready = dict(arrived if gemm == 1 else done)
@@ -163,7 +196,16 @@ def run_of(
         "tool": {"version": "0"},
         "rings": {"dropped": 0},
     }
-    return Run(t.table(), plan, of_counts, meta)
+    return Run(t.table(), plan, of_counts, meta, [group for _, group in waves_of(owner, wave)])
+
+
+def waves_of(owner: list[int], wave: int) -> list[tuple[int, list[int]]]:
+    """The experts dispatched together, owner after owner, each with its place in the owner's."""
+    found = []
+    for rank in sorted(set(owner)):
+        mine = [e for e, of in enumerate(owner) if of == rank]
+        found += [(i // wave, mine[i : i + wave]) for i in range(0, len(mine), wave)]
+    return found
 
 
 def _overlap(

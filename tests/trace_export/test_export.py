@@ -307,6 +307,22 @@ def test_unknown_format_and_folder_are_usage_errors(run: Run, tmp_path: Path) ->
         assert raised.value.exit_code == 2
 
 
+@pytest.mark.skipif(not Path("/dev/null").exists(), reason="no /dev/null here")
+def test_a_device_is_never_replaced_by_a_file(run: Run, tmp_path: Path) -> None:
+    device = tmp_path / "null"
+    device.symlink_to("/dev/null")
+    for path in (Path("/dev/null"), device):
+        with pytest.raises(FlashmoeError, match="is no file") as raised:
+            export(run, "chrome", path, force=True)
+        assert raised.value.exit_code == 2 and not path.is_file()
+
+
+def test_a_missing_folder_is_named(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(FlashmoeError, match=f"no directory {tmp_path / 'none'}") as raised:
+        export(run, "chrome", tmp_path / "none" / "x.json")
+    assert raised.value.exit_code == 2
+
+
 def test_blocks_join_without_a_seam(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

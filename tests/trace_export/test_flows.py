@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from flashmoe.trace import flows
 from flashmoe.trace.columns import Events
-from flashmoe.trace.schema import EventKind
+from flashmoe.trace.schema import EventKind, Lane
 
 from .synthetic import Run, run_of
 
@@ -49,9 +49,12 @@ def plain(run: Run) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
     begin = e.t0_ns
     end = e.t0_ns + e.dur_ns
     dispatches, combines = set(), set()
+    together = {wave[0]: wave for wave in run.waves}
     for i in np.flatnonzero(e.kind == EventKind.DISPATCH):
-        unit = (int(e.iter[i]), int(e.rank[i]), int(e.tile[i]), int(e.expert[i]))
-        users = [j for w in set(moved[unit]) for j in tiles.get((unit[0], "gemm1", *w), [])]
+        unit = (int(e.iter[i]), int(e.rank[i]), int(e.tile[i]))
+        group = [moved.get((*unit, expert), []) for expert in together[int(e.expert[i])]]
+        places = {place for rows in group for place in rows}
+        users = [j for place in places for j in tiles.get((unit[0], "gemm1", *place), [])]
         if users:
             dispatches.add((int(i), int(min(users, key=lambda j: (begin[j], j)))))
     for (it, gemm, rank, row_tile), members in tiles.items():
@@ -92,22 +95,32 @@ def found(run: Run, row_bytes: int | None = None) -> tuple[set[tuple[int, int]],
     experts=st.integers(1, 5),
     iterations=st.integers(1, 2),
     tile_m=st.integers(1, 6),
+    wave=st.integers(1, 3),
+    by_lanes=st.booleans(),
 )
 def test_edges_are_those_of_a_plain_search(
-    seed: int, world: int, chunks: int, experts: int, iterations: int, tile_m: int
+    seed: int,
+    world: int,
+    chunks: int,
+    experts: int,
+    iterations: int,
+    tile_m: int,
+    wave: int,
+    by_lanes: bool,
 ) -> None:
     rng = np.random.default_rng(seed)
     counts = rng.integers(0, 6, (iterations, world, chunks, experts))
     counts[0, 0, 0, 0] += 1
-    run = run_of(counts, tile_m, seed=seed)
+    run = run_of(counts, tile_m, seed=seed, wave=wave, by_lanes=by_lanes)
     expected = plain(run)
     assert found(run) == expected
     assert found(run, row_bytes=96) == expected
 
 
-@pytest.fixture
-def run() -> Run:
-    return run_of(np.random.default_rng(3).integers(0, 7, (2, 3, 3, 6)))
+@pytest.fixture(params=[False, True], ids=["by one lane", "by lanes"])
+def run(request: pytest.FixtureRequest) -> Run:
+    counts = np.random.default_rng(3).integers(0, 7, (2, 3, 3, 6))
+    return run_of(counts, wave=1 + request.param, by_lanes=request.param)
 
 
 def test_every_dispatch_has_one_edge_and_the_flow_column_finds_it(run: Run) -> None:
@@ -155,6 +168,55 @@ def test_a_dropped_dispatch_lends_its_rows_to_no_other() -> None:
     loose = flows.assign(table, run.plan, run.counts)
     target = loose.target[loose.kind == EventKind.DISPATCH]
     assert Events.of(table).expert[target].tolist() == [1]
+
+
+def of_one_chunk(counts: list[int]) -> Run:
+    """One rank, one chunk, an expert a wave, as a GPU records it; tiles of 2 rows."""
+    return run_of(np.array(counts).reshape(1, 1, 1, -1), tile_m=2, by_lanes=True)
+
+
+def dispatch_edges(run: Run, keep: np.ndarray) -> list[tuple[int, int, int]]:
+    """(lane, expert of the record, expert of its tile) of each, of the events in ``keep``."""
+    table = run.events.filter(pa.array(keep))
+    e = Events.of(table)
+    f = flows.assign(table, run.plan, run.counts, row_bytes=96)
+    mine = f.kind == EventKind.DISPATCH
+    ends = zip(f.source[mine].tolist(), f.target[mine].tolist(), strict=True)
+    return sorted((int(e.lane[a]), int(e.expert[a]), int(e.expert[b])) for a, b in ends)
+
+
+def test_every_lane_that_shared_a_dispatch_leads_to_its_tile() -> None:
+    """13 rows by twelve warps of six lanes, then 5 rows halved; a lane may have moved none."""
+    run = of_one_chunk([13, 5])
+    halves = [(lane, 1, 1) for lane in (Lane.COMM0, Lane.COMM1)]
+    assert dispatch_edges(run, np.full(run.events.num_rows, True)) == sorted(
+        [(lane, 0, 0) for lane in Lane] + halves
+    )
+    one_row = of_one_chunk([1, 1])
+    e = Events.of(one_row.events)
+    bytes_of = e.bytes[(e.kind == EventKind.DISPATCH) & (e.expert == 0)]
+    assert bytes_of.tolist() == [96, 0, 0, 0, 0, 0]
+    assert dispatch_edges(one_row, np.full(len(e), True)) == [
+        *[(lane, 0, 0) for lane in list(Lane)[:3]],
+        (Lane.COMM1, 0, 0),
+        (Lane.COMM1, 1, 1),
+        *[(lane, 0, 0) for lane in list(Lane)[4:]],
+    ]
+
+
+def test_a_dispatch_that_lost_some_lanes_still_leads_to_its_own_tile() -> None:
+    run = of_one_chunk([13, 5])
+    e = Events.of(run.events)
+    dispatch = e.kind == EventKind.DISPATCH
+    lost = dispatch & ((e.lane == Lane.COMM0) | (e.expert == 0) & (e.lane != Lane.MATH1))
+    assert dispatch_edges(run, ~lost) == [(Lane.COMM1, 1, 1), (Lane.MATH1, 0, 0)]
+    # With the second wave's records lost too, the first one's bytes keep it to its own rows, though
+    # the second's tile ran first.
+    times = e.t0_ns.copy()
+    times[(e.kind == EventKind.GEMM1) & (e.expert == 1)] = e.t0_ns[dispatch].max() + 1
+    at = run.events.schema.get_field_index("t0_ns")
+    run.events = run.events.set_column(at, "t0_ns", pa.array(times))
+    assert dispatch_edges(run, ~(dispatch & (e.expert == 1))) == [(lane, 0, 0) for lane in Lane]
 
 
 def test_nothing_to_follow_gives_no_edges(run: Run) -> None:

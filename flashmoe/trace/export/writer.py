@@ -52,8 +52,8 @@ def export(
     """Writes ``run`` to ``path`` as ``format`` ("perfetto" or "chrome").
 
     ``gz``: compress with gzip; None: where the path ends in ``.gz``.  Raises FlashmoeError for an
-    unknown format, an existing file without ``force``, and a file that cannot be written; what was
-    there before is then still there.
+    unknown format, an existing file without ``force``, a device or a missing directory, and a file
+    that cannot be written; what was there before is then still there.
     """
     if format not in FORMATS:
         raise FlashmoeError(
@@ -62,10 +62,14 @@ def export(
     out = Path(path)
     if out.is_dir():
         raise FlashmoeError(f"{out} is a directory", "give the name of a file with -o", exit_code=2)
+    if out.exists() and not out.is_file():  # a rename would put the export in a device's place
+        raise FlashmoeError(f"{out} is no file", "give the name of a file with -o", exit_code=2)
     if out.exists() and not force:
         raise FlashmoeError(
             f"{out} exists already", "choose another name with -o, or overwrite with -f", 2
         )
+    if not out.absolute().parent.is_dir():
+        raise FlashmoeError(f"there is no directory {out.absolute().parent}", "create it first", 2)
     events = Events.of(run.events)
     row_bytes = (run.meta.get("world") or {}).get("row_bytes")
     edges = flows_of.assign(events, run.plan, run.counts, row_bytes)
