@@ -52,7 +52,5 @@ SUITES: dict[str, tuple[Shape, ...]] = {
 def suite(name: str) -> tuple[Shape, ...]:
     """The shapes of that name.  Raises FlashmoeError (exit code 2) where there is none."""
     if name not in SUITES:
-        raise FlashmoeError(
-            f"no suite '{name}'", f"suites are: {', '.join(SUITES)}", exit_code=2
-        )
+        raise FlashmoeError(f"no suite '{name}'", f"suites are: {', '.join(SUITES)}", exit_code=2)
     return SUITES[name]

@@ -137,7 +137,7 @@ class Aligned:
 
 
 class Aligner:
-    """Buffers and launches for ``numel`` rows of ``experts`` experts in blocks of ``block`` rows."""
+    """Buffers and launches for ``numel`` rows of ``experts`` experts, in blocks of ``block``."""
 
     def __init__(self, numel: int, experts: int, block: int, device: torch.device) -> None:
         self._numel, self._block = numel, block

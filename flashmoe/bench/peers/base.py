@@ -32,7 +32,7 @@ class Case:
 
 @dataclass(frozen=True)
 class PeerOptions:
-    """``sglang_wheel``: a wheel, a zip of its layout or a folder; None looks in the usual places."""
+    """``sglang_wheel``: a wheel, a zip of its layout or a folder; None looks where it may be."""
 
     sglang_wheel: Path | None = None
 
@@ -53,4 +53,4 @@ class PeerWork:
 
 
 Builder = Callable[[Case, PeerOptions], PeerWork]
-"""Builds a peer for a case.  Raises Unavailable where it is not installed or takes no such layer."""
+"""Builds a peer for a case.  Raises Unavailable: not installed, or no such layer."""

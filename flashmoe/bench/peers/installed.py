@@ -18,9 +18,9 @@ def _imported(module: str, package: str) -> Any:
         return importlib.import_module(module)
     except ImportError as exc:
         missing = isinstance(exc, ModuleNotFoundError) and module.startswith(exc.name or "?")
-        raise Unavailable("not installed" if missing else f"{package} does not import: {exc}") from (
-            None if missing else exc
-        )
+        raise Unavailable(
+            "not installed" if missing else f"{package} does not import: {exc}"
+        ) from (None if missing else exc)
 
 
 def _version(package: str) -> str:

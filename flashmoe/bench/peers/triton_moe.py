@@ -28,8 +28,8 @@ CANDIDATES = 16
 _TRIALS = 5
 
 NOTE = (
-    "rows sorted by flashmoe's own Triton kernels and activated by a compiled torch function, since "
-    "the wheel's own are CUDA code of another package; both within the time"
+    "rows are sorted by Triton kernels of flashmoe's and activated by a compiled torch function, "
+    "since its own are CUDA code of another package; both within the time"
 )
 
 
@@ -193,7 +193,7 @@ def shipped(case: Case, options: PeerOptions) -> PeerWork:
 
 
 def tuned(case: Case, options: PeerOptions) -> PeerWork:
-    """With the fastest of the shipped configuration and those published for the H200's other layers.
+    """With the fastest of the shipped configuration and those of the H200's other layers.
 
     Both products are timed with each, and the best pair of one block height is taken.
     """

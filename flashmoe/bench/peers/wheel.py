@@ -96,7 +96,8 @@ def locate(given: Path | None) -> Source:
         installed = importlib.metadata.distribution("sglang")
     except importlib.metadata.PackageNotFoundError:
         raise Unavailable(
-            f"no SGLang wheel: pip download --no-deps sglang, then --sglang-wheel FILE or {VARIABLE}"
+            "no SGLang wheel: pip download --no-deps sglang, then --sglang-wheel FILE or "
+            f"{VARIABLE}=FILE"
         ) from None
     return Source(Path(str(installed.locate_file(""))))
 
