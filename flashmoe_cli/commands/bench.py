@@ -36,7 +36,7 @@ def bench(
     presets: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[PRESET]...",
+            metavar="PRESET...",
             rich_help_panel="What",
             show_default=False,
             autocompletion=complete_presets,
