@@ -47,21 +47,25 @@ def bench(given: dict[str, Any]) -> tuple[dict[str, Any], int]:
     require_runner()
     require_gpu(given["device"])
     command = command_words(sys.argv)
+
+    def save(report: dict[str, Any]) -> None:
+        if given["output"] is not None:
+            _write(given["output"], report)
+
     with Progress(given["quiet"]) as progress:
         progress("measuring the copy rate")
         machine = gpu_machine(given["device"])
         if mode == "speed":
             options = SpeedOptions(pairs, peers, PeerOptions(given["sglang_wheel"]), given["seed"])
-            report = speed_report(shapes, machine, options, command, progress)
+            report = speed_report(shapes, machine, options, command, progress, save)
         else:
             pair_options = PairOptions(pairs, given["ranks"] or _RANKS, given["seed"])
-            report = pair_report(mode, shapes, machine, pair_options, command, progress)
+            report = pair_report(mode, shapes, machine, pair_options, command, progress, save)
     exit_code = EXIT_FAILED if any_failed(report) else 0
     if earlier is not None:
         report["comparison"] = compare(report, earlier, str(given["compare"]))
         exit_code = exit_code or _judge(report["comparison"], limit)
-    if given["output"] is not None:
-        _write(given["output"], report)
+    save(report)
     return report, exit_code
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import platform
 from collections.abc import Callable
@@ -71,7 +72,9 @@ class Machine:
         gc.collect()  # graphs hold memory, and stand in cycles with what they captured
         if self.device.type == "cuda":
             torch.compiler.reset()
-            torch.cuda.empty_cache()
+            # A capture that failed may leave torch's allocator unwilling; that breaks nothing.
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.empty_cache()
 
 
 def require_gpu(device: int) -> None:

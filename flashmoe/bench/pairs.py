@@ -44,12 +44,9 @@ def bench_pair(
     progress(f"{shape.label}: {kind}", 0, 0)
     empty = dict.fromkeys(("first_ms", "second_ms", "ratio", "low", "high"))
     try:
-        return {
-            **described(shape),
-            **empty,
-            "failure": None,
-            **KINDS[kind](shape, machine, options),
-        }
+        with torch.no_grad():
+            figures = KINDS[kind](shape, machine, options)
+        return {**described(shape), **empty, "failure": None, **figures}
     except FlashmoeError as exc:
         return {**described(shape), **empty, "failure": exc.message}
     except torch.OutOfMemoryError:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from flashmoe.bench.machine import Machine
-from flashmoe.bench.pairs import KINDS, PairOptions, bench_pair
+from flashmoe.bench.pairs import PairOptions, bench_pair
 from flashmoe.bench.shapes import Shape
 from flashmoe.bench.speed import (
     PEER_RATIO,
@@ -24,7 +24,12 @@ from flashmoe.bench.stopwatch import METHOD
 SCHEMA = 1
 """Version of the object; ``compare`` reads this and every older one."""
 
-MODES = ("speed", *KINDS)
+SoFar = Callable[[dict[str, Any]], None]
+"""Called with the report after each shape, so that a run that is cut short leaves what it had."""
+
+
+def _nobody(report: dict[str, Any]) -> None:
+    pass
 
 
 def speed_report(
@@ -33,26 +38,29 @@ def speed_report(
     options: SpeedOptions,
     command: Sequence[str],
     progress: Progress,
+    so_far: SoFar = _nobody,
 ) -> dict[str, Any]:
     """Ours beside ceilings and peers, a result a shape."""
-    results: list[dict[str, Any]] = []
-    lost = ""
-    for shape in shapes:
-        if lost:
-            results.append(failed(shape, options, f"not run: {lost}"))
-            continue
-        try:
-            results.append(bench_shape(shape, machine, options, progress))
-        except DeviceLost as exc:
-            lost = str(exc)
-            results.append(failed(shape, options, lost))
     method = {
         "times": METHOD,
         "rounds": options.pairs,
         "peers_may_be_off_by": PEER_RATIO,
         "seed": options.seed,
     }
-    return _whole("speed", machine, command, method, results)
+    report = _whole("speed", machine, command, method)
+    lost = ""
+    for shape in shapes:
+        if lost:
+            result = failed(shape, options, f"not run: {lost}")
+        else:
+            try:
+                result = bench_shape(shape, machine, options, progress)
+            except DeviceLost as exc:
+                lost = str(exc)
+                result = failed(shape, options, lost)
+        report["results"].append(result)
+        so_far(report)
+    return report
 
 
 def pair_report(
@@ -62,9 +70,9 @@ def pair_report(
     options: PairOptions,
     command: Sequence[str],
     progress: Progress,
+    so_far: SoFar = _nobody,
 ) -> dict[str, Any]:
     """Our kernel against itself, a result a shape; ``kind`` is one of ``KINDS``."""
-    results = [bench_pair(kind, shape, machine, options, progress) for shape in shapes]
     method = {
         "times": METHOD,
         "rounds": options.pairs,
@@ -72,7 +80,11 @@ def pair_report(
         "confidence": CONFIDENCE,
         "seed": options.seed,
     }
-    return _whole(kind, machine, command, method, results)
+    report = _whole(kind, machine, command, method)
+    for shape in shapes:
+        report["results"].append(bench_pair(kind, shape, machine, options, progress))
+        so_far(report)
+    return report
 
 
 def _whole(
@@ -80,7 +92,6 @@ def _whole(
     machine: Machine,
     command: Sequence[str],
     method: dict[str, Any],
-    results: list[dict[str, Any]],
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> dict[str, Any]:
     return {
@@ -91,7 +102,7 @@ def _whole(
         "time": now().isoformat(timespec="seconds"),
         "environment": machine.environment,
         "method": method,
-        "results": results,
+        "results": [],
     }
 
 

@@ -92,18 +92,17 @@ def bench_shape(
     Whatever fails is said in the result.  Raises DeviceLost alone.
     """
     try:
-        return _timed(shape, machine, options, progress)
-    except DeviceLost:
-        raise
+        with torch.no_grad():
+            result = _timed(shape, machine, options, progress)
     except FlashmoeError as exc:
-        return failed(shape, options, exc.message)
+        result = failed(shape, options, exc.message)
     except torch.OutOfMemoryError:
-        return failed(shape, options, "the GPU's memory does not hold it")
-    finally:
-        try:
-            machine.clear()
-        except RuntimeError as exc:
-            raise DeviceLost(str(exc).splitlines()[0]) from exc
+        result = failed(shape, options, "the GPU's memory does not hold it")
+    except RuntimeError as exc:
+        result = failed(shape, options, _first_line(exc))
+        _settle(machine, result["failure"])
+    machine.clear()
+    return result
 
 
 def _timed(
@@ -153,8 +152,7 @@ def _prepared(
     try:
         work = peer.build(case, options.peer_options)
         details |= {"version": work.version, "note": work.note, "settings": work.settings}
-        with torch.no_grad():
-            prepared = machine.stopwatch.prepare(work.forward, work.why_eager)
+        prepared = machine.stopwatch.prepare(work.forward, work.why_eager)
         details |= {"graph": prepared.graph, "why_eager": prepared.why_eager}
         check = checked(case, case.weights, prepared.output)
         details |= {"error": check["max_ratio"], "relative_rms": check["relative_rms"]}
@@ -164,16 +162,23 @@ def _prepared(
     except Unavailable as exc:
         return details | {"state": "unavailable", "reason": str(exc)}, None
     except Exception as exc:  # somebody else's code may do anything; it must not end the run
-        text = str(exc).strip().splitlines()
-        reason = f"{type(exc).__name__}: {text[0]}" if text else type(exc).__name__
+        reason = _first_line(exc)
         details |= {"reason": reason}
+    _settle(machine, f"the peer {peer.name} broke the CUDA context: {reason}")
+    return details, None
+
+
+def _first_line(exc: Exception) -> str:
+    text = str(exc).strip().splitlines()
+    return f"{type(exc).__name__}: {text[0]}" if text else type(exc).__name__
+
+
+def _settle(machine: Machine, what: str) -> None:
+    """Waits for the device; raises DeviceLost with ``what`` where it no longer answers."""
     try:
         machine.settle()
-        if machine.device.type == "cuda":
-            torch.cuda.empty_cache()
     except RuntimeError as exc:
-        raise DeviceLost(f"the peer {peer.name} broke the CUDA context: {reason}") from exc
-    return details, None
+        raise DeviceLost(what) from exc
 
 
 def checked(

@@ -154,7 +154,7 @@ def bench(
             metavar="FILE",
             rich_help_panel="Result",
             show_default=False,
-            help="Write the object of --json to a file too.",
+            help="Write the object of --json to a file too, anew after each shape.",
         ),
     ] = None,
     force: o.Force = False,

@@ -170,6 +170,24 @@ def test_json_is_the_object_that_o_writes(here: Path) -> None:
     assert printed["results"][0]["peers"] == {}
 
 
+def test_a_run_that_is_cut_short_leaves_the_shapes_it_had(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flashmoe.bench import report as module
+
+    whole = module.bench_shape
+
+    def cut_short(shape: Any, *rest: Any) -> Any:
+        if shape.tokens == 16:
+            raise KeyboardInterrupt
+        return whole(shape, *rest)
+
+    monkeypatch.setattr(module, "bench_shape", cut_short)
+    args = ("tiny", "-T", "8,16", "-n", "2", "--peers", "none", "-o", "a.json")
+    assert run(*args).exit_code == 130
+    assert [r["T"] for r in json.loads((here / "a.json").read_text())["results"]] == [8]
+
+
 def test_compare_ends_with_3_where_something_is_slower(here: Path) -> None:
     assert run("tiny", "-T", "8", "-n", "2", "--peers", "none", "-o", "a.json").exit_code == 0
     earlier = json.loads((here / "a.json").read_text())

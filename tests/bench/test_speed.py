@@ -137,6 +137,22 @@ def test_ours_is_held_to_the_reference_before_and_after(
     assert any_failed(report)
 
 
+def test_a_broken_context_ends_the_run_but_not_its_report(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    broken = machine()
+
+    def settle() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(broken, "settle", settle)
+    options = SpeedOptions(1, peers("breaks-when-run"))
+    report = speed_report([TINY, TINY], broken, options, ["flashmoe"], quiet)
+    first, second = (result["failure"] for result in report["results"])
+    assert first == "the peer breaks-when-run broke the CUDA context: ValueError: shapes do not fit"
+    assert second == f"not run: {first}"
+
+
 def test_a_report_says_how_and_where() -> None:
     shapes = [TINY, Shape("tiny", TINY.config, 8)]
     command = ["flashmoe", "bench", "tiny", "-o", "a b.json"]

@@ -7,9 +7,11 @@ sort by expert, first product, activation, second product with the routing weigh
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +28,7 @@ CANDIDATES = 16
 """Configurations tried by the tuned peer at most, the most frequent ones."""
 
 _TRIALS = 5
+_COMPILERS = 8
 
 NOTE = (
     "rows are sorted by Triton kernels of flashmoe's and activated by a compiled torch function, "
@@ -211,6 +214,7 @@ def _fastest(
     """The pair of configurations, of one block height, with the least time for both products."""
     case = layer.case
     ids, weights = (t.clone() for t in case.gate(case.x))
+    _compile_all(layer, ids, weights, candidates)
     best: dict[int, list[tuple[float, dict[str, Any]]]] = {}
     for config in candidates:
         block = config["BLOCK_SIZE_M"]
@@ -231,6 +235,28 @@ def _fastest(
         raise Unavailable("no published configuration runs on this GPU")
     (_, up_config), (_, down_config) = min(best.values(), key=lambda s: s[0][0] + s[1][0])
     return up_config, down_config
+
+
+def _compile_all(
+    layer: _Layer, ids: torch.Tensor, weights: torch.Tensor, candidates: list[dict[str, Any]]
+) -> None:
+    """Launches every candidate once from several threads: compiling is all that takes time."""
+    aligned = {c["BLOCK_SIZE_M"]: layer.align(ids, c["BLOCK_SIZE_M"]) for c in candidates}
+    h = layer.activated()
+    torch.cuda.synchronize()
+
+    def once(config: dict[str, Any]) -> None:
+        torch.cuda.set_device(ids.device)  # each thread has its own
+        rows = aligned[config["BLOCK_SIZE_M"]]
+        # What cannot run is found again, and said, when it is timed.
+        with contextlib.suppress(Exception):
+            layer.up(ids, weights, rows, config)
+        with contextlib.suppress(Exception):
+            layer.down(h, ids, weights, rows, config)
+
+    with ThreadPoolExecutor(_COMPILERS) as pool:
+        list(pool.map(once, candidates))
+    torch.cuda.synchronize()
 
 
 def _ms(work: Callable[[], None]) -> float:
