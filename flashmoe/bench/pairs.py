@@ -52,6 +52,9 @@ def bench_pair(
     except torch.OutOfMemoryError:
         failure = "the GPU's memory does not hold it"
         return {**described(shape), **empty, "failure": failure}
+    except RuntimeError as exc:  # a context that is broken fails the shapes that follow too
+        failure = f"{type(exc).__name__}: {str(exc).strip().partition(chr(10))[0]}"
+        return {**described(shape), **empty, "failure": failure}
     finally:
         machine.clear()
 
