@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from flashmoe.bench.ceilings import DensePair, floor_ms, flop
-from flashmoe.bench.gate import compiled, gate_of
+from flashmoe.bench.gate import Gate, compiled, gate_of
 from flashmoe.bench.machine import Clocks, Machine
 from flashmoe.bench.ours import Ours, ok
 from flashmoe.bench.peers import Case, Peer, PeerOptions, Unavailable
 from flashmoe.bench.shapes import Shape
 from flashmoe.bench.statistics import Spread
 from flashmoe.bench.stopwatch import Prepared
-from flashmoe.config import MoEWeights
+from flashmoe.config import MoEConfig, MoEWeights
 from flashmoe.errors import FlashmoeError
 from flashmoe.numerics import check_output
 from flashmoe.tokens import random_tokens
@@ -70,6 +70,7 @@ def _empty(shape: Shape, options: SpeedOptions) -> dict[str, Any]:
         "error": None,
         **dict.fromkeys(ratios),
         "best_peer": None,
+        "gate_not_compiled": None,
         "experts_hit": None,
         "check": None,
         "spread": {},
@@ -117,7 +118,7 @@ def _timed(
         progress(f"{shape.label}: checking against the float32 reference", 0, 0)
         verdicts = ours.check(config, weights)
         result["check"], result["error"] = verdicts, verdicts["output"]["max_ratio"]
-        gate = compiled(gate_of(config, weights))
+        gate, result["gate_not_compiled"] = _gate(config, weights, x)
         works: dict[str, Prepared] = {
             "ours": ours.prepare(machine),
             "dense": machine.stopwatch.prepare(DensePair(config, shape.rows, machine.device)),
@@ -139,6 +140,17 @@ def _timed(
         return result
     finally:
         ours.engine.close()
+
+
+def _gate(config: MoEConfig, weights: MoEWeights, x: torch.Tensor) -> tuple[Gate, str | None]:
+    """The peers' gate, and why it could not be compiled, if so: it then runs op by op."""
+    gate = gate_of(config, weights)
+    fast = compiled(gate)
+    try:
+        fast(x)
+    except Exception as exc:  # no C compiler here, say; ours can be timed without
+        return gate, _first_line(exc)
+    return fast, None
 
 
 def _prepared(

@@ -43,6 +43,8 @@ def _speed(report: dict[str, Any], where: Terminal) -> list[str]:
     rows = [_ratios(result) for result in results]
     lines += table(head, rows, (False, *[True] * 6), where.width, "  ")
     lines += _peers(results, where)
+    if reasons := sorted({r["gate_not_compiled"] for r in results if r["gate_not_compiled"]}):
+        lines += wrap(f"the peers' gate is not compiled: {'; '.join(reasons)}", where.width)
     lines += _clocks(results, where)
     return lines + _failures(results, where)
 

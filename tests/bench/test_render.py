@@ -39,7 +39,7 @@ def result(preset: str, tokens: int, **more: Any) -> dict[str, Any]:
             "sm_clock_mhz": 1755, "memory_clock_mhz": 3201, "power_w": 690.0,
             "temperature_c": 61, "throttle": ["software power cap"],
         },
-        "failure": None, **more,
+        "gate_not_compiled": None, "failure": None, **more,
     }  # fmt: skip
 
 

@@ -78,6 +78,24 @@ def test_a_result_holds_what_its_readers_look_for() -> None:
     json.dumps(result, allow_nan=False)
 
 
+def test_a_gate_that_does_not_compile_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashmoe.bench import speed
+
+    def broken(function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            raise RuntimeError("no C compiler")
+
+        return call
+
+    monkeypatch.setattr(speed, "compiled", broken)
+    result = bench("good")
+    assert result["gate_not_compiled"] == "RuntimeError: no C compiler"
+    assert result["gate_ms"] > 0
+    assert result["peers"]["good"] > 0
+    monkeypatch.undo()
+    assert bench("good")["gate_not_compiled"] is None
+
+
 def test_ratios_follow_from_the_medians() -> None:
     result = bench("good", "other")
     assert result["dense_over_ours"] == pytest.approx(result["dense_ms"] / result["ours_ms"])
