@@ -49,6 +49,8 @@ PRESETS: dict[str, Preset] = {
     "deepseek-v3-ep8": Preset(
         MoEConfig(7168, 2048, 32, 8),
         tokens=4096,
+        # With 8 groups over 8 ranks, one rank's experts are one group: there is no choice of groups
+        # left to make among them.  Softmax, so that the peers' usual gate is the layer's.
         description="the 32 experts that one of 8 ranks holds of DeepSeek-V3; softmax routing",
     ),
     "paper": Preset(

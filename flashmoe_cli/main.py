@@ -6,7 +6,17 @@ from typing import Annotated
 
 import typer
 
-from flashmoe_cli.commands import doctor, export, info, presets, run, timeline, trace, traffic
+from flashmoe_cli.commands import (
+    bench,
+    doctor,
+    export,
+    info,
+    presets,
+    run,
+    timeline,
+    trace,
+    traffic,
+)
 from flashmoe_cli.output import emit
 from flashmoe_cli.root import Root, Verb
 
@@ -23,6 +33,7 @@ app = typer.Typer(
 for _verb, _panel in (
     (run.run, "Record"),
     (trace.trace, "Record"),
+    (bench.bench, "Measure"),
     (timeline.timeline, "Read a recorded run"),
     (traffic.traffic, "Read a recorded run"),
     (export.export, "Read a recorded run"),

@@ -28,12 +28,20 @@ def test_presets_are_valid_and_survive_json(name: str) -> None:
         ("qwen3-30b", (2048, 768, 128, 8)),
         ("olmoe", (2048, 1024, 64, 8)),
         ("deepseek-v3", (7168, 2048, 256, 8)),
+        ("deepseek-v3-ep8", (7168, 2048, 32, 8)),
         ("paper", (2048, 2048, 32, 2)),
     ],
 )
 def test_published_dimensions(name: str, dims: tuple[int, int, int, int]) -> None:
     config = preset(name).config
     assert (config.hidden, config.intermediate, config.experts, config.top_k) == dims
+
+
+def test_one_of_eight_ranks_holds_one_group_of_deepseek_v3() -> None:
+    whole, share = preset("deepseek-v3").config, preset("deepseek-v3-ep8").config
+    assert whole.experts // 8 == share.experts == whole.experts // whole.routing.groups
+    assert (share.hidden, share.intermediate) == (whole.hidden, whole.intermediate)
+    assert (share.routing.kind, share.routing.groups) == ("softmax", 1)
 
 
 def test_rows_of_the_up_matrix() -> None:

@@ -1,0 +1,172 @@
+"""Our kernel against itself, two ways in turn: traced, over virtual ranks, with skewed routing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flashmoe.bench.machine import Clocks, Machine
+from flashmoe.bench.ours import Ours, ok
+from flashmoe.bench.shapes import Shape
+from flashmoe.bench.speed import Progress, described
+from flashmoe.bench.statistics import Spread, bootstrap_ratio
+from flashmoe.config import MoEConfig, MoEWeights, Routing
+from flashmoe.errors import FlashmoeError
+from flashmoe.tokens import random_tokens
+from flashmoe.verdict import experts_of_rank
+from flashmoe.weights import random_weights
+
+
+@dataclass(frozen=True)
+class PairOptions:
+    """``pairs``: rounds that count; ``ranks``: virtual ranks of the run over ranks."""
+
+    pairs: int
+    ranks: int = 8
+    seed: int = 0
+
+
+Runner = Callable[[Shape, Machine, PairOptions], dict[str, Any]]
+
+
+def bench_pair(
+    kind: str, shape: Shape, machine: Machine, options: PairOptions, progress: Progress
+) -> dict[str, Any]:
+    """Times one shape in the way that ``KINDS`` calls ``kind``; ``failure`` says why it could not.
+
+    The result holds ``first_ms`` and ``second_ms`` (medians), their quartiles, ``ratio`` (of the
+    medians, second over first; over ranks scaled, see ``scale``) and its 95 % interval.
+    """
+    progress(f"{shape.label}: {kind}", 0, 0)
+    empty = dict.fromkeys(("first_ms", "second_ms", "ratio", "low", "high"))
+    try:
+        with torch.no_grad():
+            figures = KINDS[kind](shape, machine, options)
+        return {**described(shape), **empty, "failure": None, **figures}
+    except FlashmoeError as exc:
+        return {**described(shape), **empty, "failure": exc.message}
+    except torch.OutOfMemoryError:
+        failure = "the GPU's memory does not hold it"
+        return {**described(shape), **empty, "failure": failure}
+    except RuntimeError as exc:  # a context that is broken fails the shapes that follow too
+        failure = f"{type(exc).__name__}: {str(exc).strip().partition(chr(10))[0]}"
+        return {**described(shape), **empty, "failure": failure}
+    finally:
+        machine.clear()
+
+
+def _tracing(shape: Shape, machine: Machine, options: PairOptions) -> dict[str, Any]:
+    """Untraced, then traced.  Rings keep the last records: a full one would cost nothing more."""
+    weights, x = _inputs(shape, machine, options)
+    first = Ours.build(machine, shape.config, weights, [x])
+    second = Ours.build(machine, shape.config, weights, [x], traced=True, ring_mode="keep-last")
+    return _in_turn(first, second, shape.config, weights, machine, options)
+
+
+def _ranks(shape: Shape, machine: Machine, options: PairOptions) -> dict[str, Any]:
+    """One rank on all SMs, then several that share them, with the same tokens in all.
+
+    ``scale`` is what the same work may take longer on the SMs that the ranks use, at the pace of
+    the fullest: SMs / SMs used x rows of the fullest rank / mean rows of a rank.
+    """
+    weights, x = _inputs(shape, machine, options)
+    first = Ours.build(machine, shape.config, weights, [x])
+    second = Ours.build(machine, shape.config, weights, list(x.chunk(options.ranks)))
+    rows = torch.bincount(second.ids.flatten().long(), minlength=shape.config.experts)
+    of_rank = [
+        int(rows[a:b].sum()) for a, b in experts_of_rank(shape.config.experts, options.ranks)
+    ]
+    fullest = max(of_rank) * options.ranks / sum(of_rank)
+    used = second.engine.sms_per_rank * options.ranks
+    scale = first.engine.sms_per_rank / used * fullest
+    more = {
+        "ranks": options.ranks,
+        "sms": first.engine.sms_per_rank,
+        "sms_used": used,
+        "fullest_over_mean": fullest,
+        "scale": scale,
+    }
+    return more | _in_turn(first, second, shape.config, weights, machine, options, scale)
+
+
+def _skew(shape: Shape, machine: Machine, options: PairOptions) -> dict[str, Any]:
+    """Balanced, then one expert that every token chooses; ids from outside, the same rows in all.
+
+    Balanced: token t chooses experts t k to t k + k - 1, modulo E.  Skewed: expert 0, and k - 1 of
+    the others in the same way.
+    """
+    config = dataclasses.replace(shape.config, routing=Routing("external"))
+    if config.top_k == config.experts:
+        raise FlashmoeError("every token has every expert: nothing can be skewed", exit_code=2)
+    weights, x = _inputs(dataclasses.replace(shape, config=config), machine, options)
+    balanced, skewed = routed_ids(shape.tokens, config)
+    share = torch.full(balanced.shape, 1 / config.top_k, device=machine.device)
+    runs = [
+        Ours.build(machine, config, weights, [x], ([ids.to(machine.device)], [share]))
+        for ids in (balanced, skewed)
+    ]
+    return _in_turn(runs[0], runs[1], config, weights, machine, options)
+
+
+KINDS: dict[str, Runner] = {"tracing": _tracing, "ranks": _ranks, "skew": _skew}
+
+
+def routed_ids(tokens: int, config: MoEConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Balanced and skewed expert ids, int32 [T, k] each: see ``_skew``."""
+    k, experts = config.top_k, config.experts
+    every = torch.arange(tokens * k, dtype=torch.int32).view(tokens, k) % experts
+    if k == 1:
+        return every, torch.zeros_like(every)
+    rest = torch.arange(tokens * (k - 1), dtype=torch.int32).view(tokens, k - 1)
+    skewed = torch.cat([rest.new_zeros(tokens, 1), rest % (experts - 1) + 1], dim=1)
+    return every, skewed
+
+
+def _inputs(
+    shape: Shape, machine: Machine, options: PairOptions
+) -> tuple[MoEWeights, torch.Tensor]:
+    weights = random_weights(shape.config, options.seed, machine.device)
+    (x,) = random_tokens([shape.tokens], shape.config, options.seed)
+    return weights, x.to(machine.device)
+
+
+def _in_turn(
+    first: Ours,
+    second: Ours,
+    config: MoEConfig,
+    weights: MoEWeights,
+    machine: Machine,
+    options: PairOptions,
+    scale: float = 1.0,
+) -> dict[str, Any]:
+    """Times and verdicts of two engines; ``ratio`` and its interval are divided by ``scale``."""
+    try:
+        verdicts = [run.check(config, weights) for run in (first, second)]
+        works = [run.prepare(machine) for run in (first, second)]
+        clocks = Clocks(machine.snapshot)
+        times = machine.stopwatch.rounds(works, options.pairs, clocks)
+        wrong = None if all(map(ok, verdicts)) else "wrong result"
+        failure = first.check_again(machine) or second.check_again(machine) or wrong
+    finally:
+        first.engine.close()
+        second.engine.close()
+    one, other = Spread.of(times[0]), Spread.of(times[1])
+    interval = bootstrap_ratio(times[1], times[0], seed=options.seed)
+    return {
+        "first_ms": one.median,
+        "second_ms": other.median,
+        "first_quartiles_ms": [one.q1, one.q3],
+        "second_quartiles_ms": [other.q1, other.q3],
+        "pairs": interval.pairs,
+        "ratio": interval.ratio / scale,
+        "low": interval.low / scale,
+        "high": interval.high / scale,
+        "graph": [work.graph for work in works],
+        "error": [v["output"]["max_ratio"] for v in verdicts],
+        "clocks": clocks.summary(),
+        "failure": failure,
+    }

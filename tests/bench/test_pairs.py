@@ -1,0 +1,69 @@
+"""Our kernel against itself: ranks, skew, tracing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from flashmoe.bench.pairs import KINDS, PairOptions, bench_pair, routed_ids
+from flashmoe.bench.report import any_failed, pair_report
+from flashmoe.bench.shapes import Shape
+from flashmoe.config import MoEConfig
+from flashmoe.presets import PRESETS
+
+from .fakes import TorchEngine, machine, quiet
+
+TINY = Shape("tiny", PRESETS["tiny"].config, 24)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_gives_a_ratio_and_its_interval(kind: str) -> None:
+    options = PairOptions(pairs=5, ranks=2)
+    report = pair_report(kind, [TINY], machine(), options, ["flashmoe", "bench"], quiet)
+    (result,) = report["results"]
+    assert result["failure"] is None
+    assert result["low"] <= result["ratio"] <= result["high"]
+    assert result["pairs"] == 5
+    scale = result.get("scale", 1.0)
+    assert result["ratio"] * scale == pytest.approx(result["second_ms"] / result["first_ms"])
+    assert report["mode"] == kind
+    json.dumps(report, allow_nan=False)
+
+
+def test_the_scale_over_ranks_is_sms_and_the_fullest_rank() -> None:
+    result = bench_pair("ranks", TINY, machine(), PairOptions(2, ranks=4), quiet)
+    assert (result["sms"], result["sms_used"]) == (132, 128)
+    assert 1 <= result["fullest_over_mean"] <= 4
+    assert result["scale"] == pytest.approx(132 / 128 * result["fullest_over_mean"])
+
+
+@pytest.mark.parametrize("config", [MoEConfig(64, 64, 16, 4), MoEConfig(64, 64, 8, 1)])
+def test_balanced_and_skewed_ids(config: MoEConfig) -> None:
+    balanced, skewed = routed_ids(64, config)
+    for ids in (balanced, skewed):
+        assert ids.dtype == torch.int32
+        assert ids.shape == (64, config.top_k)
+        assert ids.min() >= 0
+        assert ids.max() < config.experts
+        assert (ids.sort(dim=1).values.diff(dim=1) != 0).all()
+    rows = torch.bincount(balanced.flatten().long(), minlength=config.experts)
+    assert rows.max() - rows.min() <= 1
+    assert (skewed == 0).any(dim=1).all()
+    others = torch.bincount(skewed.flatten().long(), minlength=config.experts)[1:]
+    assert others.max() - others.min() <= 1
+
+
+def test_skew_needs_an_expert_to_leave_out() -> None:
+    every = Shape("all", MoEConfig(64, 64, 2, 2), 8)
+    result = bench_pair("skew", every, machine(), PairOptions(2), quiet)
+    assert "nothing can be skewed" in result["failure"]
+    assert result["ratio"] is None
+
+
+def test_a_wrong_result_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TorchEngine, "spoil", "wrong")
+    report = pair_report("tracing", [TINY], machine(), PairOptions(2), ["flashmoe"], quiet)
+    assert report["results"][0]["failure"] == "wrong result"
+    assert any_failed(report)

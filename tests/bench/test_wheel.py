@@ -1,0 +1,164 @@
+"""Reading a wheel that cannot be imported: configurations, versions, modules with stand-ins."""
+
+from __future__ import annotations
+
+import json
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from flashmoe.bench.peers import wheel
+from flashmoe.bench.peers.base import Unavailable
+
+FOLDER = "sglang/srt/layers/moe/moe_runner/triton_utils/configs"
+H200, H100 = "NVIDIA_H200", "NVIDIA_H100_80GB_HBM3"
+
+KERNELS = """
+import json
+from sglang.srt.utils import is_cuda, is_hip, get_thing
+from sglang.srt.environ import envs
+try:
+    import sgl_kernel
+except ImportError:
+    raise RuntimeError("not stood in for")
+if is_cuda():
+    from vllm.ops import fast
+    from sglang.kernels.jit.utils import is_arch_support_pdl
+cuda, hip, flag = is_cuda(), is_hip(), bool(envs.SOME_FLAG.get())
+def needs_more():
+    return get_thing()
+def lazily():
+    from sglang.srt.never import here
+def invoke():
+    return is_arch_support_pdl()
+"""
+
+
+def config_name(triton: str | None, e: int, n: int, device: str, more: str = "") -> str:
+    folder = f"{FOLDER}/triton_{triton}" if triton else FOLDER
+    return f"{folder}/E={e},N={n},device_name={device}{more}.json"
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Path:
+    """A small wheel of the published one's layout, with text of our own."""
+    path = tmp_path / "sglang-9.9.9-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as made:
+        made.writestr("sglang/kernels/moe/fused_moe_triton_kernels.py", KERNELS)
+        made.writestr("sglang/other/fused_moe_triton_kernels.py", "nothing = 0")
+        made.writestr("sglang-9.9.9.dist-info/METADATA", "Name: sglang\nVersion: 9.9.9\n")
+        small, large = {"BLOCK_SIZE_M": 16}, {"BLOCK_SIZE_M": 128, "USE_TMA": True}
+        made.writestr(config_name("3_1_0", 8, 96, H200), json.dumps({"16": small, "4096": large}))
+        made.writestr(config_name("3_2_0", 64, 32, H200), json.dumps({"1": small}))
+        made.writestr(config_name("3_2_0", 64, 32, H200, "_down"), json.dumps({"1": large}))
+    return path
+
+
+def test_a_wheel_is_read_where_it_lies(fake: Path) -> None:
+    source = wheel.locate(fake)
+    assert source.version() == "9.9.9"
+    name = source.holding("fused_moe_triton_kernels.py", "def invoke")
+    assert name == "sglang/kernels/moe/fused_moe_triton_kernels.py"
+    with pytest.raises(Unavailable, match=r"no fused_moe\.py"):
+        source.holding("fused_moe.py", "x")
+
+
+def test_a_folder_of_the_same_layout_serves_as_well(fake: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "unpacked"
+    with zipfile.ZipFile(fake) as packed:
+        packed.extractall(folder)
+    source = wheel.Source(folder)
+    assert sorted(source.names()) == sorted(wheel.Source(fake).names())
+    assert source.version() == "9.9.9"
+
+
+def test_where_a_wheel_is_looked_for(
+    fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        wheel.importlib.metadata,
+        "distribution",
+        lambda name: (_ for _ in ()).throw(wheel.importlib.metadata.PackageNotFoundError(name)),
+    )
+    monkeypatch.delenv(wheel.VARIABLE, raising=False)
+    with pytest.raises(Unavailable, match="--sglang-wheel"):
+        wheel.locate(None)
+    monkeypatch.setenv(wheel.VARIABLE, str(fake))
+    assert wheel.locate(None).place == fake
+    with pytest.raises(Unavailable, match="no file"):
+        wheel.locate(tmp_path / "absent.whl")
+    (tmp_path / "text.whl").write_text("no zip")
+    with pytest.raises(Unavailable, match="is no wheel"):
+        wheel.locate(tmp_path / "text.whl")
+
+
+def test_modules_load_with_stand_ins_and_leave_none_behind(
+    fake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = type(sys)("vllm")
+    monkeypatch.setitem(sys.modules, "vllm", real)
+    before = set(sys.modules)
+    source = wheel.locate(fake)
+    name = source.holding("fused_moe_triton_kernels.py", "def invoke")
+    module = wheel.load(source, name, {"is_arch_support_pdl": lambda: "told"})
+    assert (module.cuda, module.hip, module.flag) == (True, False, False)
+    assert module.invoke() == "told"
+    with pytest.raises(RuntimeError, match="get_thing of SGLang is not part"):
+        module.needs_more()
+    assert sys.modules["vllm"] is real
+    left = set(sys.modules) - before
+    assert not any(name.split(".")[0] in ("sglang", "sgl_kernel", "vllm") for name in left)
+    assert Path(module.__file__ or "").read_text() == KERNELS  # Triton reads the source
+
+
+def test_a_module_that_does_not_run_is_unavailable(tmp_path: Path) -> None:
+    path = tmp_path / "broken.zip"
+    with zipfile.ZipFile(path, "w") as made:
+        made.writestr("sglang/a.py", "import nowhere_to_be_found")
+    with pytest.raises(Unavailable, match="ModuleNotFoundError"):
+        wheel.load(wheel.Source(path), "sglang/a.py")
+
+
+NAMES = [
+    config_name("3_1_0", 8, 96, H200),
+    config_name("3_4_0", 8, 96, H200),
+    config_name("3_10_0", 8, 96, H200),
+    config_name("3_4_0", 8, 96, H100),
+    config_name("3_4_0", 8, 960, H200),
+    config_name("3_4_0", 8, 96, H200, ",dtype=fp8_w8a8"),
+    config_name("3_6_0", 16, 96, H200, "_down"),
+    config_name(None, 4, 32, H200),
+]
+
+
+@pytest.mark.parametrize(
+    ("experts", "intermediate", "devices", "triton", "expected"),
+    [
+        (8, 96, (H200,), "3.4.0", NAMES[1]),  # of the running version
+        (8, 96, (H200,), "3.6.0", NAMES[2]),  # else the newest, by number and not by letter
+        (8, 96, (H100, H200), "3.6.0", NAMES[3]),  # this GPU's before the H200's
+        (8, 96, ("NVIDIA_L40", H200), "3.1.0", NAMES[0]),
+        (16, 96, (H200,), "3.6.0", None),  # one for the second product alone is no answer
+        (64, 96, (H200,), "3.6.0", None),
+        (4, 32, (H200,), "3.6.0", NAMES[7]),
+    ],
+)
+def test_which_configuration_is_chosen(
+    experts: int, intermediate: int, devices: tuple[str, ...], triton: str, expected: str | None
+) -> None:
+    assert wheel.choose_config(NAMES, experts, intermediate, devices, triton) == expected
+
+
+def test_the_entry_of_the_nearest_number_of_tokens(fake: Path) -> None:
+    source = wheel.locate(fake)
+    by_tokens = json.loads(source.read(config_name("3_1_0", 8, 96, H200)))
+    assert wheel.nearest(by_tokens, 100) == {"BLOCK_SIZE_M": 16}
+    assert wheel.nearest(by_tokens, 3000) == {"BLOCK_SIZE_M": 128}  # TMA left out
+
+
+def test_published_configurations_most_frequent_first(fake: Path) -> None:
+    found = wheel.published(wheel.locate(fake), H200, 4096)
+    assert found == [{"BLOCK_SIZE_M": 128}, {"BLOCK_SIZE_M": 16}]
+    assert wheel.published(wheel.locate(fake), H100, 4096) == []

@@ -1,0 +1,103 @@
+"""The bench on a GPU: times that can be, graphs that replay, peers that compute the layer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import flashmoe
+from flashmoe.bench.machine import gpu_machine
+from flashmoe.bench.pairs import KINDS, PairOptions, bench_pair
+from flashmoe.bench.peers import PEERS
+from flashmoe.bench.shapes import Shape
+from flashmoe.bench.speed import SpeedOptions, bench_shape
+from flashmoe.bench.stopwatch import CudaStopwatch
+from flashmoe.presets import PRESETS
+
+TINY = Shape("tiny", PRESETS["tiny"].config, 64)
+
+
+def quiet(phase: str, done: int, total: int) -> None:
+    """Progress that nobody sees."""
+
+
+def test_bench_tiny_from_the_command_line(tmp_path: Path) -> None:
+    place = str(Path(flashmoe.__file__).parents[1])
+    script = (
+        f"import sys; sys.path.insert(0, {place!r}); from flashmoe_cli.main import main; main()"
+    )
+    args = ["bench", "tiny", "-n", "3", "--json", "-o", str(tmp_path / "a.json")]
+    done = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report == json.loads((tmp_path / "a.json").read_text())
+    assert report["environment"]["copy_gb_per_s"] > 500
+    (result,) = report["results"]
+    assert result["failure"] is None
+    assert result["error"] <= 1
+    assert 0 < result["floor_ms"] < result["ours_ms"] < 5
+    assert 0 < result["dense_ms"] < 5
+    assert result["spread"]["ours"]["graph"], result["spread"]["ours"]["why_eager"]
+    for name in ("grouped-mm", "grouped-mm-compiled"):
+        details = result["peer_details"][name]
+        assert details["state"] == "ok", details
+        assert result["peers"][name] > 0
+    assert set(result["peers"]) == set(PEERS)
+    assert result["best_peer"] in result["peers"]
+
+
+@pytest.mark.parametrize("preset", ["qwen3-30b", "paper"])
+def test_peers_are_right_where_they_run(preset: str) -> None:
+    shape = Shape(preset, PRESETS[preset].config, 96)
+    options = SpeedOptions(2, tuple(PEERS.values()))
+    result = bench_shape(shape, gpu_machine(0), options, quiet)
+    assert result["failure"] is None
+    for name, details in result["peer_details"].items():
+        assert details["state"] in ("ok", "unavailable"), (name, details)
+
+
+def test_sorting_rows_on_the_gpu() -> None:
+    pytest.importorskip("triton")
+    from flashmoe.bench.peers.align import Aligner
+
+    for tokens, k, experts, block in [(8, 8, 128, 16), (4096, 8, 128, 64), (8192, 2, 8, 128)]:
+        generator = torch.Generator(device="cuda").manual_seed(tokens)
+        scores = torch.rand(tokens, experts, generator=generator, device="cuda")
+        ids = scores.topk(k).indices.to(torch.int32)
+        aligner = Aligner(tokens * k, experts, block, ids.device)
+        for _ in range(2):
+            out = aligner(ids)
+            counts = torch.bincount(ids.flatten(), minlength=experts)
+            total = int(((counts + block - 1) // block * block).sum())
+            assert int(out.total) == total
+            used = out.sorted_rows[:total].long()
+            real = used < tokens * k
+            assert torch.equal(used[real].sort().values, torch.arange(tokens * k, device="cuda"))
+            of_block = out.expert_of[torch.arange(total, device="cuda") // block]
+            assert torch.equal(ids.flatten()[used[real]], of_block[real])
+
+
+def test_what_no_graph_holds_runs_eagerly_and_says_why() -> None:
+    watch = CudaStopwatch(torch.device("cuda", 0))
+    x = torch.ones(8, device="cuda")
+    held = watch.prepare(lambda: x.add_(1))
+    asks = watch.prepare(lambda: x.sum().item())
+    assert held.graph
+    assert not asks.graph
+    assert "cannot be captured" in asks.why_eager
+    times = watch.rounds([held, asks], 4)
+    assert [len(t) for t in times] == [4, 4]
+    assert min(map(min, times)) > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_our_kernel_against_itself(kind: str) -> None:
+    result = bench_pair(kind, TINY, gpu_machine(0), PairOptions(3, ranks=2), quiet)
+    assert result["failure"] is None
+    assert result["graph"] == [True, True]
+    assert result["low"] <= result["ratio"] <= result["high"]
