@@ -153,7 +153,7 @@ def pack(
     keep_last: bool = False,
     iteration_base: int = 0,
 ) -> ctypes.Array[ctypes.c_char]:
-    """A LaunchArgs.  Addresses are 0 for none; ``first_deadline_s`` None: 4 times ``deadline_s``."""
+    """A LaunchArgs.  Addresses: 0 for none.  ``first_deadline_s`` None: 4 times ``deadline_s``."""
     first = first_deadline_s or 4 * deadline_s
     args = extension().launch_args(
         shape,
