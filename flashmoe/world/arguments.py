@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flashmoe.errors import FlashmoeError
@@ -38,7 +39,10 @@ def fault_args(faults: Sequence[Fault]) -> tuple[int, int, int]:
     return lost_rank, lost_expert, never
 
 
-def row_maps(config: MoEConfig, pool: int, h: int, rows: int) -> dict[str, bytes]:
+# The maps are functions of addresses and sizes alone: those of a layer's weights, and of an x that
+# comes again, are made once.
+@functools.lru_cache(maxsize=256)
+def row_maps(config: MoEConfig, pool: int, h: int, rows: int) -> Mapping[str, bytes]:
     """The maps of a pool of ``rows`` rows at address ``pool`` and of its h at ``h``."""
 
     def boxes(address: int, width: int) -> bytes:
@@ -50,14 +54,21 @@ def row_maps(config: MoEConfig, pool: int, h: int, rows: int) -> dict[str, bytes
     return {"map_pool": boxes(pool, config.hidden), "map_h": boxes(h, config.intermediate)}
 
 
-def weight_maps(config: MoEConfig, weights: MoEWeights, rank: int, ranks: int) -> dict[str, bytes]:
-    """The maps of the up and down matrices of the experts that ``rank`` of ``ranks`` owns."""
+@functools.lru_cache(maxsize=256)
+def weight_maps(
+    config: MoEConfig, up: int, down: int, rank: int = 0, ranks: int = 1
+) -> Mapping[str, bytes]:
+    """The maps of the matrices of the experts that ``rank`` of ``ranks`` owns.
+
+    ``up`` and ``down`` are the addresses of all experts' matrices.
+    """
     hidden, inter = config.hidden, config.intermediate
     first = rank * config.experts // ranks
     owned = (rank + 1) * config.experts // ranks - first
     if owned == 0:  # such a rank gets no tiles; the maps only have to be valid
         first, owned = 0, 1
-    up, down = weights.up[first].data_ptr(), weights.down[first].data_ptr()
+    up += first * config.up_rows * hidden * 2
+    down += first * hidden * inter * 2
 
     def encode(address: int, dims: list[int], box: list[int], strides: list[int]) -> bytes:
         return encode_tensor_map(address, dims, box, strides, config.dtype)
@@ -85,22 +96,19 @@ def weight_maps(config: MoEConfig, weights: MoEWeights, rank: int, ranks: int) -
     return {"map_up": map_up, "map_down": matrices(down, hidden, inter)}
 
 
-def gate_maps(
-    config: MoEConfig, gate: torch.Tensor, x: torch.Tensor, chunks: int
-) -> dict[str, Any]:
-    """The maps of x [tokens, H] and of the gate's weights, and the tokens one box of x holds."""
-    hidden, experts, tokens = config.hidden, config.experts, x.shape[0]
+@functools.lru_cache(maxsize=256)
+def gate_maps(config: MoEConfig, gate: int, x: int, tokens: int, chunks: int) -> Mapping[str, Any]:
+    """The maps of ``tokens`` rows at ``x`` and of the gate's weights, and the tokens of x's box."""
+    hidden, experts = config.hidden, config.experts
     if tokens == 0 or config.routing.kind == "external":
         none = bytes(TENSOR_MAP_BYTES)
         return {"map_x": none, "map_gate": none, "gate_box_tokens": 8}
     box = 8 if -(-tokens // chunks) <= 8 else 32
     columns = 16 if experts <= 16 else 64 if experts <= 64 else 128
 
-    def encode(tensor: torch.Tensor, rows: int, box_rows: int) -> bytes:
+    def encode(address: int, rows: int, box_rows: int) -> bytes:
         dims, strides = [hidden, rows], [hidden * 2]
-        return encode_tensor_map(
-            tensor.data_ptr(), dims, [TILE_DEPTH, box_rows], strides, config.dtype
-        )
+        return encode_tensor_map(address, dims, [TILE_DEPTH, box_rows], strides, config.dtype)
 
     return {
         "map_x": encode(x, tokens, box),
@@ -110,7 +118,7 @@ def gate_maps(
 
 
 def rank_args(
-    maps: dict[str, Any],
+    maps: Mapping[str, Any],
     weights: MoEWeights,
     x: torch.Tensor,
     y: torch.Tensor,
@@ -152,8 +160,14 @@ def pack(
     ring_capacity: int = 0,
     keep_last: bool = False,
     iteration_base: int = 0,
+    signals_at: int = 0,
+    rows_at: int | None = None,
 ) -> ctypes.Array[ctypes.c_char]:
-    """A LaunchArgs.  Addresses: 0 for none.  ``first_deadline_s`` None: 4 times ``deadline_s``."""
+    """A LaunchArgs.  Addresses: 0 for none.  ``first_deadline_s`` None: 4 times ``deadline_s``.
+
+    ``signals_at`` and ``rows_at`` say where a heap's signals and its rows begin, from its address;
+    ``rows_at`` None: behind the signals.
+    """
     first = first_deadline_s or 4 * deadline_s
     args = extension().launch_args(
         shape,
@@ -169,5 +183,7 @@ def pack(
         rings,
         records,
         fault,
+        signals_at,
+        rows_at,
     )
     return ctypes.create_string_buffer(args, len(args))

@@ -201,20 +201,18 @@ class LocalEngine:
         ]
 
     def _rank_args(self, rank: int) -> dict[str, Any]:
-        heap = self._heaps[rank].data_ptr()
+        config, weights, x = self.config, self._weights, self._x[rank]
+        heap, up, down = (t.data_ptr() for t in (self._heaps[rank], weights.up, weights.down))
         pool, h = heap + self._layout["pool"], heap + self._layout["h"]
+        gate, chunks = weights.gate.data_ptr(), self.sms_per_rank
         maps = {
-            **arguments.row_maps(self.config, pool, h, self._shape["pool_rows"]),
-            **arguments.weight_maps(self.config, self._weights, rank, self.options.ranks),
-            **arguments.gate_maps(
-                self.config, self._weights.gate, self._x[rank], self.sms_per_rank
-            ),
+            **arguments.row_maps(config, pool, h, self._shape["pool_rows"]),
+            **arguments.weight_maps(config, up, down, rank, self.options.ranks),
+            **arguments.gate_maps(config, gate, x.data_ptr(), x.shape[0], chunks),
         }
         ids = self._ids[rank] if self._ids else None
         routing = self._routing_weights[rank] if self._routing_weights else None
-        return arguments.rank_args(
-            maps, self._weights, self._x[rank], self._y[rank], ids, routing, rank
-        )
+        return arguments.rank_args(maps, weights, x, self._y[rank], ids, routing, rank)
 
     def _write_args(self) -> None:
         options = self.options
