@@ -74,9 +74,15 @@ def _call(
             f"x is on {x.device}, and the layer on {workspace.device}",
             f"move x with .to('{workspace.device}'), or the layer",
         )
-    if x.dim() == 0:
-        raise _wrong("x is a single number", "give rows of the layer's width")
-    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise _wrong(f"x is {tuple(x.shape)}, without a row", "give x [..., H]")
+    rows = x.reshape(-1, x.shape[-1])
+    for name, tensor in (("ids", ids), ("routing_weights", routing_weights)):
+        if tensor is not None and tensor.shape[:-1] != x.shape[:-1]:
+            raise _wrong(
+                f"{name} is {tuple(tensor.shape)}, and x {tuple(x.shape)}",
+                "give k of them for each row of x",
+            )
     if ids is not None:
         ids = ids.reshape(-1, ids.shape[-1])
         if ids.dtype == torch.int64:

@@ -35,6 +35,21 @@ _LIBRARY.define(f"moe({_ARGUMENTS}) -> Tensor", tags=(torch.Tag.pt2_compliant_ta
 _LIBRARY.define(f"moe_out({_ARGUMENTS}, Tensor(b!) out) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
 
 
+def settings(config: MoEConfig, max_tokens: int) -> tuple[Any, ...]:
+    """The operators' arguments behind the tensors."""
+    routing = config.routing
+    return (
+        max_tokens,
+        config.top_k,
+        config.activation,
+        routing.kind,
+        routing.renormalize,
+        routing.scale,
+        routing.groups,
+        routing.top_groups,
+    )
+
+
 @functools.lru_cache(maxsize=64)
 def _config(
     hidden: int,
@@ -141,7 +156,7 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _launch(out: torch.Tensor, x: torch.Tensor, *arguments: Any) -> None:
-    gate, bias, up, down, ids, routing_weights, workspace, max_tokens, *settings = arguments
+    gate, bias, up, down, ids, routing_weights, workspace, max_tokens, *scalars = arguments
     fixed = {"gate": gate, "bias": bias, "up": up, "down": down, "out": out}
     for name, tensor in fixed.items():
         if tensor is not None and not _is_aligned(tensor):
@@ -156,7 +171,7 @@ def _launch(out: torch.Tensor, x: torch.Tensor, *arguments: Any) -> None:
             "make a flashmoe.Workspace(config, max_tokens) first, and keep it",
         )
     experts, hidden, inter = down.shape
-    config = _config(hidden, inter, experts, up.dtype, *settings)
+    config = _config(hidden, inter, experts, up.dtype, *scalars)
     heap.launch(
         config,
         max_tokens,

@@ -8,6 +8,7 @@ from flashmoe import kernels
 from flashmoe.config import MoEConfig
 from flashmoe.errors import FlashmoeError
 from flashmoe.kernels import EXIT_NO_GPU
+from flashmoe.ops import settings
 from flashmoe.world.shared_heap import heap_of
 
 _NEEDS = "a layer needs a Hopper GPU, its driver and torch for CUDA; `flashmoe doctor` tells more"
@@ -44,17 +45,7 @@ class Workspace:
         self.heap = heap_of(gpu(device))
         self.heap.reserve(config, max_tokens, more_bytes)
         self.tensor = self.heap.workspace
-        routing = config.routing
-        self.settings = (
-            max_tokens,
-            config.top_k,
-            config.activation,
-            routing.kind,
-            routing.renormalize,
-            routing.scale,
-            routing.groups,
-            routing.top_groups,
-        )
+        self.settings = settings(config, max_tokens)
 
     def check(self) -> None:
         """Waits for the GPU; raises FlashmoeError if a call since ``reset`` failed on it."""
