@@ -61,10 +61,12 @@ def cpu_kernel() -> Iterator[None]:
 
 
 class Room:
-    """What a Workspace is to a layer, on the CPU."""
+    """What a Workspace is to a layer, on the CPU: one tensor for all."""
+
+    shared = torch.zeros(1, dtype=torch.int64)
 
     def __init__(self, config: MoEConfig, max_tokens: int, *_: Any, **__: Any) -> None:
-        self.tensor = torch.zeros(1, dtype=torch.int64)
+        self.tensor = self.shared
         self.settings = ops.settings(config, max_tokens)
 
 
