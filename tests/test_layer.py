@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import flashmoe
 from flashmoe import layer as layers
 from flashmoe import ops, reference
 from flashmoe.checkpoint import SharedExpert
@@ -101,6 +102,12 @@ def op_arguments(config: MoEConfig, count: int) -> list[Any]:
 
 def made(config: MoEConfig = CONFIG, **keywords: Any) -> MoE:
     return MoE(config, random_weights(config), max_tokens=MAX_TOKENS, **keywords)
+
+
+def test_the_package_offers_the_layer() -> None:
+    assert (flashmoe.MoE, flashmoe.moe, flashmoe.Workspace) == (MoE, moe, Workspace)
+    with pytest.raises(AttributeError, match="no attribute 'MOE'"):
+        _ = flashmoe.MOE
 
 
 def test_schema_says_what_changes() -> None:
