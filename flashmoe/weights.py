@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from flashmoe.config import DTYPE_BYTES, MoEConfig, MoEWeights
+from flashmoe.config import DTYPE_BYTES, DType, MoEConfig, MoEWeights
 
-TORCH_DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPE_NAMES: dict[torch.dtype, DType] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+TORCH_DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 # Root mean square of the activation of a standard normal, by quadrature.  A gated one is multiplied
 # by an independent standard normal, which leaves it as it is.

@@ -3,6 +3,7 @@
 // the kernel derives.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -10,6 +11,7 @@
 #include <cstddef>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -141,11 +143,25 @@ void copy_maps(Maps& to, const nb::handle& from) {
   std::memcpy(to, maps.c_str(), sizeof(to));
 }
 
+// The layout of a heap whose signals and rows lie apart, at these offsets from the base address.
+HeapLayout apart(const HeapLayout& layout, uint64_t signals_at, uint64_t rows_at) {
+  uint64_t offsets[sizeof(HeapLayout) / sizeof(uint64_t)];
+  static_assert(sizeof(offsets) == sizeof(HeapLayout), "a heap's layout consists of offsets alone");
+  std::memcpy(offsets, &layout, sizeof(offsets));
+  for (uint64_t& at : offsets) {
+    at = at < layout.pool ? at + signals_at : at - layout.pool + rows_at;
+  }
+  HeapLayout placed;
+  std::memcpy(&placed, offsets, sizeof(offsets));
+  return placed;
+}
+
 nb::bytes launch_args(const nb::dict& shape, const std::vector<uintptr_t>& heaps,
                       const nb::list& ranks, uint32_t local_ranks, uint32_t ring_capacity,
                       bool keep_last, uint32_t iteration_base, uint64_t deadline_ns,
                       uint64_t first_deadline_ns, uintptr_t slots, uintptr_t rings,
-                      uintptr_t records, std::tuple<uint32_t, uint32_t, uint32_t> fault) {
+                      uintptr_t records, std::tuple<uint32_t, uint32_t, uint32_t> fault,
+                      uint64_t signals_at, std::optional<uint64_t> rows_at) {
   const Shape s = shape_from_dict(shape);
   if (s.world > kMaxRanks || heaps.size() != s.world) {
     throw nb::value_error("heaps must name each rank's base address, at most 8");
@@ -157,7 +173,8 @@ nb::bytes launch_args(const nb::dict& shape, const std::vector<uintptr_t>& heaps
   auto args = std::make_unique<LaunchArgs>();
   std::memset(static_cast<void*>(args.get()), 0, sizeof(LaunchArgs));
   args->shape = s;
-  args->layout = heap_layout(s);
+  const HeapLayout layout = heap_layout(s);
+  args->layout = apart(layout, signals_at, rows_at.value_or(layout.pool));
   for (size_t r = 0; r < heaps.size(); ++r) args->heaps[r].base = reinterpret_cast<char*>(heaps[r]);
   for (size_t r = 0; r < ranks.size(); ++r) {
     const nb::dict d = nb::cast<nb::dict>(ranks[r]);
@@ -267,8 +284,11 @@ void bind_launch(nb::module_& m) {
         nb::arg("local_ranks"), nb::arg("ring_capacity"), nb::arg("keep_last"),
         nb::arg("iteration_base"), nb::arg("deadline_ns"), nb::arg("first_deadline_ns"),
         nb::arg("slots"), nb::arg("rings"), nb::arg("records"), nb::arg("fault"),
+        nb::arg("signals_at") = 0, nb::arg("rows_at") = nb::none(),
         "The bytes of LaunchArgs.  Addresses are ints, 0 for none; `fault` is "
-        "(lost_signal_rank, lost_signal_expert, never_starts_rank), 0xffffffff for none.");
+        "(lost_signal_rank, lost_signal_expert, never_starts_rank), 0xffffffff for none.  A heap's "
+        "signals (what lies before the pool) begin at `signals_at` from its address, its rows (the "
+        "pool and the rest) at `rows_at`: behind the signals where that is None.");
   m.def("record_layout", &record_layout,
         "(offset, size) of each field of Record, RingHeader and FlightSlot; under 'structs' their "
         "sizes.");

@@ -49,3 +49,23 @@ extern "C" __global__ void flashmoe_clock_probe(uint64_t* out, char* scratch,
   out[2] = cycles;
   out[3] = kRecords;
 }
+
+// Runs behind a forward of one rank: leaves in `workspace` how that ended (the heap's status word) and,
+// unless it ended well, tells the host by `failed` (pinned) and fills y, of a multiple of 16 bytes, with
+// ones, which are NaNs in both dtypes.  Any grid.
+extern "C" __global__ void flashmoe_poison(const uint64_t* status_word, const uint64_t* abort_word,
+                                           uint4* y, uint64_t bytes, uint64_t* workspace,
+                                           volatile uint64_t* failed) {
+  // Where no CTA got as far as leaving, only the abort word tells.
+  const uint64_t ended = *status_word != 0 ? *status_word : *abort_word;
+  const uint64_t index = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (index == 0) {
+    *workspace = ended;
+    if (ended != 0) *failed = ended;
+  }
+  if (ended == 0) return;
+  const uint64_t threads = static_cast<uint64_t>(gridDim.x) * blockDim.x;
+  for (uint64_t i = index; i < bytes / sizeof(uint4); i += threads) {
+    y[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
+  }
+}

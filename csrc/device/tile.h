@@ -65,10 +65,10 @@ struct WeightBox {
 // time before it is needed, which is less than memory takes.
 struct WeightPrefetch {
   static constexpr uint32_t kAhead = 4;  // blocks beyond the one being loaded
-  const char* first = nullptr;           // of the lane's first row, null if there is nothing to fetch
-  uint64_t step;                         // bytes to the half's next row of this lane
-  uint64_t other;                        // bytes to the second half
-  uint32_t rows;                         // of this lane in a half
+  const char* first = nullptr;  // of the lane's first row, null if there is nothing to fetch
+  uint64_t step;                // bytes to the half's next row of this lane
+  uint64_t other;               // bytes to the second half
+  uint32_t rows;                // of this lane in a half
   uint32_t halves;
 
   template <bool kGated>

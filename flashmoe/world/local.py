@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from flashmoe import kernels
 from flashmoe.errors import FlashmoeError
 from flashmoe.trace import schema
+from flashmoe.world import arguments
 from flashmoe.world.base import (
     ClockInfo,
     EngineOptions,
@@ -21,44 +21,25 @@ from flashmoe.world.base import (
     Status,
     WorldKind,
 )
-from flashmoe.world.tensor_maps import encode_tensor_map
+from flashmoe.world.kernel import (
+    FAMILY,
+    LANES,
+    MAX_RANKS,
+    TILE_ROWS,
+    WAVES,
+    Kernel,
+    check_experts,
+    even_share,
+    launch_shape,
+)
 from flashmoe.world.tiles import extension, tile_plan
 
 if TYPE_CHECKING:
     from flashmoe.config import MoEConfig, MoEWeights
 
-LANES = len(schema.Lane)
-THREADS = 384
-SHARED_BYTES = (3 * 56 + 16 + 32 + 9 + 1) * 1024
-"""Dynamic shared memory of a block, as csrc/device/cta.h sums it up (kSharedBytes)."""
-
-TILE_ROWS = 192
-TILE_ROWS_STEP = 16
-TILE_WEIGHT_ROWS = 256
-TILE_DEPTH = 64
-FAMILY = "sm90-256w-192t"
-"""256 weight rows by up to 192 rows of tokens."""
-
-ROW_BOXES = (16, 32, 64, 128)
-"""Rows of the boxes that a tile's tokens are fetched in (csrc/core/args.h)."""
-
-MAX_RANKS = 8
-MAX_EXPERTS = 1024
-WAVES = 8
-"""Waves of experts per owner: the order of tiles, not their arithmetic."""
-
 LAUNCHES_PER_RING = 16
-NO_RANK = 0xFFFFFFFF
 
 _TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def _check(result: tuple[Any, ...], what: str) -> Any:
-    """The value of a driver call; FlashmoeError where it failed."""
-    error, *values = result
-    if int(error) != 0:
-        raise FlashmoeError(f"{what} failed: {error.name}", "see `flashmoe doctor`")
-    return values[0] if len(values) == 1 else values
 
 
 class LocalEngine:
@@ -81,12 +62,7 @@ class LocalEngine:
         pool_rows: int | None = None,
     ) -> None:
         config.validate()
-        if config.experts > MAX_EXPERTS:
-            raise FlashmoeError(
-                f"{config.experts} experts: the GPU kernel takes {MAX_EXPERTS}",
-                f"use --experts {MAX_EXPERTS} or less, or --world host",
-                2,
-            )
+        check_experts(config)
         if not 1 <= options.ranks <= MAX_RANKS or len(tokens) != options.ranks:
             raise FlashmoeError(
                 f"{options.ranks} virtual ranks: one GPU takes 1 to {MAX_RANKS}",
@@ -97,11 +73,10 @@ class LocalEngine:
         self.options = options
         self.tokens = tuple(tokens)
         self.device = torch.device("cuda", options.device)
-        code = kernels.load(options.device)
+        self._kernel = Kernel.moe(self.device, config, options.traced)
         properties = torch.cuda.get_device_properties(self.device)
         share = properties.multi_processor_count // options.ranks
-        # Pairs of SMs fetch weights together: an odd one out would leave all without a partner.
-        self.sms_per_rank = options.sms_per_rank or (share - share % 2 if share > 1 else share)
+        self.sms_per_rank = options.sms_per_rank or even_share(share)
         if self.sms_per_rank * options.ranks > properties.multi_processor_count:
             raise FlashmoeError(
                 f"{options.ranks} ranks of {self.sms_per_rank} SMs need more than the "
@@ -116,12 +91,6 @@ class LocalEngine:
         self._check_memory(weights)
         self._weights = self._place_weights(weights)
         self._allocate()
-        kind = "gated" if config.gated else "plain"
-        traced = "traced" if options.traced else "untraced"
-        self._function = self._get_function(
-            code, f"moe_{config.dtype}_{kind}_{traced}", SHARED_BYTES
-        )
-        self._probe = self._get_function(code, "flashmoe_clock_probe", 0)
         self._iteration_base = 0
         self._launches = 0
         self._write_args()
@@ -130,36 +99,14 @@ class LocalEngine:
     # -- construction ---------------------------------------------------------------------------
 
     def _make_shape(self, pool_rows: int | None, memory: int) -> dict[str, Any]:
-        config, routing = self.config, self.config.routing
-        owned = -(-config.experts // self.options.ranks)
-        shape: dict[str, Any] = {
-            "world": self.options.ranks,
-            "experts": config.experts,
-            "top_k": config.top_k,
-            "hidden": config.hidden,
-            "inter": config.intermediate,
-            "max_tokens": max(self.tokens),
-            "pool_rows": 0,
-            "chunks": self.sms_per_rank,
-            "tile_m": TILE_ROWS,
-            "tile_step": TILE_ROWS_STEP,
-            "tile_n1": TILE_WEIGHT_ROWS // 2 if config.gated else TILE_WEIGHT_ROWS,
-            "tile_n2": TILE_WEIGHT_ROWS,
-            "wave_experts": -(-owned // WAVES),
-            "activation": config.activation,
-            "routing": routing.kind,
-            "renormalize": routing.renormalize,
-            "scale": routing.scale,
-            "groups": routing.groups,
-            "top_groups": routing.top_groups,
-        }
+        shape = launch_shape(self.config, self.options.ranks, self.sms_per_rank, max(self.tokens))
         if pool_rows is None:
             # The worst case while the arenas then take less than a quarter of the memory, else
             # twice the mean; launch() grows the pools should that overflow.
             pool_rows = extension().heap_layout(shape)["worst_pool_rows"]
             arenas = extension().heap_layout({**shape, "pool_rows": pool_rows})["bytes"]
             if arenas * self.options.ranks > memory // 4:
-                mean = sum(self.tokens) * config.top_k // self.options.ranks
+                mean = sum(self.tokens) * self.config.top_k // self.options.ranks
                 pool_rows = min(pool_rows, 2 * mean)
         shape["pool_rows"] = max(8, pool_rows)
         return shape
@@ -253,135 +200,36 @@ class LocalEngine:
             for _ in range(self.options.ranks)
         ]
 
-    def _get_function(self, code: Any, name: str, shared_bytes: int) -> Any:
-        from cuda.bindings import driver
-
-        with torch.cuda.device(self.device):
-            torch.cuda.current_stream().synchronize()  # makes torch's context the current one
-            kernel = code.get_kernel(name)
-            function = _check(driver.cuKernelGetFunction(kernel.handle), "finding the kernel")
-            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _check(
-                driver.cuFuncSetAttribute(function, attribute, shared_bytes), "sizing the kernel"
-            )
-        return function
-
-    def _maps_of(self, rank: int) -> dict[str, Any]:
-        """A rank's tensor maps: its pool, its h, its experts' weights, and what its gate reads."""
-        config, rows = self.config, self._shape["pool_rows"]
-        hidden, inter = config.hidden, config.intermediate
-        first = rank * config.experts // self.options.ranks
-        owned = (rank + 1) * config.experts // self.options.ranks - first
-        if owned == 0:  # such a rank gets no tiles; the maps only have to be valid
-            first, owned = 0, 1
-        heap, up, down = self._heaps[rank].data_ptr(), self._weights.up, self._weights.down
-
-        def encode(address: int, dims: list[int], box: list[int], strides: list[int]) -> bytes:
-            return encode_tensor_map(address, dims, box, strides, config.dtype)
-
-        def rows_of(section: str, width: int) -> bytes:
-            at = heap + self._layout[section]
-            return b"".join(
-                encode(at, [width, rows], [TILE_DEPTH, box], [width * 2]) for box in ROW_BOXES
-            )
-
-        def matrices(tensor: torch.Tensor, matrix_rows: int, width: int) -> bytes:
-            """Of experts' matrices; five dimensions, so that one load serves all."""
-            size = matrix_rows * width * 2
-            return encode(
-                tensor[first].data_ptr(),
-                [width, matrix_rows, owned, 1, 1],
-                [TILE_DEPTH, TILE_WEIGHT_ROWS // 2, 1, 1, 1],
-                [width * 2, size, owned * size, owned * size],
-            )
-
-        if config.gated:
-            size = inter * hidden * 2
-            map_up = encode(
-                up[first].data_ptr(),
-                [hidden, inter, 2, owned, 1],
-                [TILE_DEPTH, TILE_WEIGHT_ROWS // 2, 1, 1, 1],
-                [hidden * 2, size, 2 * size, 2 * size * owned],
-            )
-        else:
-            map_up = matrices(up, inter, hidden)
-        return {
-            "map_pool": rows_of("pool", hidden),
-            "map_h": rows_of("h", inter),
-            "map_up": map_up,
-            "map_down": matrices(down, hidden, inter),
-            "up": up[first].data_ptr(),
-            "down": down[first].data_ptr(),
-            **self._gate_maps(rank),
+    def _rank_args(self, rank: int) -> dict[str, Any]:
+        config, weights, x = self.config, self._weights, self._x[rank]
+        heap, up, down = (t.data_ptr() for t in (self._heaps[rank], weights.up, weights.down))
+        pool, h = heap + self._layout["pool"], heap + self._layout["h"]
+        gate, chunks = weights.gate.data_ptr(), self.sms_per_rank
+        maps = {
+            **arguments.row_maps(config, pool, h, self._shape["pool_rows"]),
+            **arguments.weight_maps(config, up, down, rank, self.options.ranks),
+            **arguments.gate_maps(config, gate, x.data_ptr(), x.shape[0], chunks),
         }
-
-    def _gate_maps(self, rank: int) -> dict[str, Any]:
-        """The maps of x and of the gate's weights, and the tokens that one box of x holds."""
-        hidden, experts, tokens = self.config.hidden, self.config.experts, self.tokens[rank]
-        if tokens == 0 or self.config.routing.kind == "external":
-            return {"map_x": bytes(128), "map_gate": bytes(128), "gate_box_tokens": 8}
-        box = 8 if -(-tokens // self.sms_per_rank) <= 8 else 32
-        columns = 16 if experts <= 16 else 64 if experts <= 64 else 128
-
-        def encode(tensor: torch.Tensor, rows: int, box_rows: int) -> bytes:
-            dims, strides = [hidden, rows], [hidden * 2]
-            address, dtype = tensor.data_ptr(), self.config.dtype
-            return encode_tensor_map(address, dims, [TILE_DEPTH, box_rows], strides, dtype)
-
-        return {
-            "map_x": encode(self._x[rank], tokens, box),
-            "map_gate": encode(self._weights.gate, experts, columns),
-            "gate_box_tokens": box,
-        }
-
-    def _fault_args(self) -> tuple[int, int, int]:
-        lost_rank, lost_expert, never = NO_RANK, NO_RANK, NO_RANK
-        for fault in self.options.faults:
-            if fault.kind == "lost-signal":
-                lost_rank, lost_expert = fault.rank, fault.expert
-            elif fault.kind == "never-starts":
-                never = fault.rank
-            else:
-                raise FlashmoeError(
-                    f"the fault '{fault.kind}' exists on the host engine only",
-                    "use --world host",
-                    2,
-                )
-        return lost_rank, lost_expert, never
+        ids = self._ids[rank] if self._ids else None
+        routing = self._routing_weights[rank] if self._routing_weights else None
+        return arguments.rank_args(maps, weights, x, self._y[rank], ids, routing, rank)
 
     def _write_args(self) -> None:
-        first = self.options.first_deadline_s or 4 * self.options.deadline_s
-        bias = self._weights.bias
-        ranks = [
-            {
-                **self._maps_of(rank),
-                "x": self._x[rank].data_ptr(),
-                "gate": self._weights.gate.data_ptr(),
-                "bias": 0 if bias is None else bias.data_ptr(),
-                "y": self._y[rank].data_ptr(),
-                "ids": self._ids[rank].data_ptr() if self._ids else 0,
-                "weights": self._routing_weights[rank].data_ptr() if self._routing_weights else 0,
-                "rank": rank,
-                "tokens": self.tokens[rank],
-            }
-            for rank in range(self.options.ranks)
-        ]
-        args = extension().launch_args(
+        options = self.options
+        self._args = arguments.pack(
             self._shape,
             [heap.data_ptr() for heap in self._heaps],
-            ranks,
-            self.options.ranks,
-            self.ring_capacity,
-            self.options.ring_mode == "keep-last",
-            self._iteration_base,
-            int(self.options.deadline_s * 1e9),
-            int(first * 1e9),
-            self._slots.data_ptr(),
-            self._rings.data_ptr() if self.options.traced else 0,
-            self._records.data_ptr() if self.options.traced else 0,
-            self._fault_args(),
+            [self._rank_args(rank) for rank in range(options.ranks)],
+            deadline_s=options.deadline_s,
+            first_deadline_s=options.first_deadline_s,
+            slots=self._slots.data_ptr(),
+            fault=arguments.fault_args(options.faults),
+            rings=self._rings.data_ptr() if options.traced else 0,
+            records=self._records.data_ptr() if options.traced else 0,
+            ring_capacity=self.ring_capacity,
+            keep_last=options.ring_mode == "keep-last",
+            iteration_base=self._iteration_base,
         )
-        self._args = ctypes.create_string_buffer(args, len(args))
 
     # -- running --------------------------------------------------------------------------------
 
@@ -403,31 +251,8 @@ class LocalEngine:
 
     def enqueue(self) -> None:
         """One launch on torch's current stream, without waiting for it."""
-        from cuda.bindings import driver
-
         assert self._args is not None
-        config = driver.CUlaunchConfig()
-        config.gridDimX = self.options.ranks * self.sms_per_rank
-        config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
-        config.blockDimX = THREADS
-        config.sharedMemBytes = SHARED_BYTES
-        config.hStream = torch.cuda.current_stream(self.device).cuda_stream
-        # Cooperative: the driver refuses a grid that is not resident as a whole.
-        cooperative = driver.CUlaunchAttribute()
-        cooperative.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
-        cooperative.value.cooperative = 1
-        cluster = driver.CUlaunchAttribute()
-        cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-        cluster.value.clusterDim.x = 2 if self.sms_per_rank % 2 == 0 else 1
-        cluster.value.clusterDim.y = cluster.value.clusterDim.z = 1
-        config.attrs = [cooperative, cluster]
-        config.numAttrs = 2
-        # The driver copies the arguments before it returns.
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._args))
-        _check(
-            driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0),
-            "launching the kernel",
-        )
+        self._kernel.launch_moe(self.options.ranks, self.sms_per_rank, self._args)
         self._launches += 1
 
     def launch(self) -> Launch:
@@ -548,20 +373,13 @@ class LocalEngine:
         return self._clock
 
     def _measure_clock(self) -> ClockInfo:
-        from cuda.bindings import driver
-
+        probe = Kernel(self.device, "flashmoe_clock_probe")
         out = torch.zeros(4, dtype=torch.int64, device=self.device)
         scratch = torch.zeros(256 * 32 + 256, dtype=torch.uint8, device=self.device)
         slot = torch.zeros(64, dtype=torch.uint8).pin_memory()
-        stream = torch.cuda.current_stream(self.device).cuda_stream
         pointers = (out.data_ptr(), scratch.data_ptr(), slot.data_ptr())
         for _ in range(2):  # the first one fetches instructions
-            _check(
-                driver.cuLaunchKernel(
-                    self._probe, 1, 1, 1, 1, 1, 1, 0, stream, (pointers, (ctypes.c_void_p,) * 3), 0
-                ),
-                "measuring the clock",
-            )
+            probe.launch(1, 1, pointers, (ctypes.c_void_p,) * 3)
         step, nanoseconds, cycles, records = out.cpu().tolist()
         mhz = cycles / nanoseconds * 1e3
         return ClockInfo("globaltimer", step, cycles / records / mhz * 1e3, mhz)

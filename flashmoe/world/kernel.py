@@ -1,0 +1,170 @@
+"""The GPU kernel as the host sees it: what it is compiled for, its shape, its launch."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flashmoe import kernels
+from flashmoe.errors import FlashmoeError
+from flashmoe.trace import schema
+
+if TYPE_CHECKING:
+    from flashmoe.config import MoEConfig
+
+LANES = len(schema.Lane)
+THREADS = 384
+SHARED_BYTES = (3 * 56 + 16 + 32 + 9 + 1) * 1024
+"""Dynamic shared memory of a block, as csrc/device/cta.h sums it up (kSharedBytes)."""
+
+TILE_ROWS = 192
+TILE_ROWS_STEP = 16
+TILE_WEIGHT_ROWS = 256
+TILE_DEPTH = 64
+FAMILY = "sm90-256w-192t"
+"""256 weight rows by up to 192 rows of tokens."""
+
+ROW_BOXES = (16, 32, 64, 128)
+"""Rows of the boxes that a tile's tokens are fetched in (csrc/core/args.h)."""
+
+MAX_RANKS = 8
+MAX_EXPERTS = 1024
+WAVES = 8
+"""Waves of experts per owner: the order of tiles, not their arithmetic."""
+
+
+def even_share(sms: int) -> int:
+    """CTAs of a rank that has ``sms`` SMs.
+
+    Pairs of SMs fetch weights together: an odd one out would leave all without a partner.
+    """
+    return sms - sms % 2 if sms > 1 else sms
+
+
+def check(result: tuple[Any, ...], what: str) -> Any:
+    """The value of a driver call; FlashmoeError where it failed."""
+    error, *values = result
+    if int(error) != 0:
+        raise FlashmoeError(f"{what} failed: {error.name}", "see `flashmoe doctor`")
+    return values[0] if len(values) == 1 else values
+
+
+def check_experts(config: MoEConfig) -> None:
+    """Raises FlashmoeError where the kernel does not take as many experts."""
+    if config.experts > MAX_EXPERTS:
+        raise FlashmoeError(
+            f"{config.experts} experts: the GPU kernel takes {MAX_EXPERTS}",
+            f"use --experts {MAX_EXPERTS} or less, or --world host",
+            2,
+        )
+
+
+def launch_shape(config: MoEConfig, ranks: int, chunks: int, max_tokens: int) -> dict[str, Any]:
+    """The fields of csrc/core/shape.h by name, for ``ranks`` ranks of ``chunks`` CTAs.
+
+    ``pool_rows`` is 0: the layout says what the worst case is.
+    """
+    routing = config.routing
+    owned = -(-config.experts // ranks)
+    return {
+        "world": ranks,
+        "experts": config.experts,
+        "top_k": config.top_k,
+        "hidden": config.hidden,
+        "inter": config.intermediate,
+        "max_tokens": max_tokens,
+        "pool_rows": 0,
+        "chunks": chunks,
+        "tile_m": TILE_ROWS,
+        "tile_step": TILE_ROWS_STEP,
+        "tile_n1": TILE_WEIGHT_ROWS // 2 if config.gated else TILE_WEIGHT_ROWS,
+        "tile_n2": TILE_WEIGHT_ROWS,
+        "wave_experts": -(-owned // WAVES),
+        "activation": config.activation,
+        "routing": routing.kind,
+        "renormalize": routing.renormalize,
+        "scale": routing.scale,
+        "groups": routing.groups,
+        "top_groups": routing.top_groups,
+    }
+
+
+@functools.cache
+def _code(device: int) -> Any:
+    return kernels.load(device)
+
+
+class Kernel:
+    """One entry point of the cubin that fits GPU ``device``, ready to launch.
+
+    Raises FlashmoeError (exit code 5) as :func:`flashmoe.kernels.load` does.
+    """
+
+    def __init__(self, device: torch.device, name: str, shared_bytes: int = 0) -> None:
+        code = _code(device.index)
+        from cuda.bindings import driver
+
+        self.device = device
+        self.shared_bytes = shared_bytes
+        with torch.cuda.device(device):
+            torch.cuda.current_stream().synchronize()  # makes torch's context the current one
+            kernel = code.get_kernel(name)
+            self.function = check(driver.cuKernelGetFunction(kernel.handle), "finding the kernel")
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            check(
+                driver.cuFuncSetAttribute(self.function, attribute, shared_bytes),
+                "sizing the kernel",
+            )
+
+    @classmethod
+    def moe(cls, device: torch.device, config: MoEConfig, traced: bool) -> Kernel:
+        """The forward of a layer: see :meth:`launch_moe`."""
+        kind = "gated" if config.gated else "plain"
+        how = "traced" if traced else "untraced"
+        return cls(device, f"moe_{config.dtype}_{kind}_{how}", SHARED_BYTES)
+
+    def launch_moe(self, ranks: int, chunks: int, args: ctypes.Array[ctypes.c_char]) -> None:
+        """One launch of ``ranks`` ranks of ``chunks`` CTAs on torch's current stream; does not wait.
+
+        ``args``: a LaunchArgs of csrc/core/args.h.
+        """
+        from cuda.bindings import driver
+
+        config = driver.CUlaunchConfig()
+        config.gridDimX = ranks * chunks
+        config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+        config.blockDimX = THREADS
+        config.sharedMemBytes = self.shared_bytes
+        config.hStream = torch.cuda.current_stream(self.device).cuda_stream
+        # Cooperative: the driver refuses a grid that is not resident as a whole.
+        cooperative = driver.CUlaunchAttribute()
+        cooperative.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+        cooperative.value.cooperative = 1
+        cluster = driver.CUlaunchAttribute()
+        cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        cluster.value.clusterDim.x = 2 if chunks % 2 == 0 else 1  # pair_size() of csrc/core/args.h
+        cluster.value.clusterDim.y = cluster.value.clusterDim.z = 1
+        config.attrs = [cooperative, cluster]
+        config.numAttrs = 2
+        # The driver copies the arguments before it returns.
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(args))
+        check(
+            driver.cuLaunchKernelEx(config, self.function, ctypes.addressof(pointers), 0),
+            "launching the kernel",
+        )
+
+    def launch(self, blocks: int, threads: int, values: tuple[int, ...], types: Any) -> None:
+        """One plain launch on torch's current stream; ``types``: a ctypes type for each value."""
+        from cuda.bindings import driver
+
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        grid, block = (blocks, 1, 1), (threads, 1, 1)
+        check(
+            driver.cuLaunchKernel(
+                self.function, *grid, *block, self.shared_bytes, stream, (values, types), 0
+            ),
+            "launching a kernel",
+        )
