@@ -185,8 +185,6 @@ nb::bytes launch_args(const nb::dict& shape, const std::vector<uintptr_t>& heaps
     copy_maps(rank.map_down, d["map_down"]);
     copy_maps(rank.map_x, d["map_x"]);
     copy_maps(rank.map_gate, d["map_gate"]);
-    rank.up = pointer<const void>(d["up"]);
-    rank.down = pointer<const void>(d["down"]);
     rank.x = pointer<const void>(d["x"]);
     rank.gate = pointer<const void>(d["gate"]);
     rank.bias = pointer<const float>(d["bias"]);

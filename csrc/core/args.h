@@ -28,14 +28,12 @@ struct alignas(64) RankArgs {
   uint8_t map_down[128];  // [experts owned][H][I]
   uint8_t map_x[128];     // x [tokens][H], box 64 x gate_box_tokens
   uint8_t map_gate[128];  // gate [E][H], box 64 x gate_columns(E)
-  const void* up;         // what map_up and map_down are of
-  const void* down;
-  const void* x;         // [tokens][H] dtype
-  const void* gate;      // [E][H] dtype
-  const float* bias;     // [E], or null
-  void* y;               // [tokens][H] dtype
-  const int32_t* ids;    // external routing: [tokens][k], or null
-  const float* weights;  // external routing: [tokens][k], or null
+  const void* x;          // [tokens][H] dtype
+  const void* gate;       // [E][H] dtype
+  const float* bias;      // [E], or null
+  void* y;                // [tokens][H] dtype
+  const int32_t* ids;     // external routing: [tokens][k], or null
+  const float* weights;   // external routing: [tokens][k], or null
   uint32_t rank;
   uint32_t tokens;
   uint32_t gate_box_tokens;  // 8 or 32

@@ -51,17 +51,11 @@ inline constexpr uint32_t kTasks = 2;
 // The gate keeps one warp's share of the experts in a 32-bit mask a lane.
 inline constexpr uint32_t kMaxExperts = 1024;
 
-// Bits of what the CTAs of a pair know of their tiles' weights.
-enum TileWeights : uint32_t {
-  kSharedWeights = 1,  // both tiles have the same: each CTA fetches one half for both
-  kFreshWeights = 2,   // of the expert's first row tiles: they come from memory, not from L2
-};
-
 struct Task {
   Tile tile;  // gemm 0: no more tiles; rows 0: none for this CTA, but one for the other of the pair
   uint32_t blocks;     // of kTileK columns, the tile's depth
   uint32_t turns;      // of the stages: the deeper tile's blocks, so that both CTAs stay in step
-  uint32_t weights;    // TileWeights
+  uint32_t shared;     // both CTAs' tiles have the same weights
   uint32_t wait_kind;  // EventKind the scheduler waited for, 0 if it did not
   uint32_t wait_lacking;
   uint64_t wait_from;
@@ -82,7 +76,7 @@ struct PairMessage {
   uint32_t index;  // of the second CTA's tile, or of the first's where `has` is 0
   uint32_t has;    // the second CTA has a tile; kNoWork: no more
   uint32_t turns;  // Task
-  uint32_t weights;
+  uint32_t shared;
   uint64_t wait_kind_lacking;
   uint64_t wait_from;
   uint64_t wait_to;

@@ -351,7 +351,7 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
   if (warp < kMathWarp) {
     ptx::registers_decrease<56>();
     if (warp == kLoadWarp) {
-      load_tiles<kGated>(sh, place, stages);
+      if (threadIdx.x % 32 == 0) load_tiles<kGated>(sh, place, stages);
     } else if (warp == kSchedWarp) {
       if (threadIdx.x % 32 == 0) {
         if (place.pair_rank == 0) {

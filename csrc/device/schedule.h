@@ -118,14 +118,14 @@ struct TaskRing {
     actor.span(EventKind::k_schedule, kNoPeer, tile.expert, tile.index, 0);
   }
   // Hands over a tile, whose rows may be 0: then only the other CTA of the pair has one.
-  __device__ __forceinline__ void hand_over(const Tile& tile, uint32_t turns, uint32_t weights,
+  __device__ __forceinline__ void hand_over(const Tile& tile, uint32_t turns, uint32_t shared,
                                             const PairMessage& wait) {
     const uint32_t slot = handed % kTasks;
     Task& task = sh.tasks[slot];
     task.tile = tile;
     task.blocks = tile.rows == 0 ? 0 : ceil_div(depth_of(sh.shape, tile.gemm), kTileK);
     task.turns = turns;
-    task.weights = weights;
+    task.shared = shared;
     if constexpr (kTraced) {
       task.wait_kind = static_cast<uint32_t>(wait.wait_kind_lacking);
       task.wait_lacking = static_cast<uint32_t>(wait.wait_kind_lacking >> 32);
@@ -205,12 +205,10 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
     message.index = two.index;
     message.has = two.rows != 0;
     message.turns = ceil_div(depth, kTileK);
-    const bool shared = one.rows != 0 && two.rows != 0 && one.gemm == two.gemm &&
-                        one.expert == two.expert && one.col_tile == two.col_tile;
-    const bool fresh = one.rows != 0 ? one.row0 == 0 : two.row0 == 0;
-    message.weights = (shared ? kSharedWeights : 0) | (fresh ? kFreshWeights : 0);
+    message.shared = one.rows != 0 && two.rows != 0 && one.gemm == two.gemm &&
+                     one.expert == two.expert && one.col_tile == two.col_tile;
     tell_other(message);
-    ring.hand_over(one, message.turns, message.weights, message);
+    ring.hand_over(one, message.turns, message.shared, message);
     return true;
   };
   for (;;) {
@@ -263,7 +261,7 @@ __device__ inline void follow_schedule(Shared<kTraced>& sh, const Place& place) 
     if (message.has == kNoWork) break;
     Tile tile = tile_at(sh.tables, sh.shape, place.rank, message.index);
     if (message.has == 0) tile.rows = 0;
-    ring.hand_over(tile, message.turns, message.weights, message);
+    ring.hand_over(tile, message.turns, message.shared, message);
     if (tile.rows != 0) ring.scheduled(tile);
   }
   ring.hand_over_exit();

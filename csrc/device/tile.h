@@ -60,90 +60,33 @@ struct WeightBox {
   }
 };
 
-// A lane's share of the weights that a CTA fetches of a tile: rows `lane`, `lane + 32`, ... of the halves
-// it fetches, to bring them into L2 before they are loaded.  A stage's load is issued two products'
-// time before it is needed, which is less than memory takes.
-struct WeightPrefetch {
-  static constexpr uint32_t kAhead = 4;  // blocks beyond the one being loaded
-  const char* first = nullptr;  // of the lane's first row, null if there is nothing to fetch
-  uint64_t step;                // bytes to the half's next row of this lane
-  uint64_t other;               // bytes to the second half
-  uint32_t rows;                // of this lane in a half
-  uint32_t halves;
-
-  template <bool kGated>
-  static __device__ __forceinline__ WeightPrefetch of(const Shape& shape, const Place& place,
-                                                      const Task& task, uint32_t expert0) {
-    const Tile& tile = task.tile;
-    WeightPrefetch p;
-    if (!(task.weights & kFreshWeights) || tile.gemm == 0 || tile.rows == 0) return p;
-    constexpr uint32_t kHalf = kTileWeights / 2;
-    const bool up = tile.gemm == 1, split = kGated && up;
-    const uint32_t depth = depth_of(shape, tile.gemm), height = up ? shape.inter : shape.hidden;
-    const uint32_t lane = threadIdx.x % 32, col = tile.col_tile * (split ? kHalf : kTileWeights);
-    const bool shared = task.weights & kSharedWeights;
-    const uint64_t row_bytes = 2ull * depth;
-    p.other = row_bytes * (split ? height : kHalf);
-    p.halves = shared ? 1 : 2;
-    p.step = 32 * row_bytes;
-    const uint32_t begin = col + (shared && !split ? place.pair_rank * kHalf : 0) + lane;
-    p.rows = begin < height ? min_u32(ceil_div(height - begin, 32), kHalf / 32) : 0;
-    const uint64_t matrix = static_cast<uint64_t>(tile.expert - expert0) * (split ? 2 : 1) +
-                            (split && shared ? place.pair_rank : 0);
-    p.first = static_cast<const char*>(up ? place.args->up : place.args->down) +
-              (matrix * height + begin) * row_bytes;
-    return p;
-  }
-  __device__ __forceinline__ void block(uint32_t i) const {
-    if (first == nullptr) return;
-    const char* at = first + i * kRowBytes;
-    for (uint32_t half = 0; half < halves; ++half, at += other) {
-#pragma unroll
-      for (uint32_t r = 0; r < kTileWeights / 2 / 32; ++r) {
-        if (r < rows) ptx::prefetch_l2(at + r * step);
-      }
-    }
-  }
-};
-
-// The loads of every tile the scheduler hands over; one warp, whose first lane issues them.  It runs
-// ahead into the next tile as far as the stages go.  A stage is free once both CTAs of a pair have read
-// theirs, since either may be about to fill the other's: where both run tiles of the same weights, each
-// fetches one half for both.
+// The loads of every tile the scheduler hands over; one lane.  It runs ahead into the next tile as
+// far as the stages go.  A stage is free once both CTAs of a pair have read theirs, since either may be
+// about to fill the other's: where both run tiles of the same weights, each fetches one half for both.
 template <bool kGated, bool kTraced>
 __device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char* stages) {
   GpuActor<kTraced>& actor = sh.actors[static_cast<int>(Lane::k_load)];
   const RankArgs& args = *place.args;
   const uint32_t expert0 = first_expert(sh.shape, place.rank);
-  const bool leads = threadIdx.x % 32 == 0;
   constexpr uint32_t kHalfBytes = kStageBytesWeights / 2;
   StageCursor cursor;
-  uint32_t prefetched = 0;  // blocks of the tile that the one before has already asked for
   for (uint32_t n = 0;; ++n) {
-    const uint32_t slot = n % kTasks, next = (n + 1) % kTasks;
+    const uint32_t slot = n % kTasks;
     ptx::mbarrier_wait(&sh.task_full[slot], n / kTasks & 1);
-    __syncwarp();
     const Task& task = sh.tasks[slot];
     if (task.tile.gemm == 0) return;
-    if (leads && task.tile.rows != 0) take_up(actor, task, EventKind::k_load);
+    if (task.tile.rows != 0) take_up(actor, task, EventKind::k_load);
     const uint32_t begin_cycles = kTraced ? ptx::clock32() : 0;
     uint32_t stall = 0;
     // The rows were written by ordinary or bulk stores of other CTAs; the scheduler acquired them, this
     // lane makes that hold for its tensor copies too.
-    if (leads) ptx::fence_proxy_async();
-    const bool up = task.tile.gemm == 1, shared = task.weights & kSharedWeights;
+    ptx::fence_proxy_async();
+    const bool up = task.tile.gemm == 1, shared = task.shared != 0;
     const int32_t row = static_cast<int32_t>(task.tile.pool_row0);
     const WeightBox box = WeightBox::of<kGated>(args, task.tile, expert0);
     const uint32_t boxes = ceil_div(task.tile.rows, kBoxRows);  // a bit a box of 16 << bit rows
     const uint32_t bytes = kStageBytesWeights + boxes * kBoxRows * kRowBytes;
     const uint32_t blocks = task.blocks, turns = task.turns;
-    const WeightPrefetch prefetch = WeightPrefetch::of<kGated>(sh.shape, place, task, expert0);
-    for (uint32_t i = prefetched; i < min_u32(WeightPrefetch::kAhead, blocks); ++i) {
-      prefetch.block(i);
-    }
-    prefetched = 0;
-    WeightPrefetch next_prefetch;
-    uint32_t next_blocks = 0;
     for (uint32_t i = 0; i < turns; ++i, cursor.next()) {
       uint64_t* full = &sh.full[cursor.stage];
       if (!ptx::mbarrier_test(&sh.empty[cursor.stage], cursor.turn ^ 1)) {
@@ -151,56 +94,40 @@ __device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char*
         ptx::mbarrier_wait(&sh.empty[cursor.stage], cursor.turn ^ 1);
         if constexpr (kTraced) stall += ptx::clock32() - from;
       }
-      __syncwarp();
       if (i >= blocks) {  // the other CTA's tile is deeper
-        if (leads) ptx::mbarrier_arrive(full);
+        ptx::mbarrier_arrive(full);
         continue;
       }
-      if (leads) {
-        char* weights = stages + cursor.stage * kStageBytes;
-        char* rows = weights + kStageBytesWeights;
-        const int32_t k = static_cast<int32_t>(i * kTileK);
-        ptx::mbarrier_expect(full, bytes);
-        if (shared) {
-          const int32_t half = static_cast<int32_t>(place.pair_rank);
-          ptx::tma_load_5d_both(weights + half * kHalfBytes, box.map, full, k,
-                                box.c1 + half * box.step1, box.c2 + half * box.step2, box.c3, 0);
-        } else {
-          ptx::tma_load_5d(weights, box.map, full, k, box.c1, box.c2, box.c3, 0);
-          ptx::tma_load_5d(weights + kHalfBytes, box.map, full, k, box.c1 + box.step1,
-                           box.c2 + box.step2, box.c3, 0);
-        }
-        int32_t from = row;
-#pragma unroll
-        for (uint32_t bit = 0; bit < kRowBoxes; ++bit) {
-          if (boxes >> bit & 1) {
-            ptx::tma_load_2d(rows, up ? args.map_pool[bit] : args.map_h[bit], full, k, from);
-            rows += (kBoxRows << bit) * kRowBytes;
-            from += kBoxRows << bit;
-          }
-        }
-      }
-      __syncwarp();
-      if (i + WeightPrefetch::kAhead < blocks) {
-        prefetch.block(i + WeightPrefetch::kAhead);
+      char* weights = stages + cursor.stage * kStageBytes;
+      char* rows = weights + kStageBytesWeights;
+      const int32_t k = static_cast<int32_t>(i * kTileK);
+      ptx::mbarrier_expect(full, bytes);
+      if (shared) {
+        const int32_t half = static_cast<int32_t>(place.pair_rank);
+        ptx::tma_load_5d_both(weights + half * kHalfBytes, box.map, full, k,
+                              box.c1 + half * box.step1, box.c2 + half * box.step2, box.c3, 0);
       } else {
-        if (next_blocks == 0 && ptx::mbarrier_test(&sh.task_full[next], (n + 1) / kTasks & 1)) {
-          next_prefetch = WeightPrefetch::of<kGated>(sh.shape, place, sh.tasks[next], expert0);
-          next_blocks = sh.tasks[next].tile.gemm == 0 ? 0 : sh.tasks[next].blocks;
+        ptx::tma_load_5d(weights, box.map, full, k, box.c1, box.c2, box.c3, 0);
+        ptx::tma_load_5d(weights + kHalfBytes, box.map, full, k, box.c1 + box.step1,
+                         box.c2 + box.step2, box.c3, 0);
+      }
+      int32_t from = row;
+#pragma unroll
+      for (uint32_t bit = 0; bit < kRowBoxes; ++bit) {
+        if (boxes >> bit & 1) {
+          ptx::tma_load_2d(rows, up ? args.map_pool[bit] : args.map_h[bit], full, k, from);
+          rows += (kBoxRows << bit) * kRowBytes;
+          from += kBoxRows << bit;
         }
-        if (prefetched < next_blocks) next_prefetch.block(prefetched++);
       }
     }
-    if (leads) {
-      if constexpr (kTraced) {
-        if (task.tile.rows != 0) {
-          actor.span(EventKind::k_load, kNoPeer, task.tile.expert, task.tile.index,
-                     ptx::clock32() - begin_cycles, stall);
-        }
+    if constexpr (kTraced) {
+      if (task.tile.rows != 0) {
+        actor.span(EventKind::k_load, kNoPeer, task.tile.expert, task.tile.index,
+                   ptx::clock32() - begin_cycles, stall);
       }
-      ptx::mbarrier_arrive(&sh.task_empty[slot]);
     }
-    __syncwarp();
+    ptx::mbarrier_arrive(&sh.task_empty[slot]);
   }
 }
 
@@ -509,6 +436,64 @@ __device__ __forceinline__ void run_tile(Shared<kTraced>& sh, const Place& place
   }
 }
 
+// One tile, by the least N that its rows fit.  bf16 has an N for each step of 16 rows; fp16, which is to
+// be right rather than fast, has a few, since each takes its time to compile.  Shape::tile_step says so
+// to all who count computed rows.
+template <class T, bool kGated, bool kTraced>
+__device__ __forceinline__ void multiply_tile(Shared<kTraced>& sh, const Place& place, char* stages,
+                                              StageCursor& cursor, const Task& task, uint32_t group,
+                                              const StageRelease& release) {
+#define FLASHMOE_TILE(n)                                                   \
+  run_tile<T, kGated, n>(sh, place, stages, cursor, task, group, release); \
+  break;
+  const uint32_t rows = task.tile.rows;
+  if (rows == 0) {  // no tile, but the other CTA has one
+    pass_turns(sh, cursor, task.turns, release);
+  } else if constexpr (std::is_same_v<T, __half>) {
+    switch (ceil_div(rows, 32)) {
+      case 1:
+        FLASHMOE_TILE(32)
+      case 2:
+        FLASHMOE_TILE(64)
+      case 3:
+      case 4:
+        FLASHMOE_TILE(128)
+      default:
+        FLASHMOE_TILE(192)
+    }
+  } else {
+    switch (rows <= 8 ? 0 : ceil_div(rows, 16)) {
+      case 0:
+        FLASHMOE_TILE(8)
+      case 1:
+        FLASHMOE_TILE(16)
+      case 2:
+        FLASHMOE_TILE(32)
+      case 3:
+        FLASHMOE_TILE(48)
+      case 4:
+        FLASHMOE_TILE(64)
+      case 5:
+        FLASHMOE_TILE(80)
+      case 6:
+        FLASHMOE_TILE(96)
+      case 7:
+        FLASHMOE_TILE(112)
+      case 8:
+        FLASHMOE_TILE(128)
+      case 9:
+        FLASHMOE_TILE(144)
+      case 10:
+        FLASHMOE_TILE(160)
+      case 11:
+        FLASHMOE_TILE(176)
+      default:
+        FLASHMOE_TILE(192)
+    }
+  }
+#undef FLASHMOE_TILE
+}
+
 // The products of every tile the scheduler hands over; one math group.
 template <class T, bool kGated, bool kTraced>
 __device__ __forceinline__ void multiply_tiles(Shared<kTraced>& sh, const Place& place,
@@ -532,51 +517,7 @@ __device__ __forceinline__ void multiply_tiles(Shared<kTraced>& sh, const Place&
         stamps.cycles = ptx::clock32();
       }
     }
-    switch (ceil_div(tile.rows, 8)) {
-#define FLASHMOE_TILE(n)                                                   \
-  run_tile<T, kGated, n>(sh, place, stages, cursor, task, group, release); \
-  break;
-      case 0:  // no tile, but the other CTA has one
-        pass_turns(sh, cursor, task.turns, release);
-        break;
-      case 1:
-        FLASHMOE_TILE(8)
-      case 2:
-        FLASHMOE_TILE(16)
-      case 3:
-      case 4:
-        FLASHMOE_TILE(32)
-      case 5:
-      case 6:
-        FLASHMOE_TILE(48)
-      case 7:
-      case 8:
-        FLASHMOE_TILE(64)
-      case 9:
-      case 10:
-        FLASHMOE_TILE(80)
-      case 11:
-      case 12:
-        FLASHMOE_TILE(96)
-      case 13:
-      case 14:
-        FLASHMOE_TILE(112)
-      case 15:
-      case 16:
-        FLASHMOE_TILE(128)
-      case 17:
-      case 18:
-        FLASHMOE_TILE(144)
-      case 19:
-      case 20:
-        FLASHMOE_TILE(160)
-      case 21:
-      case 22:
-        FLASHMOE_TILE(176)
-      default:
-        FLASHMOE_TILE(192)
-#undef FLASHMOE_TILE
-    }
+    multiply_tile<T, kGated>(sh, place, stages, cursor, task, group, release);
     if constexpr (kTraced) {
       if (leads) sh.stamps[slot][group].end_ns = ptx::globaltimer();
     }

@@ -57,8 +57,8 @@ def row_maps(config: MoEConfig, pool: int, h: int, rows: int) -> Mapping[str, by
 @functools.lru_cache(maxsize=256)
 def weight_maps(
     config: MoEConfig, up: int, down: int, rank: int = 0, ranks: int = 1
-) -> Mapping[str, Any]:
-    """The maps and the addresses of the matrices of the experts that ``rank`` of ``ranks`` owns.
+) -> Mapping[str, bytes]:
+    """The maps of the matrices of the experts that ``rank`` of ``ranks`` owns.
 
     ``up`` and ``down`` are the addresses of all experts' matrices.
     """
@@ -93,8 +93,7 @@ def weight_maps(
         )
     else:
         map_up = matrices(up, inter, hidden)
-    map_down = matrices(down, hidden, inter)
-    return {"map_up": map_up, "map_down": map_down, "up": up, "down": down}
+    return {"map_up": map_up, "map_down": matrices(down, hidden, inter)}
 
 
 @functools.lru_cache(maxsize=256)

@@ -21,7 +21,9 @@ SHARED_BYTES = (3 * 56 + 16 + 32 + 9 + 1) * 1024
 """Dynamic shared memory of a block, as csrc/device/cta.h sums it up (kSharedBytes)."""
 
 TILE_ROWS = 192
-TILE_ROWS_STEP = 16
+TILE_ROWS_STEP = {"bf16": 16, "fp16": 64}
+"""Tile heights are multiples of it: what the kernel is compiled for (csrc/device/tile.h)."""
+
 TILE_WEIGHT_ROWS = 256
 TILE_DEPTH = 64
 FAMILY = "sm90-256w-192t"
@@ -79,7 +81,7 @@ def launch_shape(config: MoEConfig, ranks: int, chunks: int, max_tokens: int) ->
         "pool_rows": 0,
         "chunks": chunks,
         "tile_m": TILE_ROWS,
-        "tile_step": TILE_ROWS_STEP,
+        "tile_step": TILE_ROWS_STEP[config.dtype],
         "tile_n1": TILE_WEIGHT_ROWS // 2 if config.gated else TILE_WEIGHT_ROWS,
         "tile_n2": TILE_WEIGHT_ROWS,
         "wave_experts": -(-owned // WAVES),
@@ -127,7 +129,7 @@ class Kernel:
         return cls(device, f"moe_{config.dtype}_{kind}_{how}", SHARED_BYTES)
 
     def launch_moe(self, ranks: int, chunks: int, args: ctypes.Array[ctypes.c_char]) -> None:
-        """One launch of ``ranks`` ranks of ``chunks`` CTAs on torch's current stream; does not wait.
+        """One launch of ``ranks`` ranks of ``chunks`` CTAs on torch's current stream; no wait.
 
         ``args``: a LaunchArgs of csrc/core/args.h.
         """
