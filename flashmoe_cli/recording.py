@@ -43,7 +43,7 @@ def make_request(options: dict[str, Any], *, traced: bool) -> Request:
         for name in ("hidden", "intermediate", "experts", "top_k", "activation", "dtype")
     }
     parse.checkpoint_args(get("checkpoint"), get("layer"), get("preset"), overrides)
-    ranks = options["ranks"]
+    ranks, processes = parse.processes(options)
     checkpoint: Path | None = get("checkpoint")
     name: str
     config: MoEConfig | None
@@ -85,8 +85,9 @@ def make_request(options: dict[str, Any], *, traced: bool) -> Request:
         out=get("output") or (default if traced else None),
         hang_out=default,
         force=options["force"],
-        faults=parse.faults(get("fault"), ranks),
+        faults=parse.faults(get("fault"), ranks, processes["processes"]),
         command=shlex.join(["flashmoe", *sys.argv[1:]]),
+        **processes,
     )
 
 
@@ -99,7 +100,7 @@ def record(options: dict[str, Any], *, traced: bool) -> Result:
     before = _saved(request)
     with Progress(quiet=options["quiet"] or options["as_json"]) as progress, _stopped_by_sigterm():
         try:
-            return run(request, progress)
+            return run(request, progress, progress.say)
         except BaseException:
             if _saved(request) != before and not options["as_json"]:
                 note(f"saved what had run: {request.out}")
