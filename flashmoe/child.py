@@ -124,7 +124,7 @@ def _run(line: Line, task: Task) -> int:
             import traceback
 
             traceback.print_exception(cause)
-            line.say(error=[ended.pe.message, "its traceback is above", 1])
+            line.say(error=[ended.pe.message, "its traceback is above", 1], crash=ended.pe.message)
     except FlashmoeError as exc:
         line.say(error=[exc.message, exc.hint, exc.exit_code])
         return exc.exit_code

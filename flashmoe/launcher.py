@@ -85,7 +85,8 @@ class Child:
         self.line, theirs = socket.socketpair()
         fds = (theirs.fileno(), task.board_fd, self.part.fileno())
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "flashmoe.child", str(theirs.fileno())],
+            # The rank is for those who look with ps.
+            [sys.executable, "-P", "-m", "flashmoe.child", str(theirs.fileno()), f"rank={rank}"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -101,6 +102,7 @@ class Child:
         self.code: int | None = None
         self.phase = (0, "starting", 0, 0)
         self.error: tuple[str, str, int] | None = None
+        self.crash = ""  # the exception that nobody foresaw
         self.writing = False
         self.whole = False
         self._rest = {"line": b"", "out": b""}
@@ -130,6 +132,7 @@ class Child:
             number = self.phase[0] + (phase != self.phase[1])
             self.phase = (number, phase, done, total)
         self.error = tuple(message["error"]) if "error" in message else self.error
+        self.crash = message.get("crash", self.crash)
         self.writing = self.writing or "writing" in message
         self.whole = self.whole or "part" in message
 
@@ -235,12 +238,14 @@ class Launch:
                 parts[child.rank] = part
         pids = {child.rank: child.process.pid for child in self.children}
         if not self.stopped:
-            self._refuse_early_end(parts, actors)
+            self._refuse_early_end(bool(actors))
         return Outcome(parts, self.gone, self.flight, self.stopped, pids)
 
-    def _refuse_early_end(self, parts: dict[int, Any], actors: int) -> None:
+    def _refuse_early_end(self, built: bool) -> None:
         """Raises where a rank ended before the launches began: there is no result to speak of."""
-        begun = actors and bool((self.board.flight(actors)["epoch"] > 0).any())
+        begun = built and any(
+            bool((self.board.slots(child.rank)["epoch"] > 0).any()) for child in self.children
+        )
         if self.gone and not begun:
             rank, how = next(iter(self.gone.items()))
             phase = self.children[rank].phase[1]
@@ -317,9 +322,11 @@ class Launch:
         if child.code == 0 or self.stopped:
             return
         ours = self._term_at != float("inf") or self._kill_at != float("inf")
-        if child.code not in (EXIT_STOPPED, EXIT_HANG) and child.error is None and not ours:
-            self.gone.setdefault(child.rank, child.ended())
-            self._fail(f"rank {child.rank} is gone: {child.ended()}")
+        died = child.code not in (EXIT_STOPPED, EXIT_HANG) and child.error is None and not ours
+        if died or child.crash:
+            how = f"it failed with {child.crash}" if child.crash else child.ended()
+            self.gone.setdefault(child.rank, how)
+            self._fail(f"rank {child.rank} is gone: {how}")
         grace = LINGER_S
         if child.code == EXIT_HANG:
             # One that does not leave with the others is looked at first: see diagnosis._stopped.

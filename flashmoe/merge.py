@@ -153,6 +153,16 @@ class Merged:
         empty = np.full_like(one, missing)
         return np.stack([own.get(r, empty) for r in range(self.request.ranks)])
 
+    def begun(self) -> int:
+        """Launches that some rank has entered, as far as it left a trace of them."""
+        last = [
+            int(records["iter"].max()) + 1
+            for part in self.parts.values()
+            for name, records in part.arrays.items()
+            if name.startswith("ring") and name != "ring_headers" and len(records)
+        ]
+        return max([*last, *(len(r["launch_ms"]) for r in self.reports.values())], default=0)
+
     def diagnose(self, slots: np.ndarray, gone: Mapping[int, str]) -> HangReport:
         """Why the launch did not end."""
         from flashmoe.trace.diagnosis import diagnose
@@ -259,6 +269,7 @@ def conclude(
     failed = {r: s for r, s in reports.items() if s["exit_code"] not in (0, EXIT_STOPPED)}
     if outcome.stopped:
         result.exit_code, result.message = EXIT_STOPPED, "interrupted"
+        result.status = Status.HOST_ABORT
         with contextlib.suppress(FlashmoeError):
             _save(merged, result, progress, only_with_launches=True)
         raise KeyboardInterrupt
@@ -331,7 +342,7 @@ def _save(
             request,
             result,
             deadline_s=(merged.engine or {}).get("deadline_s"),
-            launches=len(result.launch_ms),
+            launches=len(result.launch_ms) if result.status is Status.OK else merged.begun(),
         )
         if request.traced:
             writer.add_rings(merged.rings())

@@ -250,7 +250,7 @@ def strike(request: Request, rank: int, point: str) -> None:
             if fault.kind == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             if fault.kind == "raises":
-                raise RuntimeError(f"injected at {point}")
+                raise Injected(f"injected at {point}")
 
 
 @contextlib.contextmanager
@@ -277,4 +277,8 @@ def _strike_later(kind: str) -> None:
 
 def raises(*_: object) -> None:
     """The handler of the signal by which ``raises`` strikes in the kernel."""
-    raise RuntimeError("injected at kernel")
+    raise Injected("injected at kernel")
+
+
+class Injected(Exception):
+    """What the fault ``raises`` raises."""

@@ -141,7 +141,9 @@ def result_json(verb: str, result: Result) -> dict[str, Any]:
         "tokens": list(result.tokens),
         "sms_per_rank": result.sms_per_rank,
         "launch_ms": times,
-        "time_ms": {"median": statistics.median(times), "min": min(times), "max": max(times)},
+        "time_ms": {"median": statistics.median(times), "min": min(times), "max": max(times)}
+        if times
+        else None,
         "time_source": time_source(result.world),
         "check": result.check,
         "payload_bytes": result.traffic.tolist(),
