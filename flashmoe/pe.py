@@ -159,7 +159,8 @@ def _run(pe: Pe, board: Board, progress: Progress, transport: str) -> None:
 
     request, job = pe.request, pe.job
     progress("preparing weights and tokens", 0, 0)
-    device = "cpu" if transport == "host" else f"cuda:{job.place.local_rank}"
+    gpu = job.place.local_rank // max(request.ranks_per_gpu, 1)
+    device = "cpu" if transport == "host" else f"cuda:{gpu}"
     pe.inputs = inputs = prepare(request, device=device)
     strike(request, job.rank, "joined")
     progress("building the engine", 0, 0)
@@ -171,7 +172,7 @@ def _run(pe: Pe, board: Board, progress: Progress, transport: str) -> None:
         first_deadline_s=FIRST_DEADLINE * (request.deadline_s or DEADLINE_S),
         ring_capacity=request.ring_capacity,
         ring_mode=request.ring_mode,
-        device=job.place.local_rank // max(request.ranks_per_gpu, 1),
+        device=gpu,
         no_pointers=request.no_pointers,
         faults=tuple(f for f in request.faults if f.kind not in PROCESS_FAULTS),
     )

@@ -10,6 +10,7 @@ from flashmoe.config import MoEConfig
 from flashmoe.errors import FlashmoeError
 from flashmoe.presets import preset
 from flashmoe.world.base import Fault
+from flashmoe.world.rendezvous import Place
 
 _SHAPE_FLAGS = ("hidden", "intermediate", "experts", "top_k")
 DEFAULT_PRESET = "tiny"
@@ -61,12 +62,22 @@ def tokens_per_rank(text: str | None, ranks: int, default: int) -> tuple[int, ..
     return numbers
 
 
-def processes(options: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+def processes(
+    options: dict[str, Any], place: Place | None = None
+) -> tuple[int, dict[str, Any]]:
     """The number of ranks, and the request's fields about ranks that are processes.
 
-    ``--gpus N`` with ``--ranks-per-gpu R`` are N x R processes.
+    ``--gpus N`` with ``--ranks-per-gpu R`` are N x R processes.  ``place`` is this process's, where
+    torchrun, srun or mpirun started it as one of several: then they say how many there are.
     """
     ranks: int | None = options.get("ranks")
+    if place is not None:
+        if ranks is not None and ranks != place.world:
+            raise usage(
+                f"--ranks {ranks}, but {place.by} started {place.world} processes",
+                "leave --ranks out",
+            )
+        ranks, options = place.world, options | {"processes": True, "gpus": None}
     gpus: int | None = options.get("gpus")
     each: int | None = options.get("ranks_per_gpu")
     wanted = bool(options.get("processes")) or gpus is not None
@@ -96,7 +107,9 @@ def processes(options: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     return ranks or 1, fields
 
 
-def faults(specs: list[str] | None, ranks: int, in_processes: bool) -> tuple[Fault, ...]:
+def faults(
+    specs: list[str] | None, ranks: int, in_processes: bool = False
+) -> tuple[Fault, ...]:
     """The faults that ``--fault`` asks for."""
     found = tuple(_fault(spec, ranks) for spec in specs or ())
     for fault in found:

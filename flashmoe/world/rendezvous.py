@@ -203,7 +203,7 @@ class Job:
     def __init__(self, place: Place, store: Store, timeout_s: float = TIMEOUT_S) -> None:
         self.place = place
         self._store = store
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._turns: dict[str, int] = {}
 
     @property
@@ -221,6 +221,10 @@ class Job:
     def get(self, key: str, from_rank: int) -> bytes:
         """What was said under ``key``, waited for; ``from_rank`` is who is named if it never is."""
         return self._await([key], [from_rank])[0]
+
+    def has(self, key: str) -> bool:
+        """Whether anyone has said something under ``key``."""
+        return bool(self._ask(lambda: self._store.check([key])))
 
     def gather(self, name: str, value: bytes) -> list[bytes]:
         """What every rank gives under this name, by rank; collective, any number of times."""
@@ -250,7 +254,7 @@ class Job:
         return reason
 
     def _await(self, keys: list[str], ranks: Sequence[int], name: str = "") -> list[bytes]:
-        until = time.monotonic() + self._timeout_s
+        until = time.monotonic() + self.timeout_s
         pause = 0.0005
         while not self._ask(lambda: self._store.check(keys)):
             reason = self.failure()
@@ -264,7 +268,7 @@ class Job:
                 ]
                 what = f"'{name}'" if name else "its word"
                 raise FlashmoeError(
-                    f"rank {', '.join(late)} did not come to {what} in {self._timeout_s:g} s",
+                    f"rank {', '.join(late)} did not come to {what} in {self.timeout_s:g} s",
                     "it may have died, or never been started: see its own output",
                 )
             time.sleep(pause)

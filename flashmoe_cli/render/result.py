@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from flashmoe.session import Result
 
 
-def where_text(world: str, ranks: int, sms_per_rank: int, gpu: str | None) -> str:
+def where_text(
+    world: str, ranks: int, sms_per_rank: int, gpu: str | None, processes: bool = False
+) -> str:
     """The engine in words; a host-engine run is always called that."""
     size = f"{plural(ranks, 'rank')} x {plural(sms_per_rank, 'SM')}"
     if world == "host":
-        return f"the host engine (CPU threads; not GPU times), {size}"
+        what = "CPU processes" if processes else "CPU threads"
+        return f"the host engine ({what}; not GPU times), {size}"
     return f"{gpu or 'the GPU'}, {size}"
 
 
@@ -66,7 +69,8 @@ def result_lines(result: Result, where: Terminal, *, verbose: bool = False) -> l
     """The report of one run, without its timeline."""
     gpu = result.device["name"] if result.device else None
     ranks = len(result.tokens)
-    head = where_text(result.world, ranks, result.sms_per_rank, gpu)
+    in_processes = result.processes is not None
+    head = where_text(result.world, ranks, result.sms_per_rank, gpu, in_processes)
     lines = [paint(f"{result.name} on {head}", "1", where.colour)]
     if result.why_world:
         lines.append(f"  no GPU   {result.why_world}")
