@@ -39,7 +39,7 @@ from flashmoe.session import (
     refuse_existing,
 )
 from flashmoe.world.board import Board
-from flashmoe.world.processes import choose_transport
+from flashmoe.world.processes import choose_transport, surroundings
 from flashmoe.world.rendezvous import Place
 
 Say = Callable[[str], None]
@@ -174,8 +174,13 @@ class Launch:
         self._selector = selectors.DefaultSelector()
         self.children: list[Child] = []
         self._tidy_orders()
-        listener = socket.create_server(("127.0.0.1", 0), backlog=256)
-        self._start(transport, listener)
+        self._around = contextlib.ExitStack()
+        try:
+            extra = self._around.enter_context(surroundings(transport, request, self.keeper))
+            self._start(transport, extra)
+        except BaseException:
+            self.close()
+            raise
 
     def _tidy_orders(self) -> None:
         """What the keeper shall remove, should this process be killed: see ``RunWriter``."""
@@ -190,14 +195,17 @@ class Launch:
             path = request.save_output.absolute()
             self.keeper.order(remove=str(path.with_name(f".{path.name}.{pid}")))
 
-    def _start(self, transport: str, listener: socket.socket) -> None:
+    def _start(self, transport: str, extra: dict[str, str]) -> None:
         request = self.request
-        env = child_environment(request.ranks)
+        listener = socket.create_server(("127.0.0.1", 0), backlog=256)
+        env = child_environment(request.ranks) | extra
         folder = None if request.out is None else request.out.absolute().parent
         port = listener.getsockname()[1]
         self.progress(f"starting {request.ranks} processes", 0, 0)
         for rank in range(request.ranks):
-            place = Place(rank, request.ranks, rank, request.ranks, 1, "flashmoe", "127.0.0.1", port)
+            place = Place(
+                rank, request.ranks, rank, request.ranks, 1, "flashmoe", "127.0.0.1", port
+            )
             task = Task(request, place, self.board.fd, -1, transport, os.getpid())
             child = Child(rank, task, folder, env)
             self.children.append(child)
@@ -364,6 +372,7 @@ class Launch:
             child.close()
         self._selector.close()
         self._store = None
+        self._around.close()
         os.close(self.board.fd)
         self.keeper.done()
 

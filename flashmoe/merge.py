@@ -24,7 +24,7 @@ from flashmoe.trace import schema
 from flashmoe.trace.align import Alignment, Exchange, align_rings
 from flashmoe.trace.rings import Rings
 from flashmoe.world.base import Routing, Status
-from flashmoe.world.tiles import extension, tile_plan
+from flashmoe.world.tiles import tile_plan
 
 if TYPE_CHECKING:
     from flashmoe.trace.diagnosis import HangReport
@@ -123,7 +123,9 @@ class Merged:
                 align_rings(own, records, clock)
             headers.append(own)
             stored += records
-        return Rings(np.concatenate(headers) if headers else np.zeros(0, schema.RING_HEADER), stored)
+        return Rings(
+            np.concatenate(headers) if headers else np.zeros(0, schema.RING_HEADER), stored
+        )
 
     def flight(self) -> np.ndarray | None:
         """All ranks' slots on rank 0's clock, as the launcher read them, else from the parts."""
@@ -254,9 +256,7 @@ def _alignment(report: dict[str, Any]) -> Alignment | None:
     return Alignment.of(Exchange(**start), None if end is None else Exchange(**end))
 
 
-def conclude(
-    request: Request, outcome: Outcome, why_world: str, progress: Progress
-) -> Result:
+def conclude(request: Request, outcome: Outcome, why_world: str, progress: Progress) -> Result:
     """The result of a run of PEs, judged and saved.
 
     Raises FlashmoeError where a rank failed in a way that leaves no result: bad ids, no memory.

@@ -36,9 +36,7 @@ def default_run_path(name: str) -> Path:
     return path
 
 
-def make_request(
-    options: dict[str, Any], *, traced: bool, place: Place | None = None
-) -> Request:
+def make_request(options: dict[str, Any], *, traced: bool, place: Place | None = None) -> Request:
     """The request that a verb's options make; raises FlashmoeError (exit code 2) on nonsense.
 
     ``options`` are the parameters of ``run`` and ``trace`` by name; ``place`` is this process's

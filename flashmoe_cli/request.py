@@ -62,9 +62,7 @@ def tokens_per_rank(text: str | None, ranks: int, default: int) -> tuple[int, ..
     return numbers
 
 
-def processes(
-    options: dict[str, Any], place: Place | None = None
-) -> tuple[int, dict[str, Any]]:
+def processes(options: dict[str, Any], place: Place | None = None) -> tuple[int, dict[str, Any]]:
     """The number of ranks, and the request's fields about ranks that are processes.
 
     ``--gpus N`` with ``--ranks-per-gpu R`` are N x R processes.  ``place`` is this process's, where
@@ -107,9 +105,7 @@ def processes(
     return ranks or 1, fields
 
 
-def faults(
-    specs: list[str] | None, ranks: int, in_processes: bool = False
-) -> tuple[Fault, ...]:
+def faults(specs: list[str] | None, ranks: int, in_processes: bool = False) -> tuple[Fault, ...]:
     """The faults that ``--fault`` asks for."""
     found = tuple(_fault(spec, ranks) for spec in specs or ())
     for fault in found:

@@ -75,7 +75,7 @@ def _ask_board(job: Job, board: Board, now_ns: Now) -> Exchange | None:
     sent, there, back = [], [], []
     begin, question = time.monotonic(), int(mine["ping"])
     try:
-        while len(sent) < MOST and time.monotonic() - begin < SHORT_S or len(sent) < 4:
+        while (len(sent) < MOST and time.monotonic() - begin < SHORT_S) or len(sent) < 4:
             question += 1
             sent.append(now_ns())
             mine["ping"] = question

@@ -198,7 +198,9 @@ class HostEngine:
             owned = -(-config.experts // ranks)
             twice_the_mean = -(-2 * sum(self.tokens) * config.top_k * owned // config.experts)
             shape["pool_rows"] = max(1, min(worst, twice_the_mean))
-        if self._peers is not None:  # each saw the memory at another moment, and all need one layout
+        if (
+            self._peers is not None
+        ):  # each saw the memory at another moment, and all need one layout
             shape["pool_rows"] = self._peers.least(shape["pool_rows"])
         return shape
 

@@ -11,8 +11,10 @@ where ``peers.slots(actors)`` says, so that the launcher can read them when the 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 from flashmoe.errors import FlashmoeError
@@ -20,6 +22,9 @@ from flashmoe.world.base import Engine
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from flashmoe.keeper import Keeper
+    from flashmoe.session import Request
 
 EXIT_NO_GPU = 5
 
@@ -76,6 +81,22 @@ def choose_transport(asked: str, world: str) -> tuple[str, str]:
         "--world host --processes",
         exit_code=EXIT_NO_GPU,
     )
+
+
+@contextlib.contextmanager
+def surroundings(transport: str, request: Request, keeper: Keeper) -> Iterator[dict[str, str]]:
+    """What must be there while the PEs run, and their extra environment variables.
+
+    A world's module may have a context manager ``surroundings(request, keeper)`` for it, such as one
+    that starts a private MPS and ends it; what it starts it also tells the keeper how to end.
+    """
+    around = None if transport == "host" else importlib.import_module(MODULES[transport])
+    make = getattr(around, "surroundings", None)
+    if make is None:
+        yield {}
+        return
+    with make(request, keeper) as environment:
+        yield environment
 
 
 def builder(transport: str) -> Any:

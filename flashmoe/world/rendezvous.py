@@ -8,6 +8,7 @@ error names who was missing.
 
 from __future__ import annotations
 
+import os
 import re
 import time
 import zlib
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 TIMEOUT_S = 120.0
-"""How long a rank waits for the others to start: loading torch from a cold disk takes a while."""
+"""How long a rank waits for the others to start: loading torch from a cold disk takes a while.
+``FLASHMOE_RENDEZVOUS_S`` in the environment is taken instead."""
 
 _FAILED = "failed"
 _FIRST_PORT, _PORTS = 20000, 20000
@@ -169,13 +171,30 @@ def expand_hosts(text: str) -> list[str]:
     return hosts
 
 
-def rendezvous(place: Place, timeout_s: float = TIMEOUT_S) -> Job:
+def timeout_from(env: Mapping[str, str]) -> float:
+    """``FLASHMOE_RENDEZVOUS_S``, or ``TIMEOUT_S``."""
+    text = env.get("FLASHMOE_RENDEZVOUS_S", "")
+    try:
+        seconds = float(text or TIMEOUT_S)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e6:
+        raise FlashmoeError(
+            f"FLASHMOE_RENDEZVOUS_S is {text!r}, which is no number of seconds", "unset it", 2
+        )
+    return seconds
+
+
+def rendezvous(place: Place, timeout_s: float | None = None) -> Job:
     """Meets the other ranks' store; all are there once a ``gather`` or ``barrier`` returns.
 
-    Raises FlashmoeError where nobody answers at ``place.address`` in ``timeout_s``.
+    Raises FlashmoeError where nobody answers at ``place.address`` in ``timeout_s`` (None: what
+    ``timeout_from`` says).
     """
     from torch.distributed import PrefixStore, TCPStore
 
+    if timeout_s is None:
+        timeout_s = timeout_from(os.environ)
     try:
         store = TCPStore(
             place.address,

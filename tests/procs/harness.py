@@ -34,7 +34,9 @@ class Job:
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "flashmoe_cli", *self.args],
             cwd=self.folder,
-            env=os.environ | {"PYTHONPATH": place, MARK: self.mark, "OMP_NUM_THREADS": "1"} | self.env,
+            env=os.environ
+            | {"PYTHONPATH": place, MARK: self.mark, "OMP_NUM_THREADS": "1"}
+            | self.env,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
