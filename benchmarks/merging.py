@@ -2,10 +2,10 @@
 
     python benchmarks/merging.py --ranks 4 --events 1000000 [--repeat 5] [--json]
 
-Makes up the parts of ranks with so many events each, as PEs hand them to the launcher, and times what
-the launcher does with them: reading the parts, putting clocks on one (each rank's is made to be off
-and to drift), and writing the run directory with everything in it.  Nothing else is timed.  The
-files have just been written, so that they come from memory.
+Makes up the parts of ranks with so many events each, as PEs hand them to the launcher, and times
+what the launcher does with them: reading the parts, putting clocks on one (each rank's is made to
+be off and to drift), and writing the run directory with everything in it.  Nothing else is timed.
+The files have just been written, so that they come from memory.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tidies up after a launcher that was killed: a process of its own that outlives it by seconds.
 
-Run as a script, with nothing of flashmoe imported.  It reads one JSON object a line from stdin: what
-to do should stdin end before a line says ``{"done": true}``.
+Run as a script, with nothing of flashmoe imported.  It reads one JSON object a line from stdin:
+what to do should stdin end before a line says ``{"done": true}``.
 
     {"watch": PID}              end this process, if it has not ended by itself in GRACE_S
     {"remove": PATH}            a file or a directory

@@ -1,7 +1,7 @@
 """Starts a job's PEs as direct children, watches them, and makes one run of what they leave.
 
-Nothing it uses has a name in a file system (the board, the parts, the heaps), and a keeper tidies up
-should it be killed itself: whoever dies when, nothing is left behind.
+Nothing it uses has a name in a file system (the board, the parts, the heaps), and a keeper tidies
+up should it be killed itself: whoever dies when, nothing is left behind.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ from flashmoe.world.rendezvous import Place
 
 Say = Callable[[str], None]
 
+LOCALHOST = "127.0.0.1"
+
 #: Those that a dead rank leaves waiting get so long to come to their waits, which the report names.
 LINGER_S = 0.5
 #: From the word to stop to SIGTERM, and on to SIGKILL; from then on nothing is waited for.
@@ -62,7 +64,7 @@ def run(request: Request, progress: Progress, say: Say) -> Result:
     world, why_world = choose_world(request.world, request.device)
     if request.gpus is not None and world == "host":
         raise FlashmoeError(
-            f"--gpus {request.gpus}: no GPU can be used here: {why_world or 'the host engine runs'}",
+            f"--gpus {request.gpus}: no GPU can be used here: {why_world or 'the world is host'}",
             "on CPUs: --world host --processes --ranks N",
             exit_code=5,
         )
@@ -81,7 +83,7 @@ class Child:
 
     def __init__(self, rank: int, task: Task, folder: Path | None, env: dict[str, str]) -> None:
         self.rank = rank
-        self.part = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115: closed in close()
+        self.part = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         self.line, theirs = socket.socketpair()
         fds = (theirs.fileno(), task.board_fd, self.part.fileno())
         self.process = subprocess.Popen(
@@ -197,15 +199,13 @@ class Launch:
 
     def _start(self, transport: str, extra: dict[str, str]) -> None:
         request = self.request
-        listener = socket.create_server(("127.0.0.1", 0), backlog=256)
+        listener = socket.create_server((LOCALHOST, 0), backlog=256)
         env = child_environment(request.ranks) | extra
         folder = None if request.out is None else request.out.absolute().parent
         port = listener.getsockname()[1]
         self.progress(f"starting {request.ranks} processes", 0, 0)
         for rank in range(request.ranks):
-            place = Place(
-                rank, request.ranks, rank, request.ranks, 1, "flashmoe", "127.0.0.1", port
-            )
+            place = Place(rank, request.ranks, rank, request.ranks, 1, "flashmoe", LOCALHOST, port)
             task = Task(request, place, self.board.fd, -1, transport, os.getpid())
             child = Child(rank, task, folder, env)
             self.children.append(child)
@@ -216,7 +216,7 @@ class Launch:
         from torch.distributed import PrefixStore, TCPStore
 
         store = TCPStore(
-            "127.0.0.1", port, is_master=True, wait_for_workers=False,
+            LOCALHOST, port, is_master=True, wait_for_workers=False,
             master_listen_fd=listener.detach(),
         )  # fmt: skip
         self._store = PrefixStore("flashmoe", store)

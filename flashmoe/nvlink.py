@@ -1,7 +1,8 @@
 """NVLink as NVML counts it: bytes that went over all links of a GPU, and the links' state.
 
-The counters are of the whole GPU, by whoever sends, and step by a KiB; so they are read around enough
-launches to rise well above a step, and shown beside what the trace counted, never in its place.
+The counters are of the whole GPU, by whoever sends, and step by a KiB; so they are read around
+enough launches to rise well above a step, and shown beside what the trace counted, never in its
+place.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from flashmoe.gpu import ask, handle_of, nvml_session, visible_handles
 from flashmoe.nvlink import Reach, links, p2p_matrix
 from flashmoe_cli.checks import Check
 
-#: Of the NVSHMEM that the cubins' flavour ``nvshmem`` is linked with: a host library as old as it or
-#: newer runs them, an older one does not load them.
+#: Of the NVSHMEM that the cubins' flavour ``nvshmem`` is linked with: a host library as old as it
+#: or newer runs them, an older one does not load them.
 NVSHMEM_BUILT = (3, 4, 5)
 
 
@@ -69,7 +69,7 @@ def mps(device: int) -> Check | None:
         return None
     if share is not None and share != "100":
         return Check(
-            "MPS", "warn", f"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE={share}: kernels get a part of the SMs",
+            "MPS", "warn", f"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE={share}: kernels get few SMs",
             "unset it; --ranks-per-gpu sets the share of its own ranks",
         )  # fmt: skip
     if mode == "prohibited":

@@ -1,7 +1,7 @@
 """Ranks' clocks put on rank 0's: offset and drift from two-way exchanges, with their error bounds.
 
-An exchange is a question and its answer: sent at ``sent`` and back at ``back`` by the own clock, and
-answered at ``there`` by the reference's.  The answer was given somewhere between the two, so
+An exchange is a question and its answer: sent at ``sent`` and back at ``back`` by the own clock,
+and answered at ``there`` by the reference's.  The answer was given somewhere between the two, so
 
     there - back <= offset <= there - sent        (reference = own + offset)
 

@@ -53,8 +53,8 @@ class EngineOptions:
     ``sms_per_rank`` None: all of the device's SMs shared evenly (GPU), 2 (host).  ``deadline_s``
     bounds every wait; ``first_deadline_s`` replaces it in the first launch (None: 4 times the
     former).  ``ring_capacity`` is in records an actor; None derives it from the plan's worst case.
-    With ``no_pointers`` every other rank counts as beyond the reach of pointers: rows and signals go
-    by put-with-signal (host engine).
+    With ``no_pointers`` every other rank counts as beyond the reach of pointers: rows and signals
+    go by put-with-signal (host engine).
     """
 
     ranks: int = 1

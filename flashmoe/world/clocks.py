@@ -51,18 +51,16 @@ def _spin(until: Callable[[], bool], limit_s: float) -> bool:
 
 
 def _serve_board(board: Board, rank: int, now_ns: Now) -> None:
-    turn, asked = board.header(0), board.header(rank)[0]
-    before = int(asked["pong"])
-    turn["turn"][0] = rank
-    served = before
-    while True:
-        if not _spin(lambda: int(asked["ping"]) != served or turn["turn"][0] != rank, LOST_S):
-            return
-        if turn["turn"][0] != rank:
-            return
-        served = int(asked["ping"])
+    turn, asked = board.header(0)["turn"], board.header(rank)[0]
+    turn[0] = rank
+
+    def asked_or_done() -> bool:
+        return bool(asked["ping"] != asked["pong"] or turn[0] != rank)
+
+    while _spin(asked_or_done, LOST_S) and turn[0] == rank:
+        question = int(asked["ping"])
         asked["there_ns"] = now_ns()
-        asked["pong"] = served
+        asked["pong"] = question
 
 
 def _ask_board(job: Job, board: Board, now_ns: Now) -> Exchange | None:
@@ -72,14 +70,16 @@ def _ask_board(job: Job, board: Board, now_ns: Now) -> Exchange | None:
         if time.monotonic() > end:
             return None
         time.sleep(0.0005)
-    sent, there, back = [], [], []
+    sent: list[int] = []
+    there: list[int] = []
+    back: list[int] = []
     begin, question = time.monotonic(), int(mine["ping"])
     try:
         while (len(sent) < MOST and time.monotonic() - begin < SHORT_S) or len(sent) < 4:
             question += 1
             sent.append(now_ns())
             mine["ping"] = question
-            if not _spin(lambda: int(mine["pong"]) == question, LOST_S):
+            if not _spin(lambda: bool(mine["pong"] == mine["ping"]), LOST_S):
                 return None
             back.append(now_ns())
             there.append(int(mine["there_ns"]))
@@ -95,7 +95,9 @@ def _serve_store(job: Job, turn: int, rank: int, now_ns: Now) -> None:
 
 
 def _ask_store(job: Job, turn: int, now_ns: Now) -> Exchange | None:
-    sent, there, back = [], [], []
+    sent: list[int] = []
+    there: list[int] = []
+    back: list[int] = []
     for i in range(BY_STORE):
         key = f"clock/{turn}/{job.rank}/{i}"
         sent.append(now_ns())

@@ -5,8 +5,9 @@ A world is a module with a function
     pe_engine(config, weights, tokens, options, peers) -> PeEngine
 
 that builds the engine of rank ``peers.rank``: it makes this rank's heap, exchanges what the others
-need to reach it (``peers.job.gather``), fills its table of peers, and puts its flight-recorder slots
-where ``peers.slots(actors)`` says, so that the launcher can read them when the process is gone.
+need to reach it (``peers.job.gather``), fills its table of peers, and puts its flight-recorder
+slots where ``peers.slots(actors)`` says, so that the launcher can read them when the process is
+gone.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ def choose_transport(asked: str, world: str) -> tuple[str, str]:
 def surroundings(transport: str, request: Request, keeper: Keeper) -> Iterator[dict[str, str]]:
     """What must be there while the PEs run, and their extra environment variables.
 
-    A world's module may have a context manager ``surroundings(request, keeper)`` for it, such as one
-    that starts a private MPS and ends it; what it starts it also tells the keeper how to end.
+    A world's module may have a context manager ``surroundings(request, keeper)`` for it, such as
+    one that starts a private MPS and ends it; what it starts it also tells the keeper how to end.
     """
     around = None if transport == "host" else importlib.import_module(MODULES[transport])
     make = getattr(around, "surroundings", None)

@@ -280,11 +280,7 @@ class Job:
             if reason is not None:
                 raise FlashmoeError(reason, "see that rank's own lines above", 1)
             if time.monotonic() > until:
-                late = [
-                    str(rank)
-                    for key, rank in zip(keys, ranks, strict=True)
-                    if not self._ask(lambda key=key: self._store.check([key]))
-                ]
+                late = [str(r) for key, r in zip(keys, ranks, strict=True) if not self.has(key)]
                 what = f"'{name}'" if name else "its word"
                 raise FlashmoeError(
                     f"rank {', '.join(late)} did not come to {what} in {self.timeout_s:g} s",
@@ -292,8 +288,11 @@ class Job:
                 )
             time.sleep(pause)
             pause = min(2 * pause, 0.02)
-        return [self._ask(lambda key=key: self._store.get(key)).decode().encode("latin-1")
-                for key in keys]  # fmt: skip
+        return [self._value(key) for key in keys]
+
+    def _value(self, key: str) -> bytes:
+        said: bytes = self._ask(lambda: self._store.get(key))
+        return said.decode().encode("latin-1")
 
     def _ask(self, call: Callable[[], Any]) -> Any:
         try:

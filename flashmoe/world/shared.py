@@ -23,7 +23,7 @@ class SharedPeers:
     def __init__(self, job: Job, board: Board) -> None:
         if job.place.nodes > 1:
             raise FlashmoeError(
-                f"the host engine's processes share memory, and these are on {job.place.nodes} nodes",
+                f"the host engine's processes share memory, and are on {job.place.nodes} nodes",
                 "start them on one node",
                 exit_code=2,
             )

@@ -215,10 +215,10 @@ def clock_lines(clock: dict[str, Any], where: Terminal) -> list[str]:
     if order and order["violations"]:
         worst = order["worst"]
         text = (
-            f"{count_text(order['violations'])} of {count_text(order['checked'])} waits end before "
-            f"what they awaited began, by up to {time_text(order['worst_ns'])} more than the clocks' "
-            f"bounds allow (worst: {worst['kind']} of rank {worst['rank']} on rank {worst['peer']}, "
-            f"launch {worst['iter']}): times between ranks are not to be trusted"
+            f"{count_text(order['violations'])} of {count_text(order['checked'])} waits end "
+            f"before what they awaited began, by up to {time_text(order['worst_ns'])} more than "
+            f"the clocks' bounds allow (worst: {worst['kind']} of rank {worst['rank']} on rank "
+            f"{worst['peer']}, launch {worst['iter']}): times between ranks are not to be trusted"
         )
         lines += [paint(part, "33", where.colour) for part in wrap(text, where.width)]
     return lines

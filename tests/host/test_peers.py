@@ -116,7 +116,7 @@ def test_the_bits_are_those_of_one_engine(no_pointers: bool) -> None:
 def test_pools_too_small_grow_on_all_ranks_alike(
     monkeypatch: pytest.MonkeyPatch, no_pointers: bool
 ) -> None:
-    """All tokens are alike, so that their rows go to two experts of eight; pools hold twice the mean."""
+    """All tokens are alike: their rows go to two experts of eight; pools hold twice the mean."""
     tokens = [16] * 8
     x = [torch.ones(t, CONFIG.hidden, dtype=torch.bfloat16) for t in tokens]
     limit = 600_000  # of heaps; what is free stays out of it

@@ -50,9 +50,10 @@ class Job:
             if not entry.name.isdigit():
                 continue
             try:
-                if f"{MARK}={self.mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
-                    if (entry / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
-                        found[int(entry.name)] = (entry / "cmdline").read_bytes().decode()
+                environment = (entry / "environ").read_bytes().split(b"\0")
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                if f"{MARK}={self.mark}".encode() in environment and state != "Z":
+                    found[int(entry.name)] = (entry / "cmdline").read_bytes().decode()
             except OSError:
                 continue
         return found

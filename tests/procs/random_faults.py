@@ -2,11 +2,12 @@
 
     python tests/procs/random_faults.py --runs 200 [--seed 0]
 
-Each run has 2 to 4 ranks as processes, by pointers or by puts, and one to two faults out of: a rank
-killed or raising before the rendezvous, after it or inside a launch; killed, stopped, or stopped and
-continued from outside at a random moment; a lost signal, a wrong count, a rank that never starts or
-is slow; Ctrl-C; the launcher killed.  The exit code must be one that the faults explain, and come
-within the time that they allow.  Prints a line a run, and exits 1 at the first that is wrong.
+Each run has 2 to 4 ranks as processes, by pointers or by puts, and one to two faults out of: a
+rank killed or raising before the rendezvous, after it or inside a launch; killed, stopped, or
+stopped and continued from outside at a random moment; a lost signal, a wrong count, a rank that
+never starts or is slow; Ctrl-C; the launcher killed.  The exit code must be one that the faults
+explain, and come within the time that they allow.  Prints a line a run, and exits 1 at the first
+that is wrong.
 """
 
 from __future__ import annotations

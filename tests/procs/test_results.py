@@ -55,7 +55,7 @@ def trace_threads(folder: Path, name: str, tokens: str, *more: str) -> Any:
 
 
 def implied(path: Path, tokens: str, experts: int, row_bytes: int) -> np.ndarray:
-    """Payload [W, W] of one launch, from the ids alone: each row to its expert's owner, and back."""
+    """Payload [W, W] of one launch, from the ids alone: rows to their expert's owner, and back."""
     from safetensors.torch import load_file
 
     ids = load_file(path)["ids"].numpy()
