@@ -105,6 +105,20 @@ def test_a_pe_that_raises_before(tmp_path: Path) -> None:
     assert job.left() == []
 
 
+@pytest.mark.parametrize("pointers", [(), ("--no-pointers",)])
+def test_a_lost_signal_is_found_as_among_threads(tmp_path: Path, pointers: tuple[str, ...]) -> None:
+    more = ("--fault", "lost-signal:0:7", "--deadline", "0.5", *pointers)
+    job = trace(tmp_path, *more, "--json")
+    done = job.end()
+    assert done.code == 124, done
+    hang = done.said["hang"]
+    assert hang["cause"] == "lost-signal", done
+    assert hang["culprit"] == 0 or 0 in hang["candidates"], done
+    assert bool(pointers) <= (hang["culprit"] == 0)  # by puts the word itself says whose it is
+    assert job.left() == []
+    assert open_run(tmp_path / "run.fmoe").meta["hang"]["reason"] == hang["reason"]
+
+
 def test_a_pe_that_is_stopped_and_goes_on_in_time_is_no_hang(tmp_path: Path) -> None:
     job = trace(tmp_path, "-n", "60", "--fault", "slow:0:0.002")
     job.wait_for("running")
