@@ -97,8 +97,9 @@ def _run(line: Line, task: Task) -> int:
     from flashmoe.errors import FlashmoeError
     from flashmoe.part import Part, write_part
     from flashmoe.pe import Ended, raises, run_pe, strike
+    from flashmoe.session import EXIT_STOPPED
     from flashmoe.world.board import Board
-    from flashmoe.world.rendezvous import rendezvous
+    from flashmoe.world.rendezvous import JobFailed, rendezvous
 
     rank = task.place.rank
     signal.signal(signal.SIGUSR1, raises)
@@ -125,6 +126,8 @@ def _run(line: Line, task: Task) -> int:
 
             traceback.print_exception(cause)
             line.say(error=[ended.pe.message, "its traceback is above", 1], crash=ended.pe.message)
+    except JobFailed:
+        return EXIT_STOPPED
     except FlashmoeError as exc:
         line.say(error=[exc.message, exc.hint, exc.exit_code])
         return exc.exit_code

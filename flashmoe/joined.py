@@ -12,6 +12,7 @@ import contextlib
 import os
 import shutil
 import time
+import traceback
 import uuid
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from flashmoe.merge import Outcome, conclude
 from flashmoe.part import Part, read_part, write_part
 from flashmoe.pe import Ended, run_pe, strike
 from flashmoe.session import (
-    EXIT_STOPPED,
     EXIT_WRONG,
     Progress,
     Request,
@@ -41,10 +41,8 @@ PARTS_S = 10.0
 def join(request: Request, place: Place, progress: Progress) -> tuple[Result | None, int]:
     """Runs this process's rank: (the result, at rank 0 alone; the exit code of the whole).
 
-    Raises FlashmoeError at rank 0 for what went wrong, and at any rank that failed itself.
+    Raises FlashmoeError at rank 0 for what went wrong, at whatever rank.
     """
-    if place.rank == 0:
-        refuse_existing(request)
     world, why_world = choose_world(request.world, request.device)
     transport, why_transport = choose_transport(request.transport, world)
     strike(request, place.rank, "start")
@@ -55,24 +53,35 @@ def join(request: Request, place: Place, progress: Progress) -> tuple[Result | N
     # Made by rank 0's word, so that all name one folder whatever their clocks and numbers are.
     said = job.gather("folder", str(base / f".flashmoe-{uuid.uuid4().hex[:12]}.pes").encode())
     folder = Path(said[0].decode())
+    if place.rank == 0:
+        # Not before all have met: the store may be this process's, and would be gone with it.
+        try:
+            refuse_existing(request)
+        except FlashmoeError as exc:
+            job.fail(f"rank 0: {exc.message}")
+            _verdict(job, exc.exit_code)
+            raise
     failed: Ended | None = None
     try:
         pe = run_pe(request, job, board, progress, transport)
     except Ended as ended:
         failed, pe = ended, ended.pe
+        if not isinstance(ended.cause, FlashmoeError):
+            traceback.print_exception(ended.cause)
     if place.rank > 0:
         with contextlib.suppress(FlashmoeError):
             _leave(pe.part(), folder, job)
-            code = int(job.get("verdict", 0))
-            return None, pe.exit_code or code
+            return None, int(job.get("verdict", 0, despite_failure=True))
+        # Rank 0 is gone, and will not tidy up.
+        shutil.rmtree(folder, ignore_errors=True)
         return None, pe.exit_code or EXIT_WRONG
     try:
         parts = _collect(pe.part(), folder, job)
-        outcome = Outcome(parts, {}, None, pe.exit_code == EXIT_STOPPED, {}, place.by, place.nodes,
-                          transport, why_transport)  # fmt: skip
-        silent = [r for r in range(place.world) if r not in parts]
         if failed is not None:
             raise failed.cause
+        outcome = Outcome(parts, {}, None, pe.interrupted, {}, place.by, place.nodes,
+                          transport, why_transport)  # fmt: skip
+        silent = [r for r in range(place.world) if r not in parts]
         outcome.gone = dict.fromkeys(silent, f"it left no word ({place.by} may say more)")
         result = conclude(request, outcome, why_world, progress)
         _verdict(job, result.exit_code)

@@ -262,12 +262,12 @@ class Launch:
                 f"{self._others(rank)}",
                 "its own lines, if it printed any, are above",
             )
-        failed = [c for c in self.children if c.error and not self.gone]
-        # Who failed because another did says so, and is not the first.
-        first = [c for c in failed if c.error and not c.error[0].startswith("rank ")] or failed
-        if first and first[0].error is not None:
-            message, hint, code = first[0].error
-            raise FlashmoeError(f"rank {first[0].rank}: {message}", hint, code)
+        if self.gone or any(child.code == EXIT_HANG for child in self.children):
+            return
+        for child in self.children:
+            if child.error is not None:
+                message, hint, code = child.error
+                raise FlashmoeError(f"rank {child.rank}: {message}", hint, code)
 
     def _others(self, rank: int) -> str:
         """What the other ranks were at, in words."""

@@ -263,6 +263,8 @@ def conclude(request: Request, outcome: Outcome, why_world: str, progress: Progr
     A run that was stopped is saved with what it had, and KeyboardInterrupt raised.
     """
     merged = Merged(request, outcome, why_world)
+    if outcome.stopped and not merged.inputs:
+        raise KeyboardInterrupt
     result = merged.result()
     reports = merged.reports
     hung = [r for r in reports.values() if r["status"] == Status.HANG]
@@ -283,6 +285,8 @@ def conclude(request: Request, outcome: Outcome, why_world: str, progress: Progr
         if outcome.gone:
             rank, how = next(iter(outcome.gone.items()))
             result.exit_code, result.message = EXIT_WRONG, f"rank {rank} is gone: {how}"
+            if result.hang is None:
+                raise FlashmoeError(result.message, "see its own lines, if it printed any")
         else:
             result.exit_code, result.message = EXIT_HANG, "a wait passed its deadline"
     elif failed:

@@ -28,6 +28,7 @@ from flashmoe.session import (
     status_error,
 )
 from flashmoe.world.base import EngineOptions, Launch, Status
+from flashmoe.world.rendezvous import JobFailed
 
 if TYPE_CHECKING:
     from flashmoe.inputs import Inputs
@@ -56,6 +57,7 @@ class Pe:
     exchanges: list[Exchange] = field(default_factory=list)
     exit_code: int = 0
     message: str = "ok"
+    interrupted: bool = False  # by Ctrl-C, or whoever started it
 
     def part(self) -> Part:
         """Report and arrays of what there is; see ``flashmoe.merge`` for who reads it."""
@@ -123,8 +125,11 @@ def run_pe(request: Request, job: Job, board: Board, progress: Progress, transpo
     try:
         _run(pe, board, progress, transport)
     except KeyboardInterrupt:
-        pe.exit_code, pe.message = EXIT_STOPPED, "stopped"
+        pe.exit_code, pe.message, pe.interrupted = EXIT_STOPPED, "stopped", True
         pe.status = Status.HOST_ABORT if pe.status is Status.OK else pe.status
+    except JobFailed as exc:
+        # The rank that failed says why; this one only says that it ended for it.
+        pe.exit_code, pe.message = EXIT_STOPPED, f"stopped: {exc.message}"
     except FlashmoeError as exc:
         pe.exit_code, pe.message = exc.exit_code, exc.message
         _tell(pe, exc)
@@ -161,7 +166,8 @@ def _run(pe: Pe, board: Board, progress: Progress, transport: str) -> None:
     progress("preparing weights and tokens", 0, 0)
     gpu = job.place.local_rank // max(request.ranks_per_gpu, 1)
     device = "cpu" if transport == "host" else f"cuda:{gpu}"
-    pe.inputs = inputs = prepare(request, device=device)
+    sharing = job.place.local_world if device == "cpu" else request.ranks_per_gpu
+    pe.inputs = inputs = prepare(request, device=device, sharing=sharing)
     strike(request, job.rank, "joined")
     progress("building the engine", 0, 0)
     options = EngineOptions(
@@ -185,6 +191,8 @@ def _run(pe: Pe, board: Board, progress: Progress, transport: str) -> None:
     _launch_all(pe, engine, progress)
     if pe.status is Status.HANG:
         pe.exit_code, pe.message = EXIT_HANG, "a wait passed its deadline"
+        # Ranks that had left the launch before wait for this one in the store.
+        job.fail(f"rank {job.rank}: {pe.message}")
         return
     if pe.status is Status.HOST_ABORT:
         pe.exit_code, pe.message = EXIT_STOPPED, "stopped"

@@ -115,7 +115,8 @@ class HostEngine:
         self._shape = self._make_shape(pool_rows)
         self.ring_capacity = options.ring_capacity or self._default_ring_capacity()
         settings = self._settings()
-        _require_memory(settings.bytes_needed)
+        # Other ranks' processes take as much of the same memory.
+        _require_memory(settings.bytes_needed * (1 if peers is None else options.ranks))
         self._engine = self._host.Engine(
             settings,
             _bits(weights.gate, config),
@@ -312,7 +313,7 @@ class HostEngine:
             larger = self._shape | {"pool_rows": rows}
             more = self._host.heap_layout(larger)["bytes"]
             more -= self._host.heap_layout(self._shape)["bytes"]
-            _require_memory(len(self.local) * more)
+            _require_memory(self.options.ranks * more)
             self._shape = larger
             self._engine.resize_pools(rows, self._shared_heaps())
             if self._peers is not None:

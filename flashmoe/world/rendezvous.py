@@ -212,10 +212,14 @@ def rendezvous(place: Place, timeout_s: float | None = None) -> Job:
     return Job(place, PrefixStore("flashmoe", store), timeout_s)
 
 
+class JobFailed(FlashmoeError):
+    """What ends a wait in the store because another rank failed: that rank has more to say."""
+
+
 class Job:
     """This process's view of the job: its place, and the store that all share.
 
-    Values are bytes.  Waits last ``timeout_s`` at most, and end with FlashmoeError at once where
+    Values are bytes.  Waits last ``timeout_s`` at most, and end with JobFailed at once where
     ``fail()`` was called by anyone.
     """
 
@@ -237,9 +241,9 @@ class Job:
         """Says something to all, under a key of its own."""
         self._ask(lambda: self._store.set(key, value.decode("latin-1")))
 
-    def get(self, key: str, from_rank: int) -> bytes:
+    def get(self, key: str, from_rank: int, despite_failure: bool = False) -> bytes:
         """What was said under ``key``, waited for; ``from_rank`` is who is named if it never is."""
-        return self._await([key], [from_rank])[0]
+        return self._await([key], [from_rank], despite_failure=despite_failure)[0]
 
     def has(self, key: str) -> bool:
         """Whether anyone has said something under ``key``."""
@@ -272,13 +276,19 @@ class Job:
         reason: str = self._ask(lambda: self._store.get(_FAILED)).decode()
         return reason
 
-    def _await(self, keys: list[str], ranks: Sequence[int], name: str = "") -> list[bytes]:
+    def _await(
+        self,
+        keys: list[str],
+        ranks: Sequence[int],
+        name: str = "",
+        despite_failure: bool = False,
+    ) -> list[bytes]:
         until = time.monotonic() + self.timeout_s
         pause = 0.0005
         while not self._ask(lambda: self._store.check(keys)):
-            reason = self.failure()
+            reason = None if despite_failure else self.failure()
             if reason is not None:
-                raise FlashmoeError(reason, "see that rank's own lines above", 1)
+                raise JobFailed(reason, "see that rank's own lines above", 1)
             if time.monotonic() > until:
                 late = [str(r) for key, r in zip(keys, ranks, strict=True) if not self.has(key)]
                 what = f"'{name}'" if name else "its word"

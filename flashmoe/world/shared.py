@@ -10,7 +10,7 @@ import numpy as np
 
 from flashmoe.errors import FlashmoeError
 from flashmoe.world.board import MAX_CTAS, Board
-from flashmoe.world.rendezvous import Job
+from flashmoe.world.rendezvous import Job, JobFailed
 
 
 class SharedPeers:
@@ -51,7 +51,7 @@ class SharedPeers:
         except OSError as exc:
             time.sleep(0.5)  # who started us may know more by then
             reason = self.job.failure() or f"rank {rank} is gone: {exc.strerror} for its heap"
-            raise FlashmoeError(reason, "see that rank's own lines above") from exc
+            raise JobFailed(reason, "see that rank's own lines above") from exc
         try:
             return mmap.mmap(fd, heap_bytes)
         finally:

@@ -197,6 +197,56 @@ def test_ranks_that_another_launcher_started(tmp_path: Path, by: str) -> None:
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
+def by_torchrun(ranks: int, **more: str) -> list[dict[str, str]]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), **more}
+    return [common | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)]
+
+
+def hidden(folder: Path) -> list[str]:
+    return [p.name for p in folder.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("fault", ["lost-signal:1:2", "never-starts:1"])
+def test_a_hang_among_them_is_reported_by_rank_0(tmp_path: Path, fault: str) -> None:
+    args = ("trace", "tiny", "--world", "host", "-o", "run.fmoe", "--deadline", "0.5")
+    done = started_elsewhere(tmp_path, by_torchrun(3), *args, "--fault", fault, "--no-pointers")
+    assert [code for code, _, _ in done] == [124] * 3, done
+    assert "rank 1" in done[0][1], done
+    meta = open_run(tmp_path / "run.fmoe").meta
+    assert meta["hang"]["culprit"] == 1
+    assert hidden(tmp_path) == []
+
+
+def test_one_of_them_that_fails_ends_the_others(tmp_path: Path) -> None:
+    args = ("run", "tiny", "--world", "host", "--fault", "raises:1:joined")
+    done = started_elsewhere(tmp_path, by_torchrun(3), *args)
+    assert [code for code, _, _ in done] == [1] * 3, done
+    assert "rank 1: Injected: injected at joined" in done[0][2], done
+    assert "Traceback" in done[1][2]
+    assert hidden(tmp_path) == []
+
+
+def test_one_of_them_that_never_comes_is_named(tmp_path: Path) -> None:
+    envs = by_torchrun(3, FLASHMOE_RENDEZVOUS_S="6")
+    args = ("run", "tiny", "--world", "host", "--fault", "killed:2:start")
+    done = started_elsewhere(tmp_path, envs, *args)
+    assert done[2][0] == -9
+    assert done[0][0] == 1 and "rank 2 did not come to 'folder' in 6 s" in done[0][2], done
+    assert done[1][0] == 1
+    assert hidden(tmp_path) == []
+
+
+def test_a_run_that_exists_is_refused_at_once_by_all(tmp_path: Path) -> None:
+    (tmp_path / "run.fmoe").mkdir()
+    (tmp_path / "run.fmoe" / "run.json").touch()
+    args = ("trace", "tiny", "--world", "host", "-o", "run.fmoe")
+    done = started_elsewhere(tmp_path, by_torchrun(2), *args)
+    assert done[0][0] == 2 and "exists already" in done[0][2], done
+    assert done[1][0] != 0
+
+
 def test_a_wrong_number_of_ranks_is_refused(tmp_path: Path) -> None:
     env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "1"}
     ((code, _, err),) = started_elsewhere(tmp_path, [env], "run", "tiny", "--ranks", "3")
