@@ -209,6 +209,7 @@ class Merged:
             rows=rows,
             shared_expert=bool(self.inputs.get("shared_expert")),
             remarks=list(self.inputs.get("remarks", [])),
+            device=next((r["device"] for r in self.reports.values() if "device" in r), None),
             clock=self.clock() if self.request.traced else None,
             processes=self.describe(),
         )
@@ -237,6 +238,7 @@ class Merged:
                     "rank": rank,
                     "pid": report["pid"] if report else outcome.pids.get(rank),
                     "message": outcome.gone.get(rank, said),
+                    "gpu": ((report or {}).get("device") or {}).get("uuid"),
                 }
             )
         return {

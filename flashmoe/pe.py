@@ -25,6 +25,7 @@ from flashmoe.session import (
     FIRST_DEADLINE,
     Progress,
     Request,
+    describe_device,
     status_error,
 )
 from flashmoe.world.base import EngineOptions, Launch, Status
@@ -103,6 +104,8 @@ class Pe:
             "family": engine.family,
             "clock": asdict(engine.clock()) if self.request.traced else None,
         }
+        if engine.world != "host":
+            report["device"] = describe_device(options.device)
         arrays["flight"] = engine.flight()
         if self.status is Status.HANG or self.exit_code:
             arrays["counts_seen"] = engine.counts_seen()

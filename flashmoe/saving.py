@@ -55,6 +55,7 @@ def metadata_of(
 
     build = build_info()
     config = result.config
+    per_gpu = request.ranks_per_gpu if request.processes else 0
     return {
         "tool": {"version": build.version, "commit": build.commit, "dirty": build.dirty},
         "command": request.command,
@@ -78,7 +79,9 @@ def metadata_of(
             "experts_of_rank": experts_of_rank(config.experts, request.ranks),
             "tokens": list(result.tokens),
             "row_bytes": config.row_bytes,
-            "topology": topology(result.world, request.ranks, result.processes is not None),
+            "topology": topology(
+                result.world, request.ranks, request.ranks_per_gpu * request.processes
+            ),
             "processes": result.processes,
         },
         "device": result.device,
@@ -95,8 +98,13 @@ def metadata_of(
     }
 
 
-def topology(world: str, ranks: int, processes: bool = False) -> str:
-    """What the ranks share; on ``shared-gpu`` no transfer rate is a link rate."""
+def topology(world: str, ranks: int, processes_per_gpu: int = 0) -> str:
+    """What the ranks share; on ``shared-gpu`` no transfer rate is a link rate.
+
+    ``processes_per_gpu``: of ranks that are processes; 0 where they are none.
+    """
     if world == "host":
-        return "host-processes" if processes else "host-threads"
+        return "host-processes" if processes_per_gpu else "host-threads"
+    if processes_per_gpu == 1 and ranks > 1:
+        return "several-gpus"
     return "shared-gpu" if ranks > 1 else "one-gpu"

@@ -292,12 +292,12 @@ def _begun(
         rows=rows,
         shared_expert=inputs.shared is not None,
         remarks=list(inputs.remarks),
-        device=_device(request.device) if engine.world != "host" else None,
+        device=describe_device(request.device) if engine.world != "host" else None,
         clock=asdict(engine.clock()) if request.traced else None,
     )
 
 
-def _device(device: int) -> dict[str, Any]:
+def describe_device(device: int) -> dict[str, Any]:
     """The GPU by torch, and what NVML says of it right after the last launch, where it answers."""
     import torch
 
