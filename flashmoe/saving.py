@@ -79,9 +79,7 @@ def metadata_of(
             "experts_of_rank": experts_of_rank(config.experts, request.ranks),
             "tokens": list(result.tokens),
             "row_bytes": config.row_bytes,
-            "topology": topology(
-                result.world, request.ranks, request.ranks_per_gpu * request.processes
-            ),
+            "topology": topology(result.world, request.ranks, per_gpu),
             "processes": result.processes,
         },
         "device": result.device,

@@ -14,7 +14,8 @@ import pytest
 pytest.importorskip("flashmoe._host")
 
 from flashmoe.trace.rundir import open_run
-from tests.procs.harness import Job, until
+
+from .harness import Job, until
 
 DEADLINE_S = 4.0
 GRACE_S = 3.0

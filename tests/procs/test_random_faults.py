@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("flashmoe._host")
 
-from tests.procs.random_faults import one
+from .random_faults import one
 
 
 @pytest.mark.parametrize("number", range(10))

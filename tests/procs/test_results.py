@@ -20,7 +20,8 @@ from flashmoe.trace import schema
 from flashmoe.trace.causality import order_of
 from flashmoe.trace.columns import Events
 from flashmoe.trace.rundir import open_run
-from tests.procs.harness import Job
+
+from .harness import Job
 
 FILES = {"rings.bin", "run.json", "events.parquet", "plan.parquet", "counts.parquet"}
 TOKENS = ["24,0,31,9", "24,17", "5,40,12"]
