@@ -7,7 +7,14 @@ from typing import Any
 
 from flashmoe_cli.output import Terminal
 from flashmoe_cli.render.figures import clock_lines
-from flashmoe_cli.render.result import check_text, device_text, shape_text, time_text, where_text
+from flashmoe_cli.render.result import (
+    check_text,
+    device_text,
+    processes_text,
+    shape_text,
+    time_text,
+    where_text,
+)
 from flashmoe_cli.render.text import bytes_text, count_text, paint, plural, table
 
 
@@ -39,7 +46,7 @@ def info_lines(
         ("device", device_text(meta["device"]) if meta.get("device") else None),
         ("clock", _clock(meta.get("clock"))),
         ("clocks", " ".join(clock_lines(meta.get("clock") or {}, where))),
-        ("processes", _processes(world.get("processes"))),
+        ("ranks", _processes(world.get("processes"))),
         ("launches", f"{meta.get('iterations')} after {meta.get('warmup')} of warm-up"),
         ("time", _time(world["kind"], meta)),
         ("rings", _rings(rings)),
@@ -60,12 +67,9 @@ def info_lines(
 def _processes(said: dict[str, Any] | None) -> str | None:
     if said is None:
         return None
-    nodes = f" on {said['nodes']} nodes" if said["nodes"] > 1 else ""
-    how = "pointers" if said["pointers"] else "put-with-signal"
     lost = [f"rank {p['rank']} {p['message']}" for p in said["ranks"]
             if p["message"] not in ("ok", "stopped")]  # fmt: skip
-    text = f"started by {said['launcher']}{nodes}, {said['transport']} transport, {how}"
-    return "; ".join([text, *lost])
+    return "; ".join([processes_text(said), *lost])
 
 
 def _tool(tool: dict[str, Any]) -> str:

@@ -25,6 +25,16 @@ def where_text(
     return f"{gpu or 'the GPU'}, {size}"
 
 
+def processes_text(said: dict[str, Any]) -> str:
+    """Who started the ranks' processes, and how they reach each other and why so."""
+    nodes = f" on {said['nodes']} nodes" if said["nodes"] > 1 else ""
+    how = "" if said["pointers"] else "; by put-with-signal alone"
+    why = f" ({said['why_transport']})" if said["why_transport"] else ""
+    return (
+        f"processes started by {said['launcher']}{nodes}, transport {said['transport']}{why}{how}"
+    )
+
+
 def shape_text(config: dict[str, Any], tokens: list[int]) -> str:
     """T, H, I, E, k and the arithmetic, on one line."""
     per_rank = str(tokens[0]) if len(set(tokens)) == 1 else ",".join(map(str, tokens))
@@ -75,6 +85,8 @@ def result_lines(result: Result, where: Terminal, *, verbose: bool = False) -> l
     if result.why_world:
         lines.append(f"  no GPU   {result.why_world}")
     lines.append(f"  shape    {shape_text(result.config.to_dict(), list(result.tokens))}")
+    if result.processes is not None:
+        lines.append(f"  ranks    {processes_text(result.processes)}")
     if result.hang is not None:
         lines += ["", *hang_lines(result, where), ""]
     else:
