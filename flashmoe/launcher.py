@@ -107,6 +107,7 @@ class Child:
         self.crash = ""  # the exception that nobody foresaw
         self.writing = False
         self.whole = False
+        self.stopped_since: float | None = None  # by SIGSTOP
         self._rest = {"line": b"", "out": b""}
 
     @property
@@ -146,6 +147,18 @@ class Child:
     def signal(self, number: int) -> None:
         with contextlib.suppress(OSError):
             signal.pidfd_send_signal(self.pidfd, number)
+
+    def is_writing(self) -> bool:
+        """Whether it is about to hand over its part."""
+        return self.writing and not self.whole and not self.is_stopped()
+
+    def is_stopped(self) -> bool:
+        """Whether its process is stopped (SIGSTOP, a debugger)."""
+        try:
+            stat = Path(f"/proc/{self.process.pid}/stat").read_text()
+        except OSError:
+            return False
+        return stat.rpartition(")")[2].split()[0] in ("T", "t")
 
     def ended(self) -> str:
         """How it ended, in words; its exit code must be known."""
@@ -289,6 +302,7 @@ class Launch:
             else:
                 self._read(child, which)
         now = time.monotonic()
+        self._end_stopped(now)
         if now > self._stop_at:
             self._stop_at = float("inf")
             self._snapshot()
@@ -298,11 +312,28 @@ class Launch:
         if now > min(self._term_at, self._kill_at):
             kill = now > self._kill_at
             for child in self._alive():
-                if kill or not child.writing:
+                if kill or not child.is_writing():
                     child.signal(signal.SIGKILL if kill else signal.SIGTERM)
             self._term_at = float("inf")
-            writing = any(child.writing for child in self._alive())
+            writing = any(child.is_writing() for child in self._alive())
             self._kill_at = now + (WRITE_S if writing else KILL_S)
+
+    def _end_stopped(self, now: float) -> None:
+        """One that is stopped when others have ended well has the time that a wait may last.
+
+        Before that the others' own deadlines, in the store and in the kernel, see to it.
+        """
+        if not any(child.code == 0 for child in self.children):
+            return
+        for child in self._alive():
+            if not child.is_stopped():
+                child.stopped_since = None
+                continue
+            child.stopped_since = child.stopped_since or now
+            if now - child.stopped_since > self.deadline_s:
+                if not child.whole:
+                    self.gone.setdefault(child.rank, "it was stopped, and not continued")
+                child.signal(signal.SIGKILL)
 
     def _alive(self) -> list[Child]:
         return [child for child in self.children if child.code is None]
@@ -330,7 +361,9 @@ class Launch:
         if child.code == 0 or self.stopped:
             return
         ours = self._term_at != float("inf") or self._kill_at != float("inf")
-        died = child.code not in (EXIT_STOPPED, EXIT_HANG) and child.error is None and not ours
+        # Killed or not, one that has handed over its part has done all that was wanted of it.
+        died = child.code not in (EXIT_STOPPED, EXIT_HANG) and child.error is None
+        died = died and not ours and not child.whole
         if died or child.crash:
             how = f"it failed with {child.crash}" if child.crash else child.ended()
             self.gone.setdefault(child.rank, how)

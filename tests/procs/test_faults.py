@@ -146,6 +146,22 @@ def test_a_pe_that_stays_stopped_is_named(tmp_path: Path) -> None:
     assert job.left() == []
 
 
+def test_a_pe_that_is_stopped_when_the_launches_are_over_is_not_waited_for_for_ever(
+    tmp_path: Path,
+) -> None:
+    job = trace(tmp_path, "-n", "60", "--deadline", "1")
+    pe = job.pe(1)
+    job.wait_for("checking against the float32 reference")
+    os.kill(pe, signal.SIGSTOP)
+    began = time.monotonic()
+    done = job.end()
+    assert time.monotonic() - began < 1 + 5 * GRACE_S  # its part may be written, or not
+    assert done.code in (0, 1), done
+    if done.code == 1:
+        assert "rank 1 is gone: it was stopped, and not continued" in done.out
+    assert job.left() == []
+
+
 def _threads(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/task"))
 
