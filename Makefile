@@ -66,6 +66,10 @@ build/sanitize/%: $(HOST_SOURCES) $(wildcard csrc/host/*.h csrc/core/*.h)
 	$(CXX) -std=c++20 -O1 -g -Wall -Wextra -fno-omit-frame-pointer -fsanitize=$* \
 	  -fno-sanitize-recover=all -ffp-contract=off -pthread -Icsrc $(HOST_SOURCES) -o $@
 
+.PHONY: fault-runs
+fault-runs: ## Two hundred runs of processes with random faults; RUNS= and SEED= change them
+	PYTHONPATH=$(CURDIR) $(PYTHON) tests/procs/random_faults.py --runs $(or $(RUNS),200) --seed $(or $(SEED),0)
+
 .PHONY: sdist-check
 sdist-check: ## Build sdist -> wheel -> a fresh environment, and check what arrives
 	.ci/sdist-check $(PYTHON_PATH)

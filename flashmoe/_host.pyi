@@ -32,18 +32,29 @@ def cycles_mhz() -> float:
 def clock_step_ns() -> float:
     """Smallest step of the clock seen just now."""
 
+def now_ns() -> int:
+    """The engine's clock."""
+
+def skew_clock(offset_ns: int, drift: float) -> None:
+    """
+    Makes the engine's clock wrong, to test how clocks are aligned: `offset_ns` ahead, and from now on faster by the factor 1 + `drift`.
+    """
+
 def record_cost_ns() -> float:
     """What one span costs, measured just now."""
 
 class EngineConfig:
-    def __init__(self, shape: dict, dtype: str, tokens: Sequence[int], traced: bool, ring_capacity: int, keep_last: bool, deadline_ns: int, first_deadline_ns: int, faults: Sequence[tuple[str, int, int, int, float]]) -> None: ...
+    def __init__(self, shape: dict, dtype: str, tokens: Sequence[int], traced: bool, ring_capacity: int, keep_last: bool, deadline_ns: int, first_deadline_ns: int, faults: Sequence[tuple[str, int, int, int, float]], ranks: tuple[int, int], no_pointers: bool) -> None: ...
 
     @property
     def bytes_needed(self) -> int:
         """Bytes an engine of this allocates."""
 
 class Engine:
-    def __init__(self, config: EngineConfig, gate: Annotated[NDArray[numpy.uint16], dict(order='C', device='cpu', writable=False)], bias: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)] | None, up: Annotated[NDArray[numpy.uint16], dict(order='C', device='cpu', writable=False)], down: Annotated[NDArray[numpy.uint16], dict(order='C', device='cpu', writable=False)]) -> None: ...
+    def __init__(self, config: EngineConfig, gate: Annotated[NDArray[numpy.uint16], dict(order='C', device='cpu', writable=False)], bias: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)] | None, up: Annotated[NDArray[numpy.uint16], dict(order='C', device='cpu', writable=False)], down: Annotated[NDArray[numpy.uint16], dict(order='C', device='cpu', writable=False)], heaps: Sequence[int], slots: int) -> None:
+        """
+        `heaps`: the address of every rank's, and `slots` of the own flight slots, where ranks are processes; else empty and 0.
+        """
 
     def load(self, rank: int, x: Annotated[NDArray[numpy.uint16], dict(order='C', device='cpu', writable=False)], ids: Annotated[NDArray[numpy.int32], dict(order='C', device='cpu', writable=False)] | None, weights: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)] | None) -> None: ...
 
@@ -54,8 +65,10 @@ class Engine:
 
     def reset(self) -> None: ...
 
-    def resize_pools(self, pool_rows: int) -> None:
-        """Undoes the last launch and gives every pool this many rows."""
+    def resize_pools(self, pool_rows: int, heaps: Sequence[int]) -> None:
+        """
+        Undoes the last launch and gives every pool this many rows; `heaps` as at the start.
+        """
 
     def reset_rings(self) -> None: ...
 

@@ -9,7 +9,7 @@ from typing import Any
 
 
 @contextmanager
-def _nvml() -> Iterator[Any]:
+def nvml_session() -> Iterator[Any]:
     """The module ``pynvml``, initialised; raises RuntimeError where there is none to ask."""
     try:
         import pynvml
@@ -25,7 +25,7 @@ def _nvml() -> Iterator[Any]:
         pynvml.nvmlShutdown()
 
 
-def _ask(nvml: Any, call: Any, *args: Any) -> Any:
+def ask(nvml: Any, call: Any, *args: Any) -> Any:
     """The answer to one NVML question, or None where this GPU or driver gives none."""
     try:
         answer = call(*args)
@@ -39,7 +39,7 @@ def _throttle_reasons(nvml: Any, handle: Any) -> list[str]:
     get = getattr(nvml, "nvmlDeviceGetCurrentClocksEventReasons", None) or getattr(
         nvml, "nvmlDeviceGetCurrentClocksThrottleReasons", None
     )
-    bits = _ask(nvml, get, handle) if get else None
+    bits = ask(nvml, get, handle) if get else None
     names = {
         0x2: "applications clocks setting",
         0x4: "software power cap",
@@ -53,7 +53,7 @@ def _throttle_reasons(nvml: Any, handle: Any) -> list[str]:
     return [name for bit, name in names.items() if bits and bits & bit]
 
 
-def _handle(nvml: Any, device: int) -> Any:
+def handle_of(nvml: Any, device: int) -> Any:
     """NVML's handle of what CUDA calls GPU ``device``, or None: CUDA_VISIBLE_DEVICES renumbers."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     name = str(device)
@@ -63,8 +63,15 @@ def _handle(nvml: Any, device: int) -> Any:
             return None
         name = names[device]
     if name.isdigit():
-        return _ask(nvml, nvml.nvmlDeviceGetHandleByIndex, int(name))
-    return _ask(nvml, nvml.nvmlDeviceGetHandleByUUID, name)
+        return ask(nvml, nvml.nvmlDeviceGetHandleByIndex, int(name))
+    return ask(nvml, nvml.nvmlDeviceGetHandleByUUID, name)
+
+
+def visible_handles(nvml: Any) -> list[Any]:
+    """NVML's handles of the GPUs that CUDA shows, in CUDA's order."""
+    count = ask(nvml, nvml.nvmlDeviceGetCount) or 0
+    found = [handle_of(nvml, device) for device in range(count)]
+    return [handle for handle in found if handle is not None]
 
 
 def snapshot(device: int = 0) -> dict[str, Any] | None:
@@ -73,31 +80,31 @@ def snapshot(device: int = 0) -> dict[str, Any] | None:
     None where NVML does not answer; a single figure that it does not give is None.
     """
     try:
-        with _nvml() as nvml:
+        with nvml_session() as nvml:
             count = nvml.nvmlDeviceGetCount()
-            handle = _handle(nvml, device)
+            handle = handle_of(nvml, device)
             if handle is None:
                 return None
-            memory = _ask(nvml, nvml.nvmlDeviceGetMemoryInfo, handle)
-            cc = _ask(nvml, nvml.nvmlDeviceGetCudaComputeCapability, handle)
-            power = _ask(nvml, nvml.nvmlDeviceGetPowerUsage, handle)
-            limit = _ask(nvml, nvml.nvmlDeviceGetEnforcedPowerLimit, handle)
+            memory = ask(nvml, nvml.nvmlDeviceGetMemoryInfo, handle)
+            cc = ask(nvml, nvml.nvmlDeviceGetCudaComputeCapability, handle)
+            power = ask(nvml, nvml.nvmlDeviceGetPowerUsage, handle)
+            limit = ask(nvml, nvml.nvmlDeviceGetEnforcedPowerLimit, handle)
             clock = nvml.nvmlDeviceGetClockInfo
             return {
                 "index": device,
                 "count": count,
-                "name": _ask(nvml, nvml.nvmlDeviceGetName, handle),
-                "uuid": _ask(nvml, nvml.nvmlDeviceGetUUID, handle),
-                "driver": _ask(nvml, nvml.nvmlSystemGetDriverVersion),
+                "name": ask(nvml, nvml.nvmlDeviceGetName, handle),
+                "uuid": ask(nvml, nvml.nvmlDeviceGetUUID, handle),
+                "driver": ask(nvml, nvml.nvmlSystemGetDriverVersion),
                 "cc": f"{cc[0]}.{cc[1]}" if cc else None,
-                "sm_clock_mhz": _ask(nvml, clock, handle, nvml.NVML_CLOCK_SM),
-                "memory_clock_mhz": _ask(nvml, clock, handle, nvml.NVML_CLOCK_MEM),
-                "max_sm_clock_mhz": _ask(
+                "sm_clock_mhz": ask(nvml, clock, handle, nvml.NVML_CLOCK_SM),
+                "memory_clock_mhz": ask(nvml, clock, handle, nvml.NVML_CLOCK_MEM),
+                "max_sm_clock_mhz": ask(
                     nvml, nvml.nvmlDeviceGetMaxClockInfo, handle, nvml.NVML_CLOCK_SM
                 ),
                 "power_w": None if power is None else power / 1000,
                 "power_limit_w": None if limit is None else limit / 1000,
-                "temperature_c": _ask(
+                "temperature_c": ask(
                     nvml, nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU
                 ),
                 "memory_total": memory.total if memory else None,

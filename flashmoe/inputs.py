@@ -28,11 +28,12 @@ class Inputs:
     remarks: list[str] = field(default_factory=list)
 
 
-def prepare(request: Request, device: str) -> Inputs:
+def prepare(request: Request, device: str, sharing: int = 1) -> Inputs:
     """Weights on ``device`` and tokens for each rank, as ``request`` says.
 
-    Raises FlashmoeError where a file is wrong, or where the weights or the tokens alone exceed the
-    memory that is free, with both figures, before it allocates them.
+    ``sharing`` processes prepare the same at the same time on the same device.  Raises
+    FlashmoeError where a file is wrong, or where the weights or the tokens alone exceed the memory
+    that is free, with both figures, before it allocates them.
     """
     from flashmoe.tokens import random_tokens, read_tokens
     from flashmoe.weights import nbytes, random_weights
@@ -42,21 +43,22 @@ def prepare(request: Request, device: str) -> Inputs:
         from flashmoe.checkpoint import layer_config, load_layer
 
         assert request.layer is not None
-        _weights_fit(nbytes(layer_config(request.checkpoint, request.layer, request.dtype)), device)
+        size = nbytes(layer_config(request.checkpoint, request.layer, request.dtype))
+        _weights_fit(sharing * size, device)
         layer = load_layer(request.checkpoint, request.layer, dtype=request.dtype, device=device)
         config, weights, shared = layer.config, layer.weights, layer.shared
         remarks += [layer.source, *layer.remarks]
     else:
         assert request.config is not None
         config = request.config
-        _weights_fit(nbytes(config), device)
+        _weights_fit(sharing * nbytes(config), device)
         weights = random_weights(config, request.seed, device)
     if shared is not None:
         remarks.append("the shared expert is added by torch, outside the kernel")
     if request.tokens_file is not None:
         x = _split(read_tokens(request.tokens_file, config), request.ranks)
     else:
-        _tokens_fit(sum(request.tokens), config)
+        _tokens_fit(sharing * sum(request.tokens), config)
         gate = weights.gate if request.skew > 0 else None
         x = random_tokens(request.tokens, config, request.seed, request.skew, gate)
     return Inputs(request.name, config, weights, x, tuple(len(t) for t in x), shared, remarks)

@@ -33,18 +33,35 @@ def metadata(
     request: Request, engine: Engine, inputs: Inputs, record: Record, result: Result
 ) -> dict[str, Any]:
     """run.json but for what ``RunWriter`` adds: see docs/trace-format.md."""
+    return metadata_of(
+        request,
+        result,
+        deadline_s=engine.options.deadline_s,
+        launches=len(record.launches),
+    )
+
+
+def metadata_of(
+    request: Request,
+    result: Result,
+    *,
+    deadline_s: float | None,
+    launches: int,
+) -> dict[str, Any]:
+    """The same from a result alone, whoever ran it; ``launches`` measured ones were begun."""
     from flashmoe.build_info import build_info
     from flashmoe.trace.schema import LANE_NAME
     from flashmoe.verdict import experts_of_rank
 
     build = build_info()
-    config = inputs.config
+    config = result.config
+    per_gpu = request.ranks_per_gpu if request.processes else 0
     return {
         "tool": {"version": build.version, "commit": build.commit, "dirty": build.dirty},
         "command": request.command,
         "config": {
             **config.to_dict(),
-            "name": inputs.name,
+            "name": result.name,
             "preset": request.preset,
             "seed": request.seed,
             "skew": request.skew,
@@ -54,22 +71,23 @@ def metadata(
             "shared_expert": result.shared_expert,
         },
         "world": {
-            "kind": engine.world,
+            "kind": result.world,
             "why": result.why_world,
             "ranks": request.ranks,
-            "sms_per_rank": engine.sms_per_rank,
+            "sms_per_rank": result.sms_per_rank,
             "lanes": list(LANE_NAME.values()),
             "experts_of_rank": experts_of_rank(config.experts, request.ranks),
-            "tokens": list(inputs.tokens),
+            "tokens": list(result.tokens),
             "row_bytes": config.row_bytes,
-            "topology": topology(engine.world, request.ranks),
+            "topology": topology(result.world, request.ranks, per_gpu),
+            "processes": result.processes,
         },
         "device": result.device,
         "clock": result.clock,
         "traced": request.traced,
-        "iterations": len(record.launches),
+        "iterations": launches,
         "warmup": request.warmup,
-        "deadline_s": engine.options.deadline_s,
+        "deadline_s": deadline_s,
         "faults": [fault.kind for fault in request.faults],
         "timing": {"launch_ms": result.launch_ms},
         "check": result.check,
@@ -78,8 +96,13 @@ def metadata(
     }
 
 
-def topology(world: str, ranks: int) -> str:
-    """What the ranks share; on ``shared-gpu`` no transfer rate is a link rate."""
+def topology(world: str, ranks: int, processes_per_gpu: int = 0) -> str:
+    """What the ranks share; on ``shared-gpu`` no transfer rate is a link rate.
+
+    ``processes_per_gpu``: of ranks that are processes; 0 where they are none.
+    """
     if world == "host":
-        return "host-threads"
+        return "host-processes" if processes_per_gpu else "host-threads"
+    if processes_per_gpu == 1 and ranks > 1:
+        return "several-gpus"
     return "shared-gpu" if ranks > 1 else "one-gpu"

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 #: Called with the phase's name, steps done and steps in all (0, 0 where it has no steps).
 Progress = Callable[[str, int, int], None]
+Say = Callable[[str], None]
 
 DEADLINE_S = 10.0
 #: On the host engine, more arithmetic than this a launch is worth a word beforehand.
@@ -46,6 +47,10 @@ class Request:
     ``tokens_file`` it follows from the file.  ``world`` may be ``auto``.  ``out`` is the run
     directory; None keeps nothing unless the run hangs, and then ``hang_out`` is used.
     ``deadline_s`` None is ``DEADLINE_S``; the host engine adds the time of its arithmetic.
+
+    ``processes``: each rank is a process of its own; with ``gpus``, ``ranks_per_gpu`` of them on
+    each of so many GPUs, joined by ``transport`` (auto, ipc, nvshmem).  ``no_pointers``: rows and
+    signals go by put-with-signal, though pointers reach.
     """
 
     name: str
@@ -75,6 +80,11 @@ class Request:
     force: bool = False
     faults: tuple[Fault, ...] = ()
     command: str = ""
+    processes: bool = False
+    gpus: int | None = None
+    ranks_per_gpu: int = 1
+    transport: str = "auto"
+    no_pointers: bool = False
 
 
 @dataclass
@@ -83,7 +93,8 @@ class Result:
 
     ``check`` holds the verdicts on output and routing (None: not checked), ``device`` what NVML
     said after the last launch (None: no GPU), ``why_world`` why ``auto`` chose as it did.
-    ``message`` says in a few words how it ended.
+    ``message`` says in a few words how it ended.  ``processes`` tells of ranks that are processes:
+    see ``world.processes`` in docs/trace-format.md.
     """
 
     name: str
@@ -107,6 +118,7 @@ class Result:
     flight: np.ndarray | None = None
     exit_code: int = 0
     message: str = "ok"
+    processes: dict[str, Any] | None = None
 
 
 def choose_world(asked: str, device: int) -> tuple[str, str]:
@@ -159,6 +171,7 @@ def build_engine(world: str, request: Request, inputs: Inputs) -> Engine:
         ring_capacity=request.ring_capacity,
         ring_mode=request.ring_mode,
         device=request.device,
+        no_pointers=request.no_pointers,
         faults=request.faults,
     )
     if world == "host":
@@ -212,8 +225,8 @@ def _launch_all(engine: Engine, request: Request, record: Record, progress: Prog
             record.routings.append(engine.routing())
 
 
-def run(request: Request, progress: Progress) -> Result:
-    """Runs what ``request`` says.
+def run(request: Request, progress: Progress, say: Say = print) -> Result:
+    """Runs what ``request`` says; ``say`` prints a line that a rank's own process printed.
 
     Raises FlashmoeError for what can be known beforehand: bad shapes, too little memory, no GPU,
     an output that exists.  A wrong result or a hang is no exception: see ``Result.exit_code``.
@@ -222,7 +235,11 @@ def run(request: Request, progress: Progress) -> Result:
     from flashmoe.inputs import prepare
 
     require_runner()
-    _refuse_existing(request)
+    if request.processes:
+        from flashmoe import launcher
+
+        return launcher.run(request, progress, say)
+    refuse_existing(request)
     world, why_world = choose_world(request.world, request.device)
     with _phase(progress, "preparing weights and tokens"):
         inputs = prepare(request, device=f"cuda:{request.device}" if world == "local" else "cpu")
@@ -275,12 +292,12 @@ def _begun(
         rows=rows,
         shared_expert=inputs.shared is not None,
         remarks=list(inputs.remarks),
-        device=_device(request.device) if engine.world != "host" else None,
+        device=describe_device(request.device) if engine.world != "host" else None,
         clock=asdict(engine.clock()) if request.traced else None,
     )
 
 
-def _device(device: int) -> dict[str, Any]:
+def describe_device(device: int) -> dict[str, Any]:
     """The GPU by torch, and what NVML says of it right after the last launch, where it answers."""
     import torch
 
@@ -312,7 +329,7 @@ def _judge(
         result.exit_code, result.message = EXIT_HANG, "a wait passed its deadline"
         return
     if record.status is not Status.OK:
-        raise _status_error(record.launches[-1])
+        raise status_error(record.launches[-1])
     outputs = engine.outputs()
     if request.check:
         with _phase(progress, "checking against the float32 reference"):
@@ -343,7 +360,7 @@ def _keep(
     saving.save_run(request.out, request, engine, inputs, record, result)
 
 
-def _refuse_existing(request: Request) -> None:
+def refuse_existing(request: Request) -> None:
     """Says that an output cannot be written before the work, not after it."""
     if request.out is not None:
         from flashmoe.trace.rundir import refuse_existing
@@ -366,7 +383,7 @@ def _refuse_existing(request: Request) -> None:
             )
 
 
-def _status_error(launch: Launch) -> FlashmoeError:
+def status_error(launch: Launch) -> FlashmoeError:
     """A launch that ended by neither success nor hang, as an error."""
     if launch.status is Status.OVERFLOW:
         return FlashmoeError(

@@ -45,10 +45,15 @@ def check(inputs: Inputs, outputs: Sequence[RankOutput], progress: Progress) -> 
         if inputs.config.routing.kind != "external":
             verdict["routing"] = _plain(check_routing(x, *args))
         ranks.append(verdict)
+    return combine(ranks)
+
+
+def combine(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Each rank's verdict as one of all; see ``check``."""
     output = _worst([v["output"] for v in ranks])
     routing = _worst([v["routing"] for v in ranks if "routing" in v])
     ok = output["ok"] and (routing is None or routing["ok"])
-    return {"ok": ok, "output": output, "routing": routing, "ranks": ranks}
+    return {"ok": ok, "output": output, "routing": routing, "ranks": list(ranks)}
 
 
 def _plain(verdict: Any) -> dict[str, Any]:

@@ -32,6 +32,7 @@ class Check:
 def all_checks(device: int = 0) -> Iterator[Check]:
     """Every check, one after the other; a check that itself breaks is a failure, not a crash."""
     from flashmoe.gpu import snapshot
+    from flashmoe_cli import gpu_checks
 
     seen = snapshot(device)
     for name, check in (
@@ -45,6 +46,12 @@ def all_checks(device: int = 0) -> Iterator[Check]:
         ("GPU", lambda: _gpu(seen, device)),
         ("NVML", lambda: _nvml(seen)),
         ("GPU memory", lambda: _gpu_memory(seen)),
+        ("co-residency", lambda: gpu_checks.residency(device)),
+        ("P2P", gpu_checks.p2p),
+        ("NVLink", lambda: gpu_checks.nvlink(device)),
+        ("MPS", lambda: gpu_checks.mps(device)),
+        ("MIG", lambda: gpu_checks.mig(device)),
+        ("NVSHMEM", gpu_checks.nvshmem),
         ("memory", _memory),
         ("disk", _disk),
         ("terminal", _terminal),

@@ -24,6 +24,14 @@ class World(StrEnum):
     local = "local"
 
 
+class Transport(StrEnum):
+    """How ranks that are processes on GPUs reach each other."""
+
+    auto = "auto"
+    ipc = "ipc"
+    nvshmem = "nvshmem"
+
+
 class DType(StrEnum):
     """Element types of tokens and weights."""
 
@@ -146,7 +154,54 @@ Skew = Annotated[
     ),
 ]
 
-Ranks = Annotated[int, _option("--ranks", metavar="N", help="Ranks W (1).", panel=WHERE, min=1)]
+Ranks = Annotated[
+    int | None, _option("--ranks", metavar="N", help="Ranks W (1).", panel=WHERE, min=1)
+]
+Processes = Annotated[
+    bool,
+    _option("--processes", help="Each rank a process of its own (host engine).", panel=WHERE),
+]
+Gpus = Annotated[
+    int | None,
+    _option(
+        "--gpus", metavar="N", help="A process a GPU, on so many GPUs of this node.", panel=WHERE,
+        min=1,
+    ),
+]  # fmt: skip
+RanksPerGpu = Annotated[
+    int | None,
+    _option(
+        "--ranks-per-gpu",
+        metavar="R",
+        help="With --gpus: so many processes on each, which share its SMs (1).",
+        panel=WHERE,
+        min=1,
+    ),
+]
+TransportName = Annotated[
+    Transport,
+    _option(
+        "--transport",
+        help="How processes on GPUs reach each other (auto: what there is, and says why).",
+        panel=WHERE,
+    ),
+]
+NoPointers = Annotated[
+    bool,
+    _option(
+        "--no-pointers",
+        help="Use put-with-signal even where pointers reach the other ranks.",
+        panel=WHERE,
+    ),
+]
+DryRun = Annotated[
+    bool,
+    _option(
+        "--dry-run",
+        help="Print the commands that start this on several nodes (srun, torchrun), and end.",
+        panel=WHERE,
+    ),
+]
 WorldName = Annotated[
     World,
     _option(
@@ -197,7 +252,8 @@ FaultSpec = Annotated[
         "--fault",
         metavar="KIND:RANK[:...]",
         help="Break something on purpose: never-starts:RANK, lost-signal:RANK:EXPERT, "
-        "wrong-count:RANK:PEER:EXPERT or slow:RANK:SECONDS.",
+        "wrong-count:RANK:PEER:EXPERT, slow:RANK:SECONDS; of processes killed:RANK:POINT or "
+        "raises:RANK:POINT, where POINT is start, joined or kernel[:SECONDS].",
         panel=WHERE,
     ),
 ]

@@ -53,6 +53,11 @@ class Progress:
         sys.stderr.write("\r\x1b[2K" + text[: terminal(sys.stderr).width - 1])
         sys.stderr.flush()
 
+    def say(self, text: str) -> None:
+        """Prints a line that is no progress, above the bar; -q does not silence it."""
+        self._clear()
+        note(text)
+
     def _clear(self) -> None:
         if self._tty and self._phase and not self._quiet:
             sys.stderr.write("\r\x1b[2K")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import statistics
@@ -13,11 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from flashmoe.config import MoEConfig
 from flashmoe.session import Request, Result, run
 from flashmoe.trace.place import SUFFIX, runs_folder
+from flashmoe.world.rendezvous import Place, find_place
 from flashmoe_cli import request as parse
-from flashmoe_cli.output import SCHEMA, note
+from flashmoe_cli.output import SCHEMA, emit, note
 from flashmoe_cli.progress import Progress
 
 
@@ -32,10 +36,11 @@ def default_run_path(name: str) -> Path:
     return path
 
 
-def make_request(options: dict[str, Any], *, traced: bool) -> Request:
+def make_request(options: dict[str, Any], *, traced: bool, place: Place | None = None) -> Request:
     """The request that a verb's options make; raises FlashmoeError (exit code 2) on nonsense.
 
-    ``options`` are the parameters of ``run`` and ``trace`` by name.
+    ``options`` are the parameters of ``run`` and ``trace`` by name; ``place`` is this process's
+    among those that torchrun, srun or mpirun started.
     """
     get = options.get
     overrides = {
@@ -43,7 +48,7 @@ def make_request(options: dict[str, Any], *, traced: bool) -> Request:
         for name in ("hidden", "intermediate", "experts", "top_k", "activation", "dtype")
     }
     parse.checkpoint_args(get("checkpoint"), get("layer"), get("preset"), overrides)
-    ranks = options["ranks"]
+    ranks, processes = parse.processes(options, place)
     checkpoint: Path | None = get("checkpoint")
     name: str
     config: MoEConfig | None
@@ -85,8 +90,9 @@ def make_request(options: dict[str, Any], *, traced: bool) -> Request:
         out=get("output") or (default if traced else None),
         hang_out=default,
         force=options["force"],
-        faults=parse.faults(get("fault"), ranks),
+        faults=parse.faults(get("fault"), ranks, processes["processes"]),
         command=shlex.join(["flashmoe", *sys.argv[1:]]),
+        **processes,
     )
 
 
@@ -95,15 +101,35 @@ def record(options: dict[str, Any], *, traced: bool) -> Result:
 
     SIGTERM, by which batch systems end a job, stops it as Ctrl-C does: what had run is saved.
     """
-    request = make_request(options, traced=traced)
+    place = find_place(os.environ)
+    request = make_request(options, traced=traced, place=place)
+    if options.get("dry_run"):
+        from flashmoe_cli.render.dry_run import dry_run_lines
+
+        emit(dry_run_lines(request, sys.argv[1:]))
+        raise typer.Exit(0)
+    if place is not None:
+        return _join(request, place, options)
     before = _saved(request)
     with Progress(quiet=options["quiet"] or options["as_json"]) as progress, _stopped_by_sigterm():
         try:
-            return run(request, progress)
+            return run(request, progress, progress.say)
         except BaseException:
             if _saved(request) != before and not options["as_json"]:
                 note(f"saved what had run: {request.out}")
             raise
+
+
+def _join(request: Request, place: Place, options: dict[str, Any]) -> Result:
+    """This process as one of those that another launcher started; only rank 0 says anything."""
+    from flashmoe.joined import join
+
+    quiet = options["quiet"] or options["as_json"] or place.rank > 0
+    with Progress(quiet=quiet) as progress, _stopped_by_sigterm():
+        result, code = join(request, place, progress)
+    if result is None:
+        raise typer.Exit(code)
+    return result
 
 
 def _saved(request: Request) -> int | None:
@@ -140,7 +166,9 @@ def result_json(verb: str, result: Result) -> dict[str, Any]:
         "tokens": list(result.tokens),
         "sms_per_rank": result.sms_per_rank,
         "launch_ms": times,
-        "time_ms": {"median": statistics.median(times), "min": min(times), "max": max(times)},
+        "time_ms": {"median": statistics.median(times), "min": min(times), "max": max(times)}
+        if times
+        else None,
         "time_source": time_source(result.world),
         "check": result.check,
         "payload_bytes": result.traffic.tolist(),
@@ -148,6 +176,7 @@ def result_json(verb: str, result: Result) -> dict[str, Any]:
         "shared_expert": "added by torch, outside the kernel" if result.shared_expert else None,
         "device": result.device,
         "clock": result.clock,
+        "processes": result.processes,
         "run": None if result.path is None else str(result.path),
         "saved_output": None if result.saved_output is None else str(result.saved_output),
         "hang": None if result.hang is None else result.hang.as_dict(),

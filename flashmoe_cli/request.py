@@ -10,6 +10,7 @@ from flashmoe.config import MoEConfig
 from flashmoe.errors import FlashmoeError
 from flashmoe.presets import preset
 from flashmoe.world.base import Fault
+from flashmoe.world.rendezvous import Place
 
 _SHAPE_FLAGS = ("hidden", "intermediate", "experts", "top_k")
 DEFAULT_PRESET = "tiny"
@@ -61,9 +62,62 @@ def tokens_per_rank(text: str | None, ranks: int, default: int) -> tuple[int, ..
     return numbers
 
 
-def faults(specs: list[str] | None, ranks: int) -> tuple[Fault, ...]:
+def processes(options: dict[str, Any], place: Place | None = None) -> tuple[int, dict[str, Any]]:
+    """The number of ranks, and the request's fields about ranks that are processes.
+
+    ``--gpus N`` with ``--ranks-per-gpu R`` are N x R processes.  ``place`` is this process's, where
+    torchrun, srun or mpirun started it as one of several: then they say how many there are.
+    """
+    ranks: int | None = options.get("ranks")
+    if place is not None:
+        if ranks is not None and ranks != place.world:
+            raise usage(
+                f"--ranks {ranks}, but {place.by} started {place.world} processes",
+                "leave --ranks out",
+            )
+        ranks, options = place.world, options | {"processes": True, "gpus": None}
+    gpus: int | None = options.get("gpus")
+    each: int | None = options.get("ranks_per_gpu")
+    wanted = bool(options.get("processes")) or gpus is not None
+    if each is not None and gpus is None:
+        raise usage("--ranks-per-gpu without --gpus", "say how many GPUs: --gpus 1")
+    if gpus is not None:
+        number = gpus * (each or 1)
+        if ranks is not None and ranks != number:
+            raise usage(
+                f"--ranks {ranks}, but --gpus {gpus} x {each or 1} ranks a GPU make {number}",
+                "leave --ranks out",
+            )
+        ranks = number
+    transport = getattr(options.get("transport"), "value", None) or "auto"
+    if transport != "auto" and not wanted:
+        raise usage(
+            f"--transport {transport} joins processes, and the ranks are to be none",
+            "add --gpus N",
+        )
+    fields = {
+        "processes": wanted,
+        "gpus": gpus,
+        "ranks_per_gpu": each or 1,
+        "transport": transport,
+        "no_pointers": bool(options.get("no_pointers")),
+    }
+    return ranks or 1, fields
+
+
+def faults(specs: list[str] | None, ranks: int, in_processes: bool = False) -> tuple[Fault, ...]:
     """The faults that ``--fault`` asks for."""
-    return tuple(_fault(spec, ranks) for spec in specs or ())
+    found = tuple(_fault(spec, ranks) for spec in specs or ())
+    for fault in found:
+        if fault.point and not in_processes:
+            raise usage(
+                f"--fault {fault.kind} strikes a rank's process, and ranks are no processes here",
+                "add --processes",
+            )
+    return found
+
+
+_POINTS = ("start", "joined", "kernel")
 
 
 def _fault(spec: str, ranks: int) -> Fault:
@@ -73,12 +127,23 @@ def _fault(spec: str, ranks: int) -> Fault:
         "lost-signal": ("rank", "expert"),
         "wrong-count": ("rank", "peer", "expert"),
         "slow": ("rank", "seconds"),
+        "killed": ("rank", "point"),
+        "raises": ("rank", "point"),
     }.get(kind)
     if fields is None:
         raise usage(
-            f"no fault '{kind}'", "use never-starts, lost-signal, wrong-count or slow; see --help"
+            f"no fault '{kind}'",
+            "use never-starts, lost-signal, wrong-count, slow, killed or raises; see --help",
         )
     form = ":".join((kind, *(f.upper() for f in fields)))
+    point = ""
+    if "point" in fields:
+        # At the kernel, how long after its begin may follow.
+        point, fields = (rest.pop(1) if len(rest) > 1 else ""), fields[:1]
+        if point == "kernel" and len(rest) == 2:
+            fields = ("rank", "seconds")
+        if point not in _POINTS:
+            raise usage(f"--fault {spec}: no point '{point}'", "it is start, joined or kernel")
     if len(rest) != len(fields):
         raise usage(f"--fault {spec} is incomplete", f"write it as {form}")
     try:
@@ -95,7 +160,7 @@ def _fault(spec: str, ranks: int) -> Fault:
                 f"--fault {spec}: there is no rank {values[field]:.0f}",
                 f"ranks are 0 to {ranks - 1}",
             )
-    return Fault(kind, **values)  # type: ignore[arg-type]
+    return Fault(kind, **values, point=point)  # type: ignore[arg-type]
 
 
 def checkpoint_args(

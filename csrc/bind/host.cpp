@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -61,7 +62,8 @@ Dtype dtype_by_name(const std::string& name) {
 EngineConfig config_from(const nb::dict& shape, const std::string& dtype,
                          const std::vector<uint32_t>& tokens, bool traced, uint32_t ring_capacity,
                          bool keep_last, uint64_t deadline_ns, uint64_t first_deadline_ns,
-                         const std::vector<FaultTuple>& faults) {
+                         const std::vector<FaultTuple>& faults, std::pair<uint32_t, uint32_t> ranks,
+                         bool no_pointers) {
   EngineConfig config{};
   config.shape = shape_from_dict(shape);
   config.dtype = dtype_by_name(dtype);
@@ -72,6 +74,9 @@ EngineConfig config_from(const nb::dict& shape, const std::string& dtype,
   config.deadline_ns = deadline_ns;
   config.first_deadline_ns = first_deadline_ns;
   for (const FaultTuple& f : faults) config.faults.push_back(fault_from(f));
+  config.first_rank = ranks.first;
+  config.last_rank = ranks.second;
+  config.no_pointers = no_pointers;
   return config;
 }
 
@@ -82,11 +87,18 @@ void expect(const In<T>& array, std::vector<size_t> shape, const char* what) {
   if (!same) throw nb::value_error((std::string(what) + " has the wrong shape").c_str());
 }
 
-// Keeps alive what the engine points into.
+std::vector<char*> addresses(const std::vector<uintptr_t>& heaps) {
+  std::vector<char*> bases;
+  for (const uintptr_t heap : heaps) bases.push_back(reinterpret_cast<char*>(heap));
+  return bases;
+}
+
+// Keeps alive what the engine points into, but for shared heaps, which are the caller's.
 class BoundEngine {
  public:
   BoundEngine(const EngineConfig& config, In<uint16_t> gate, std::optional<In<float>> bias,
-              In<uint16_t> up, In<uint16_t> down)
+              In<uint16_t> up, In<uint16_t> down, const std::vector<uintptr_t>& heaps,
+              uintptr_t slots)
       : gate_(std::move(gate)), bias_(std::move(bias)), up_(std::move(up)), down_(std::move(down)) {
     const Shape& s = config.shape;
     const size_t up_rows = is_gated(s.activation) ? 2 * size_t{s.inter} : s.inter;
@@ -94,8 +106,10 @@ class BoundEngine {
     if (bias_) expect(*bias_, {s.experts}, "bias");
     expect(up_, {s.experts, up_rows, s.hidden}, "up");
     expect(down_, {s.experts, s.hidden, s.inter}, "down");
+    const SharedMemory shared{addresses(heaps), reinterpret_cast<FlightSlot*>(slots)};
     engine_ = std::make_unique<Engine>(
-        config, Weights{gate_.data(), bias_ ? bias_->data() : nullptr, up_.data(), down_.data()});
+        config, Weights{gate_.data(), bias_ ? bias_->data() : nullptr, up_.data(), down_.data()},
+        heaps.empty() ? nullptr : &shared);
     x_.resize(s.world);
     ids_.resize(s.world);
     weights_.resize(s.world);
@@ -105,7 +119,7 @@ class BoundEngine {
             std::optional<In<float>> weights) {
     const Machine& m = engine_->machine();
     const Shape& s = m.shape;
-    if (rank >= s.world) throw nb::index_error("no such rank");
+    if (!m.is_own(rank)) throw nb::index_error("no such rank here");
     const size_t tokens = m.config.tokens[rank];
     expect(x, {tokens, s.hidden}, "x");
     if (s.routing == RoutingKind::kExternal) {
@@ -124,7 +138,8 @@ class BoundEngine {
   // (status, elapsed ns, rows needed).  Other Python threads run meanwhile; Ctrl-C ends the launch
   // by an abort, which stays until reset().
   std::tuple<uint32_t, uint64_t, uint32_t> launch() {
-    if (loaded_ != (1u << engine_->machine().shape.world) - 1) {
+    const EngineConfig& c = engine_->machine().config;
+    if (loaded_ != (1u << c.last_rank) - (1u << c.first_rank)) {
       throw nb::value_error("load() each rank's input before launch()");
     }
     std::future<LaunchResult> launched;
@@ -213,12 +228,14 @@ nb::object flight_of(BoundEngine& self) {
   return owned(std::move(bytes), {slots.size(), sizeof(FlightSlot)});
 }
 nb::object counts_seen(BoundEngine& self) {
-  const Shape& s = self.engine().machine().shape;
-  return owned(self.engine().counts_seen(), {s.world, s.world, s.experts});
+  const Machine& m = self.engine().machine();
+  const Shape& s = m.shape;
+  return owned(self.engine().counts_seen(), {m.own_ranks(), s.world, s.experts});
 }
 nb::object chunk_counts(BoundEngine& self) {
-  const Shape& s = self.engine().machine().shape;
-  return owned(self.engine().chunk_counts(), {s.world, s.chunks, s.experts});
+  const Machine& m = self.engine().machine();
+  const Shape& s = m.shape;
+  return owned(self.engine().chunk_counts(), {m.own_ranks(), s.chunks, s.experts});
 }
 
 }  // namespace
@@ -235,6 +252,11 @@ void bind_host(nb::module_& m) {
   m.def("vector_unit", &vector_unit, "The instruction set that the engine's products use.");
   m.def("cycles_mhz", &HostPlatform::cycles_mhz, "Measured rate of the cycle counter.");
   m.def("clock_step_ns", &Engine::clock_step_ns, "Smallest step of the clock seen just now.");
+  m.def("now_ns", &HostPlatform::now_ns, "The engine's clock.");
+  m.def(
+      "skew_clock", &HostPlatform::skew_clock, nb::arg("offset_ns"), nb::arg("drift"),
+      "Makes the engine's clock wrong, to test how clocks are aligned: `offset_ns` ahead, and from "
+      "now on faster by the factor 1 + `drift`.");
   m.def("record_cost_ns", &Engine::record_cost_ns, "What one span costs, measured just now.");
 
   nb::class_<EngineConfig>(m, "EngineConfig")
@@ -243,20 +265,24 @@ void bind_host(nb::module_& m) {
           [](EngineConfig* self, const nb::dict& shape, const std::string& dtype,
              const std::vector<uint32_t>& tokens, bool traced, uint32_t ring_capacity,
              bool keep_last, uint64_t deadline_ns, uint64_t first_deadline_ns,
-             const std::vector<FaultTuple>& faults) {
+             const std::vector<FaultTuple>& faults, std::pair<uint32_t, uint32_t> ranks,
+             bool no_pointers) {
             new (self) EngineConfig(config_from(shape, dtype, tokens, traced, ring_capacity,
-                                                keep_last, deadline_ns, first_deadline_ns, faults));
+                                                keep_last, deadline_ns, first_deadline_ns, faults,
+                                                ranks, no_pointers));
           },
           nb::arg("shape"), nb::arg("dtype"), nb::arg("tokens"), nb::arg("traced"),
           nb::arg("ring_capacity"), nb::arg("keep_last"), nb::arg("deadline_ns"),
-          nb::arg("first_deadline_ns"), nb::arg("faults"))
+          nb::arg("first_deadline_ns"), nb::arg("faults"), nb::arg("ranks"), nb::arg("no_pointers"))
       .def_prop_ro("bytes_needed", &Engine::bytes_needed, "Bytes an engine of this allocates.");
 
   nb::class_<BoundEngine>(m, "Engine")
       .def(nb::init<const EngineConfig&, In<uint16_t>, std::optional<In<float>>, In<uint16_t>,
-                    In<uint16_t>>(),
+                    In<uint16_t>, const std::vector<uintptr_t>&, uintptr_t>(),
            nb::arg("config"), nb::arg("gate"), nb::arg("bias").none(), nb::arg("up"),
-           nb::arg("down"))
+           nb::arg("down"), nb::arg("heaps"), nb::arg("slots"),
+           "`heaps`: the address of every rank's, and `slots` of the own flight slots, where ranks "
+           "are processes; else empty and 0.")
       .def("load", &BoundEngine::load, nb::arg("rank"), nb::arg("x"), nb::arg("ids").none(),
            nb::arg("weights").none())
       .def("launch", &BoundEngine::launch, "(status, elapsed ns, rows needed) of one forward.")
@@ -264,8 +290,12 @@ void bind_host(nb::module_& m) {
       .def("reset", [](BoundEngine& self) { self.engine().reset(); })
       .def(
           "resize_pools",
-          [](BoundEngine& self, uint32_t rows) { self.engine().resize_pools(rows); },
-          nb::arg("pool_rows"), "Undoes the last launch and gives every pool this many rows.")
+          [](BoundEngine& self, uint32_t rows, const std::vector<uintptr_t>& heaps) {
+            const std::vector<char*> bases = addresses(heaps);
+            self.engine().resize_pools(rows, heaps.empty() ? nullptr : &bases);
+          },
+          nb::arg("pool_rows"), nb::arg("heaps"),
+          "Undoes the last launch and gives every pool this many rows; `heaps` as at the start.")
       .def("reset_rings", [](BoundEngine& self) { self.engine().reset_rings(); })
       .def_prop_ro("iteration", [](BoundEngine& self) { return self.engine().machine().iteration; })
       .def("y", [](nb::handle_t<BoundEngine> self, uint32_t rank) { return y_of(self, rank); })

@@ -43,6 +43,8 @@ nb::dict heap_layout_dict(const nb::dict& shape) {
   FLASHMOE_OFFSET(h_ready);
   FLASHMOE_OFFSET(y_ready);
   FLASHMOE_OFFSET(returned);
+  FLASHMOE_OFFSET(arrived);
+  FLASHMOE_OFFSET(staged);
   FLASHMOE_OFFSET(pool);
   FLASHMOE_OFFSET(ret);
   FLASHMOE_OFFSET(h);

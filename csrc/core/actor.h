@@ -31,10 +31,18 @@ struct Awaited {
 enum class Until : uint32_t {
   kAtLeast = 0,  // the word, as a counter, has reached the target
   kTag = 1,      // the word's upper half is the target
+  kPrefix = 2,   // the upper half is the target's, the lower half has reached the target's
 };
 
 FLASHMOE_HD bool reached(uint64_t seen, Until until, uint64_t target) {
-  return until == Until::kAtLeast ? seen >= target : (seen >> 32) == target;
+  // Of a prefix too, at least will do: the tag is an epoch, which only grows.
+  return until == Until::kTag ? (seen >> 32) == target : seen >= target;
+}
+
+// A word as a number of its own launch: a prefix without its tag, 0 where that is of another launch.
+FLASHMOE_HD uint64_t as_count(uint64_t word, Until until, uint64_t target) {
+  if (until != Until::kPrefix) return word;
+  return word >> 32 == target >> 32 ? word & 0xffffffffull : 0;
 }
 
 template <class P, bool kTraced>
@@ -147,13 +155,15 @@ struct Actor {
     uint64_t seen = P::load(word);
     if (reached(seen, until, target)) return Status::kOk;
     const uint64_t from = P::now_ns();
-    const uint32_t lacking =
-        until == Until::kAtLeast && lacking_unit == 0 ? static_cast<uint32_t>(target - seen) : 0;
+    const uint64_t due = as_count(target, until, target);
+    const uint32_t lacking = until != Until::kTag && lacking_unit == 0
+                                 ? static_cast<uint32_t>(due - as_count(seen, until, target))
+                                 : 0;
     if constexpr (kTraced) {
       write(what.kind, kFlagOpen, from, 0, what.peer, what.expert, what.tile, lacking, 0);
       ring->count = count;
     }
-    note(ActorState::kWaiting, what, target, seen, from);
+    note(ActorState::kWaiting, what, due, as_count(seen, until, target), from);
     Status status = Status::kOk;
     for (;;) {
       P::relax();
@@ -167,13 +177,13 @@ struct Actor {
       if (aborted != 0) {
         status = static_cast<Status>(aborted);
         cut_short = 1;
-        note(ActorState::kAborted, what, target, seen, from);
+        note(ActorState::kAborted, what, due, as_count(seen, until, target), from);
         break;
       }
       if (P::now_ns() - from > deadline_ns) {
         status = Status::kHang;
         cut_short = 1;
-        note(ActorState::kGaveUp, what, target, seen, from);
+        note(ActorState::kGaveUp, what, due, as_count(seen, until, target), from);
         break;
       }
     }

@@ -26,6 +26,8 @@ struct HeapLayout {
   uint64_t h_ready;     // [2][row tiles of the pool] counter: GEMM1 column tiles, once a math lane
   uint64_t y_ready;     // [2][row tiles of the pool] counter: GEMM2 column tiles, once a math lane
   uint64_t returned;    // peers: [row tiles over all experts] epoch, by the row tile's owner
+  uint64_t arrived;     // peers: [W][E] (epoch << 32 | rows), row s by a source s beyond pointers
+  uint64_t staged;      // [2][E] counter: rows staged for an expert whose owner is beyond pointers
   // rows
   uint64_t pool;  // peers: [pool_rows][H] dtype, rows for this rank's experts
   uint64_t ret;   // peers: [max_tokens * k][H] dtype, result rows in send order
@@ -93,6 +95,8 @@ inline HeapLayout heap_layout(const Shape& s) {
   l.h_ready = take(16ull * max_pool_tiles(s), kSectionAlign);
   l.y_ready = take(16ull * max_pool_tiles(s), kSectionAlign);
   l.returned = take(8ull * max_global_tiles(s), kSectionAlign);
+  l.arrived = take(8ull * s.world * s.experts, kSectionAlign);
+  l.staged = take(16ull * s.experts, kSectionAlign);
   l.pool = take(kElement * s.pool_rows * s.hidden, kSectionAlign);
   l.ret = take(kElement * rows_sent * s.hidden, kSectionAlign);
   l.h = take(kElement * s.pool_rows * s.inter, kSectionAlign);
@@ -120,10 +124,13 @@ struct Heap {
   }
 };
 
+FLASHMOE_HD uint64_t counts_at(const HeapLayout& l, const Shape& s, uint32_t epoch,
+                               uint32_t source) {
+  return l.counts + 8 * (static_cast<uint64_t>(epoch & 1) * s.world + source) * s.experts;
+}
 FLASHMOE_HD uint64_t* counts_words(const Heap& h, const HeapLayout& l, const Shape& s,
                                    uint32_t epoch, uint32_t source) {
-  return h.at<uint64_t>(l.counts) +
-         (static_cast<uint64_t>(epoch & 1) * s.world + source) * s.experts;
+  return h.at<uint64_t>(counts_at(l, s, epoch, source));
 }
 FLASHMOE_HD uint64_t* tile_counter(const Heap& h, uint64_t section, const Shape& s, uint32_t epoch,
                                    uint32_t pool_tile) {

@@ -20,6 +20,9 @@ Cta<kTraced>::Cta(Machine& machine, uint32_t rank, uint32_t cta)
       wrong_count_(machine.fault(FaultKind::kWrongCount, rank)),
       slow_(machine.fault(FaultKind::kSlow, rank)),
       stages_(std::make_unique<Ring<Stage, kStages, 2>>()) {
+  for (uint32_t r = 0; r < s_.world; ++r) {
+    peers_[r] = m_.config.no_pointers && r != rank ? Heap{nullptr} : m_.heaps[r];
+  }
   epoch_ = static_cast<uint32_t>(HostPlatform::load(heap_.at<uint64_t>(l_.epoch_word))) + 1;
   const uint32_t tokens = machine.config.tokens[rank];
   token_begin_ = chunk_begin(s_, tokens, cta);
@@ -89,7 +92,10 @@ SharedWait Cta<kTraced>::await(LaneActor& a, const Awaited& what, uint64_t* word
     const uint64_t seen = HostPlatform::load(word);
     if (reached(seen, until, target)) return shared;
     shared.from = HostPlatform::now_ns();
-    shared.lacking = counted ? static_cast<uint32_t>(target - seen) : 0;
+    if (counted) {
+      shared.lacking =
+          static_cast<uint32_t>(as_count(target, until, target) - as_count(seen, until, target));
+    }
     shared.status = settle(a.wait(what, word, until, target, counted ? 0 : 1));
     // Satisfied between the two looks, the wait left no record, and last_ns where it was.
     if (a.last_ns >= shared.from) shared.to = a.last_ns;
@@ -103,6 +109,16 @@ template <bool kTraced>
 Status Cta<kTraced>::settle(Status status) {
   if (status == Status::kHang) m_.raise_abort(Status::kHang);
   return status;
+}
+
+// Sets one word of a rank's heap.
+template <bool kTraced>
+void Cta<kTraced>::send_signal(uint32_t to, uint64_t offset, uint64_t value) {
+  if (peers_[to].base != nullptr) {
+    HostPlatform::store_release(peers_[to].template at<uint64_t>(offset), value);
+  } else {
+    m_.transport->put_signal(to, 0, nullptr, 0, offset, value);
+  }
 }
 
 template <bool kTraced>

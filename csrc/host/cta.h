@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/actor.h"
+#include "core/arrival.h"
 #include "core/plan.h"
 #include "host/cta_run.h"
 #include "host/engine.h"
@@ -70,6 +71,9 @@ class Cta final : public CtaRun {
   Status comm_lane(LaneActor& a);
   void dispatch(LaneActor& a);
   uint64_t send_rows(uint32_t owner, uint32_t first, uint32_t last);
+  void copy_rows(uint32_t e, uint16_t* to);
+  void publish_rows(uint32_t owner, uint32_t e);
+  void put_rows(uint32_t owner, uint32_t e);
   Status combine(LaneActor& a);
   void sum_token(uint32_t token, float* sum, float* widened);
 
@@ -81,6 +85,12 @@ class Cta final : public CtaRun {
   Status math_lane(LaneActor& a, uint32_t half);
   void store_hidden(const Tile& tile, uint32_t row0, uint32_t rows, const float* sums);
   void give_back(LaneActor& a, const Tile& tile, uint32_t row0, uint32_t rows, const float* sums);
+  void tell_sources(const Tile& tile);
+
+  uint32_t first_row(uint32_t e) const {  // of the own chunk within the expert
+    return source_start(tables_, s_, rank_, e) + tables_.chunk_prefix[e];
+  }
+  void send_signal(uint32_t to, uint64_t offset, uint64_t value);
 
   // The one wait, and with it the record that other lanes share.
   SharedWait await(LaneActor& a, const Awaited& what, uint64_t* word, Until until, uint64_t target,
@@ -95,7 +105,8 @@ class Cta final : public CtaRun {
   Machine& m_;
   const Shape& s_;
   const HeapLayout& l_;
-  const Heap& heap_;  // of the own rank
+  const Heap& heap_;       // of the own rank
+  Heap peers_[kMaxRanks];  // as this rank reaches them: null beyond pointers
   const uint32_t rank_;
   const uint32_t cta_;
   uint32_t epoch_ = 0;

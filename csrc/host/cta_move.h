@@ -38,40 +38,70 @@ void Cta<kTraced>::dispatch(LaneActor& a) {
   }
 }
 
-// Copies the chunk's rows for experts [first, last) to their places in the owner's pool, then
-// publishes them; the bytes moved.
+// Moves the chunk's rows for experts [first, last) of one owner, and announces them; the bytes moved.
+// Beyond pointers they are only staged here, and whoever completes an expert puts its rows.
 template <bool kTraced>
 uint64_t Cta<kTraced>::send_rows(uint32_t owner, uint32_t first, uint32_t last) {
-  const Heap& there = m_.heaps[owner];
-  const uint32_t* sorted =
-      heap_.at<uint32_t>(l_.sorted) + static_cast<uint64_t>(token_begin_) * s_.top_k;
-  const uint16_t* x = m_.inputs[rank_].x;
-  auto first_row = [&](uint32_t e) {
-    return source_start(tables_, s_, rank_, e) + tables_.chunk_prefix[e];
-  };
+  const Heap& there = peers_[owner];
   for (uint32_t e = first; e < last; ++e) {
-    const uint32_t from = tables_.chunk_order[e], to = tables_.chunk_order[e + 1];
-    uint16_t* row = there.at<uint16_t>(l_.pool) +
-                    static_cast<uint64_t>(pool_row(tables_, s_, e, first_row(e))) * s_.hidden;
-    for (uint32_t i = from; i < to; ++i, row += s_.hidden) {
-      std::memcpy(row, x + static_cast<uint64_t>(sorted[i] / s_.top_k) * s_.hidden,
-                  2ull * s_.hidden);
-    }
+    const uint64_t row = there.base != nullptr
+                             ? pool_row(tables_, s_, e, first_row(e))
+                             : return_row(tables_, s_, rank_, e, tables_.chunk_prefix[e]);
+    const Heap& heap = there.base != nullptr ? there : heap_;
+    const uint64_t section = there.base != nullptr ? l_.pool : l_.ret;
+    copy_rows(e, heap.at<uint16_t>(section) + row * s_.hidden);
   }
   for (uint32_t e = first; e < last; ++e) {
-    if (lost_signal_ && lost_signal_->expert == e) continue;
-    uint32_t row = first_row(e);
-    const uint32_t end = row + tables_.chunk_order[e + 1] - tables_.chunk_order[e];
-    while (row < end) {
-      const uint32_t tile = row / tables_.height[e];
-      const uint32_t next = min_u32((tile + 1) * tables_.height[e], end);
-      HostPlatform::add(
-          tile_counter(there, l_.rows_ready, s_, epoch_, pool_tile(tables_, s_, e, tile)),
-          next - row);
-      row = next;
+    if (there.base != nullptr) {
+      publish_rows(owner, e);
+    } else {
+      put_rows(owner, e);
     }
   }
   return 2ull * s_.hidden * (tables_.chunk_order[last] - tables_.chunk_order[first]);
+}
+
+// Copies the chunk's rows for an expert to `to`, one after the other.
+template <bool kTraced>
+void Cta<kTraced>::copy_rows(uint32_t e, uint16_t* to) {
+  const uint32_t* sorted =
+      heap_.at<uint32_t>(l_.sorted) + static_cast<uint64_t>(token_begin_) * s_.top_k;
+  const uint16_t* x = m_.inputs[rank_].x;
+  for (uint32_t i = tables_.chunk_order[e]; i < tables_.chunk_order[e + 1]; ++i, to += s_.hidden) {
+    std::memcpy(to, x + static_cast<uint64_t>(sorted[i] / s_.top_k) * s_.hidden, 2ull * s_.hidden);
+  }
+}
+
+// Adds the chunk's rows for an expert to the counters of the row tiles they lie in.
+template <bool kTraced>
+void Cta<kTraced>::publish_rows(uint32_t owner, uint32_t e) {
+  if (lost_signal_ && lost_signal_->expert == e) return;
+  uint32_t row = first_row(e);
+  const uint32_t end = row + tables_.chunk_order[e + 1] - tables_.chunk_order[e];
+  while (row < end) {
+    const uint32_t tile = row / tables_.height[e];
+    const uint32_t next = min_u32((tile + 1) * tables_.height[e], end);
+    HostPlatform::add(
+        tile_counter(peers_[owner], l_.rows_ready, s_, epoch_, pool_tile(tables_, s_, e, tile)),
+        next - row);
+    row = next;
+  }
+}
+
+// Counts the chunk's staged rows for an expert; the last chunk puts those of all chunks.
+template <bool kTraced>
+void Cta<kTraced>::put_rows(uint32_t owner, uint32_t e) {
+  const uint32_t staged = tables_.chunk_order[e + 1] - tables_.chunk_order[e];
+  const uint32_t rows = source_rows(tables_, s_, rank_, e);
+  if (staged == 0) return;
+  if (HostPlatform::add(staged_counter(heap_, l_, s_, epoch_, e), staged) + staged < rows) return;
+  if (lost_signal_ && lost_signal_->expert == e) return;
+  const uint64_t row_bytes = 2ull * s_.hidden;
+  const uint64_t from = return_row(tables_, s_, rank_, e, 0);
+  const uint64_t to = pool_row(tables_, s_, e, source_start(tables_, s_, rank_, e));
+  m_.transport->put_signal(owner, l_.pool + to * row_bytes,
+                           heap_.at<char>(l_.ret) + from * row_bytes, rows * row_bytes,
+                           arrived_at(l_, s_, rank_, e), tagged(epoch_, rows));
 }
 
 // Sums the own chunk's tokens, a block at a time, whichever lane is free.  A span ends where a wait

@@ -107,8 +107,7 @@ Status Cta<kTraced>::exchange_counts(LaneActor& a) {
     for (uint32_t i = 0; i < s_.world; ++i) {
       const uint32_t to = (rank_ + i) % s_.world;
       const bool wrong = wrong_count_ && wrong_count_->peer == to && wrong_count_->expert == e;
-      HostPlatform::store_release(counts_words(m_.heaps[to], l_, s_, epoch_, rank_) + e,
-                                  tag | (rows + (wrong ? 1 : 0)));
+      send_signal(to, counts_at(l_, s_, epoch_, rank_) + 8ull * e, tag | (rows + (wrong ? 1 : 0)));
     }
   }
   a.span(EventKind::k_counts, kNoPeer, kNoExpert, kNoTile, 8ull * s_.world * (last - first));
@@ -160,7 +159,11 @@ void Cta<kTraced>::clear_idle_set() {
       HostPlatform::store_relaxed(tile_counter(heap_, section, s_, idle, tile), 0);
     }
   }
-  if (cta_ == 0) HostPlatform::store_relaxed(next_tile_word(heap_, l_, idle), 0);
+  if (cta_ != 0) return;
+  HostPlatform::store_relaxed(next_tile_word(heap_, l_, idle), 0);
+  for (uint32_t e = 0; e < s_.experts; ++e) {
+    HostPlatform::store_relaxed(staged_counter(heap_, l_, s_, idle, e), 0);
+  }
 }
 
 }  // namespace flashmoe::host

@@ -17,15 +17,33 @@ uint32_t Cta<kTraced>::tile_columns(const Tile& tile) const {
   return min_u32(step, width - tile.col_tile * step);
 }
 
+// Of several waits the lanes that share them record one, from the first begin to the last end, which
+// names what came last.
 template <bool kTraced>
 SharedWait Cta<kTraced>::await_operands(LaneActor& a, const Tile& tile) {
   const bool rows = tile.gemm == 1;
-  const Awaited what{rows ? EventKind::k_wait_rows : EventKind::k_wait_h, kNoPeer,
-                     static_cast<uint16_t>(tile.expert), tile.row_tile};
+  Awaited what{rows ? EventKind::k_wait_rows : EventKind::k_wait_h, kNoPeer,
+               static_cast<uint16_t>(tile.expert), tile.row_tile};
   uint64_t* word =
       tile_counter(heap_, rows ? l_.rows_ready : l_.h_ready, s_, epoch_, tile.row_tile);
-  const uint64_t target = rows ? tile.rows : uint64_t{kMathLanes} * column_tiles(s_, 1);
-  return await(a, what, word, Until::kAtLeast, target, true);
+  const uint64_t target =
+      rows ? rows_counted(tables_, s_, tile, peers_) : uint64_t{kMathLanes} * column_tiles(s_, 1);
+  SharedWait all = await(a, what, word, Until::kAtLeast, target, true);
+  for (uint32_t source = 0; rows && source < s_.world && all.status == Status::kOk; ++source) {
+    if (peers_[source].base != nullptr) continue;
+    const SourceShare share = share_of(tables_, s_, tile, source);
+    if (share.rows == 0) continue;
+    what.peer = static_cast<uint16_t>(source);
+    SharedWait one = await(a, what, heap_.at<uint64_t>(arrived_at(l_, s_, source, tile.expert)),
+                           Until::kPrefix, tagged(epoch_, share.prefix), true);
+    if (all.to != 0) {
+      one.from = all.from;
+      one.lacking = all.lacking;
+      if (one.to == 0) one.to = all.to;
+    }
+    all = one;
+  }
+  return all;
 }
 
 template <bool kTraced>
@@ -180,8 +198,8 @@ void Cta<kTraced>::store_hidden(const Tile& tile, uint32_t row0, uint32_t rows, 
   }
 }
 
-// Stores a GEMM2 tile's rows into their sources' return buffers; whoever completes the row tile
-// tells each source with rows in it.
+// Stores a GEMM2 tile's rows into their sources' return buffers, or, for sources beyond pointers, over
+// the rows of the pool that they come from; whoever completes the row tile tells its sources.
 template <bool kTraced>
 void Cta<kTraced>::give_back(LaneActor& a, const Tile& tile, uint32_t row0, uint32_t rows,
                              const float* sums) {
@@ -195,25 +213,22 @@ void Cta<kTraced>::give_back(LaneActor& a, const Tile& tile, uint32_t row0, uint
     const uint32_t start = source_start(tables_, s_, source, tile.expert);
     const uint32_t from = max_u32(begin, start);
     const uint32_t to = min_u32(end, start + source_rows(tables_, s_, source, tile.expert));
+    const bool reached = peers_[source].base != nullptr;
+    const Heap& heap = reached ? peers_[source] : heap_;
+    uint16_t* base = heap.at<uint16_t>(reached ? l_.ret : l_.pool) + column0;
     for (uint32_t row = from; row < to; ++row) {
-      const uint64_t place = return_row(tables_, s_, source, tile.expert, row - start);
-      if (place >= rows_sent) continue;  // only where a source lied about its counts
-      narrow(m_.config.dtype, sums + (row - begin) * kPanelColumns,
-             m_.heaps[source].at<uint16_t>(l_.ret) + place * s_.hidden + column0, columns);
+      const uint64_t place = reached ? return_row(tables_, s_, source, tile.expert, row - start)
+                                     : tile.pool_row0 + (row - tile.row0);
+      if (reached && place >= rows_sent) continue;  // only where a source lied about its counts
+      narrow(m_.config.dtype, sums + (row - begin) * kPanelColumns, base + place * s_.hidden,
+             columns);
       given[source] += 2 * columns;
     }
     all += given[source];
   }
   uint64_t* done = tile_counter(heap_, l_.y_ready, s_, epoch_, tile.row_tile);
   if (HostPlatform::add(done, 1) + 1 == uint64_t{kMathLanes} * column_tiles(s_, 2)) {
-    for (uint32_t source = 0; source < s_.world; ++source) {
-      const uint32_t start = source_start(tables_, s_, source, tile.expert);
-      const uint32_t stop = start + source_rows(tables_, s_, source, tile.expert);
-      if (max_u32(start, tile.row0) < min_u32(stop, tile.row0 + tile.rows)) {
-        HostPlatform::store_release(
-            m_.heaps[source].at<uint64_t>(l_.returned) + tile.row_tile_global, epoch_);
-      }
-    }
+    tell_sources(tile);
   }
   if (rows == 0) return;
   const auto expert = static_cast<uint16_t>(tile.expert);
@@ -221,6 +236,31 @@ void Cta<kTraced>::give_back(LaneActor& a, const Tile& tile, uint32_t row0, uint
   for (uint32_t source = 0; source < s_.world; ++source) {
     if (given[source] == 0) continue;
     a.instant(EventKind::k_put, static_cast<uint16_t>(source), expert, tile.index, given[source]);
+  }
+}
+
+// Marks a row tile whose results are all stored at each source that has rows in it; a source beyond
+// pointers gets its rows with the mark.
+template <bool kTraced>
+void Cta<kTraced>::tell_sources(const Tile& tile) {
+  const uint64_t row_bytes = 2ull * s_.hidden;
+  const uint64_t rows_sent = static_cast<uint64_t>(s_.max_tokens) * s_.top_k;
+  for (uint32_t source = 0; source < s_.world; ++source) {
+    const SourceShare share = share_of(tables_, s_, tile, source);
+    if (share.rows == 0) continue;
+    const uint64_t mark = l_.returned + 8ull * tile.row_tile_global;
+    if (peers_[source].base != nullptr) {
+      send_signal(source, mark, epoch_);
+      continue;
+    }
+    const uint32_t first = share.prefix - share.rows;  // of the source's rows for the expert
+    const uint64_t to = return_row(tables_, s_, source, tile.expert, first);
+    const uint64_t from =
+        tile.pool_row0 + (source_start(tables_, s_, source, tile.expert) + first - tile.row0);
+    if (to + share.rows > rows_sent) continue;  // only where a source lied about its counts
+    m_.transport->put_signal(source, l_.ret + to * row_bytes,
+                             heap_.at<char>(l_.pool) + from * row_bytes, share.rows * row_bytes,
+                             mark, epoch_);
   }
 }
 

@@ -29,6 +29,7 @@ struct Case {
 struct World {
   std::vector<uint32_t> tokens;  // of each rank
   uint32_t sms;
+  bool no_pointers = false;
 };
 
 // A layer with random weights and the tokens of all ranks, one after the other.
@@ -111,6 +112,8 @@ EngineConfig make_config(const Problem& p, const World& w) {
   config.shape.pool_rows = max_u32(1, static_cast<uint32_t>(worst_pool_rows(config.shape)));
   config.dtype = p.layer.dtype;
   config.tokens = w.tokens;
+  config.last_rank = config.shape.world;
+  config.no_pointers = w.no_pointers;
   config.traced = true;
   config.ring_capacity = 4096;
   config.deadline_ns = config.first_deadline_ns = 120'000'000'000u;
@@ -199,9 +202,14 @@ void run_case(const Case& c, const std::vector<World>& worlds, uint32_t launches
   uint32_t tokens = 0;
   for (const uint32_t t : worlds.front().tokens) tokens += t;
   const Problem p = make_problem(c, tokens);
-  for (const World& w : worlds) {
-    const std::string what =
-        std::string(c.name) + " W" + std::to_string(w.tokens.size()) + " S" + std::to_string(w.sms);
+  std::vector<World> both = worlds;
+  for (World w : worlds) {
+    w.no_pointers = true;
+    if (w.tokens.size() > 1) both.push_back(w);
+  }
+  for (const World& w : both) {
+    const std::string what = std::string(c.name) + " W" + std::to_string(w.tokens.size()) + " S" +
+                             std::to_string(w.sms) + (w.no_pointers ? " by puts" : "");
     EngineConfig config = make_config(p, w);
     Engine engine(config, weights_of(p));
     set_inputs(engine, p, w);
@@ -245,6 +253,14 @@ void run_hang(const char* name, const Problem& p, const World& w, const Fault& f
   std::fflush(stdout);
 }
 
+// An expert that rank 1 of three sends rows to, and another rank owns.
+uint32_t foreign_expert(const Problem& p) {
+  const uint32_t owned = p.layer.shape.experts / 3;
+  for (size_t i = size_t{12} * p.layer.shape.top_k;; ++i) {
+    if (p.ids[i] / owned != 1) return p.ids[i];
+  }
+}
+
 void run_faults(bool quick) {
   const Case c{"faults", 6, 2, 32, 40};
   const World w{{12, 9, 14}, 2};
@@ -252,6 +268,10 @@ void run_faults(bool quick) {
   run_hang("never-starts", p, w, {FaultKind::kNeverStarts, 1, ~0u, ~0u, 0},
            EventKind::k_wait_counts);
   run_hang("lost-signal", p, w, {FaultKind::kLostSignal, 1, ~0u, p.ids[12 * 2], 0},
+           EventKind::k_wait_rows);
+  World puts = w;
+  puts.no_pointers = true;
+  run_hang("lost-signal of a put", p, puts, {FaultKind::kLostSignal, 1, ~0u, foreign_expert(p), 0},
            EventKind::k_wait_rows);
   // The last expert, so that the wrong count shifts no other expert's rows.
   run_hang("wrong-count", p, w, {FaultKind::kWrongCount, 0, 2, 5, 0}, EventKind::k_wait_rows);

@@ -1,6 +1,7 @@
 #include "host/engine.h"
 
 #include <algorithm>
+#include <chrono>
 #include <condition_variable>
 #include <cstring>
 #include <limits>
@@ -66,6 +67,9 @@ void check(const EngineConfig& config) {
   for (const uint32_t t : config.tokens) {
     if (t > s.max_tokens) throw std::invalid_argument("a rank has more than max_tokens");
   }
+  if (config.first_rank >= config.last_rank || config.last_rank > s.world) {
+    throw std::invalid_argument("an engine runs one rank at least");
+  }
   if (s.tile_m != kTileM || s.tile_step != kTileStep || s.tile_n1 != kTileN1 ||
       s.tile_n2 != kTileN2) {
     throw std::invalid_argument("the host engine has one tile family");
@@ -76,22 +80,27 @@ void check(const EngineConfig& config) {
 }  // namespace
 
 void Machine::raise_abort(Status status) const {
+  const uint64_t value = static_cast<uint64_t>(status);
   for (uint32_t r = 0; r < shape.world; ++r) {
-    HostPlatform::set_once(heaps[r].at<uint64_t>(layout.abort_word), static_cast<uint64_t>(status));
+    if (heaps[r].base != nullptr) {
+      HostPlatform::set_once(heaps[r].at<uint64_t>(layout.abort_word), value);
+    } else {
+      transport->put_signal(r, 0, nullptr, 0, layout.abort_word, value);
+    }
   }
 }
 
-Engine::Engine(const EngineConfig& config, const Weights& weights) {
+Engine::Engine(const EngineConfig& config, const Weights& weights, const SharedMemory* shared) {
   check(config);
   Machine& m = machine_;
   m.config = config;
   m.shape = config.shape;
   m.weights = weights;
   m.multiply_add = multiply_add();
-  for (uint32_t r = 0; r < m.shape.world; ++r) {
+  for (uint32_t r = config.first_rank; r < config.last_rank; ++r) {
     m.y[r].assign(static_cast<size_t>(config.tokens[r]) * m.shape.hidden, 0);
   }
-  allocate_heaps();
+  place_heaps(shared ? &shared->heaps : nullptr);
   m.gate_columns = static_cast<uint32_t>(align_up(m.shape.experts, kColumnStep));
   if (m.shape.routing != RoutingKind::kExternal) {
     m.gate_panel.assign(static_cast<size_t>(m.shape.hidden) * m.gate_columns, 0.0f);
@@ -100,7 +109,12 @@ Engine::Engine(const EngineConfig& config, const Weights& weights) {
                    m.gate_panel.data() + e, m.gate_columns, m.shape.hidden);
     }
   }
-  m.slots = zeroed<FlightSlot>(m.actors(), alignof(FlightSlot));
+  if (shared) {
+    m.slots = shared->slots;
+  } else {
+    slot_memory_ = zeroed<FlightSlot>(m.actors(), alignof(FlightSlot));
+    m.slots = slot_memory_.get();
+  }
   if (config.traced) {
     m.rings = zeroed<RingHeader>(m.actors(), alignof(RingHeader));
     m.records = untouched<Record>(static_cast<uint64_t>(m.actors()) * config.ring_capacity);
@@ -108,41 +122,52 @@ Engine::Engine(const EngineConfig& config, const Weights& weights) {
   reset();
 }
 
-void Engine::allocate_heaps() {
+void Engine::place_heaps(const std::vector<char*>* shared) {
   Machine& m = machine_;
   heap_memory_.clear();
   m.layout = heap_layout(m.shape);
+  if (shared && shared->size() != m.shape.world) throw std::invalid_argument("a heap a rank");
+  std::vector<char*> all(m.shape.world);
   for (uint32_t r = 0; r < m.shape.world; ++r) {
-    void* p = std::aligned_alloc(kHeapAlign, align_up(m.layout.bytes, kHeapAlign));
-    if (p == nullptr) throw std::bad_alloc();
-    heap_memory_.emplace_back(static_cast<char*>(p));
-    m.heaps[r].base = heap_memory_.back().get();
+    if (shared) {
+      all[r] = (*shared)[r];
+    } else {
+      void* p = std::aligned_alloc(kHeapAlign, align_up(m.layout.bytes, kHeapAlign));
+      if (p == nullptr) throw std::bad_alloc();
+      all[r] = heap_memory_.emplace_back(static_cast<char*>(p)).get();
+    }
+    m.heaps[r].base = m.config.no_pointers && !m.is_own(r) ? nullptr : all[r];
+    if (!m.is_own(r)) continue;
     // Read by chunk_counts() even of a rank that never started.
     std::memset(m.heaps[r].at<char>(m.layout.histogram), 0,
                 4ull * m.shape.chunks * m.shape.experts);
   }
+  m.transport = std::make_unique<MappedTransport>(std::move(all));
 }
 
 uint64_t Engine::bytes_needed(const EngineConfig& config) {
   const Shape& s = config.shape;
-  const uint64_t actors = static_cast<uint64_t>(s.world) * s.chunks * kLanes;
-  uint64_t bytes = s.world * heap_layout(s).bytes;
-  for (const uint32_t t : config.tokens) bytes += 2ull * t * s.hidden;
+  const uint64_t own = config.last_rank - config.first_rank;
+  const uint64_t actors = own * s.chunks * kLanes;
+  uint64_t bytes = own * heap_layout(s).bytes;
+  for (uint32_t r = config.first_rank; r < config.last_rank; ++r) {
+    bytes += 2ull * config.tokens[r] * s.hidden;
+  }
   bytes += 4ull * s.hidden * align_up(s.experts, kColumnStep);
   if (config.traced) bytes += actors * (config.ring_capacity * sizeof(Record) + sizeof(RingHeader));
   return bytes + actors * sizeof(FlightSlot);
 }
 
 void Engine::reset() {
-  for (uint32_t r = 0; r < machine_.shape.world; ++r) {
+  for (uint32_t r = machine_.config.first_rank; r < machine_.config.last_rank; ++r) {
     std::memset(machine_.heaps[r].base, 0, signal_bytes(machine_.layout));
   }
   last_epoch_ = 0;
 }
 
-void Engine::resize_pools(uint32_t pool_rows) {
+void Engine::resize_pools(uint32_t pool_rows, const std::vector<char*>* heaps) {
   machine_.shape.pool_rows = machine_.config.shape.pool_rows = pool_rows;
-  allocate_heaps();
+  place_heaps(heaps);
   reset();
   if (machine_.iteration > 0) --machine_.iteration;
   for (size_t i = 0; i < ring_counts_before_.size(); ++i) {
@@ -162,7 +187,7 @@ void Engine::reset_rings() {
 // What an actor that never starts leaves: a slot that says so.
 void Engine::clear_flight() {
   const Shape& s = machine_.shape;
-  for (uint32_t r = 0; r < s.world; ++r) {
+  for (uint32_t r = machine_.config.first_rank; r < machine_.config.last_rank; ++r) {
     for (uint32_t c = 0; c < s.chunks; ++c) {
       for (uint32_t lane = 0; lane < kLanes; ++lane) {
         FlightSlot slot{};
@@ -184,7 +209,8 @@ void Engine::clear_flight() {
 LaunchResult Engine::launch() {
   Machine& m = machine_;
   const Shape& s = m.shape;
-  for (uint32_t r = 0; r < s.world; ++r) {
+  const uint32_t first = m.config.first_rank, last = m.config.last_rank;
+  for (uint32_t r = first; r < last; ++r) {
     const uint64_t aborted = HostPlatform::load(m.heaps[r].at<uint64_t>(m.layout.abort_word));
     if (aborted != 0) return {static_cast<Status>(aborted), 0, 0};
   }
@@ -200,7 +226,7 @@ LaunchResult Engine::launch() {
   StartGate gate;
   bool all_started = false;
   try {
-    for (uint32_t r = 0; r < s.world; ++r) {
+    for (uint32_t r = first; r < last; ++r) {
       if (m.fault(FaultKind::kNeverStarts, r)) continue;
       for (uint32_t c = 0; c < s.chunks; ++c) {
         CtaRun* cta = ctas.emplace_back(make_cta(m, r, c)).get();
@@ -218,6 +244,7 @@ LaunchResult Engine::launch() {
   const uint64_t from = HostPlatform::now_ns();
   gate.open(all_started);
   for (std::thread& t : threads) t.join();
+  if (all_started && threads.empty()) await_abort();
   const uint64_t elapsed = HostPlatform::now_ns() - from;
   if (!all_started) {
     --last_epoch_;
@@ -227,7 +254,7 @@ LaunchResult Engine::launch() {
   ++m.iteration;
 
   LaunchResult result{Status::kOk, elapsed, 0};
-  for (uint32_t r = 0; r < s.world; ++r) {
+  for (uint32_t r = first; r < last; ++r) {
     const uint64_t aborted = HostPlatform::load(m.heaps[r].at<uint64_t>(m.layout.abort_word));
     const uint64_t word = HostPlatform::load(m.heaps[r].at<uint64_t>(m.layout.status_word));
     if (aborted != 0) {
@@ -238,18 +265,30 @@ LaunchResult Engine::launch() {
     }
   }
   if (result.status != Status::kOk) {
-    for (uint32_t r = 0; r < s.world; ++r) {
+    for (uint32_t r = first; r < last; ++r) {
       std::fill(m.y[r].begin(), m.y[r].end(), nan_bits(m.config.dtype));
     }
   }
   return result;
 }
 
+// What a rank of which nothing starts does: it is there, and does not come.  Returns once another rank
+// has given up, or could have twice over.
+void Engine::await_abort() const {
+  const Machine& m = machine_;
+  const uint64_t* word = m.heaps[m.config.first_rank].at<uint64_t>(m.layout.abort_word);
+  const uint64_t limit = 2 * std::max(m.config.deadline_ns, m.config.first_deadline_ns);
+  const uint64_t from = HostPlatform::now_ns();
+  while (HostPlatform::load(word) == 0 && HostPlatform::now_ns() - from < limit) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+}
+
 std::vector<uint32_t> Engine::counts_seen() const {
   const Shape& s = machine_.shape;
   std::vector<uint32_t> seen;
-  seen.reserve(static_cast<size_t>(s.world) * s.world * s.experts);
-  for (uint32_t holder = 0; holder < s.world; ++holder) {
+  seen.reserve(static_cast<size_t>(machine_.own_ranks()) * s.world * s.experts);
+  for (uint32_t holder = machine_.config.first_rank; holder < machine_.config.last_rank; ++holder) {
     for (uint32_t source = 0; source < s.world; ++source) {
       uint64_t* words =
           counts_words(machine_.heaps[holder], machine_.layout, s, last_epoch_, source);
@@ -268,8 +307,8 @@ std::vector<uint32_t> Engine::chunk_counts() const {
   const Shape& s = machine_.shape;
   std::vector<uint32_t> counts;
   const size_t per_rank = static_cast<size_t>(s.chunks) * s.experts;
-  counts.reserve(s.world * per_rank);
-  for (uint32_t r = 0; r < s.world; ++r) {
+  counts.reserve(machine_.own_ranks() * per_rank);
+  for (uint32_t r = machine_.config.first_rank; r < machine_.config.last_rank; ++r) {
     const uint32_t* histogram = machine_.heaps[r].at<uint32_t>(machine_.layout.histogram);
     counts.insert(counts.end(), histogram, histogram + per_rank);
   }

@@ -1,7 +1,8 @@
-// The host engine: W ranks of S "SMs" each, every lane of an SM a thread of this process.
+// The host engine: ranks of S "SMs" each, every lane of an SM a thread of this process.
 //
-// One Engine holds the heaps of all ranks, their rings and their flight recorder; launch() runs one
-// forward of all ranks.  It is not thread-safe but for abort() and flight().
+// One Engine runs all W ranks, or one of them, the others being processes of their own whose heaps it
+// is given.  It holds the rings and the flight recorder of its ranks; launch() runs one forward of
+// them.  It is not thread-safe but for abort() and flight().
 #pragma once
 
 #include <cstdint>
@@ -16,6 +17,7 @@
 #include "core/shape.h"
 #include "host/arithmetic.h"
 #include "host/dtype.h"
+#include "host/transport.h"
 
 namespace flashmoe::host {
 
@@ -50,6 +52,15 @@ struct EngineConfig {
   uint64_t deadline_ns;
   uint64_t first_deadline_ns;  // of the launch with epoch 1
   std::vector<Fault> faults;
+  uint32_t first_rank;  // ranks of this process: [first_rank, last_rank)
+  uint32_t last_rank;
+  bool no_pointers;  // every other rank is beyond pointers: rows and signals go by put-with-signal
+};
+
+// Memory that ranks of other processes reach too.  The caller keeps it alive.
+struct SharedMemory {
+  std::vector<char*> heaps;  // of all ranks, as this process maps them
+  FlightSlot* slots;         // [own ranks][chunks][lanes]
 };
 
 // All experts' weights, row-major in the dtype; the caller keeps them alive.  Each rank reads only
@@ -86,20 +97,23 @@ struct Machine {
   Shape shape;
   HeapLayout layout;
   Weights weights;
-  Heap heaps[kMaxRanks];
+  Heap heaps[kMaxRanks];                 // of other processes' ranks only where pointers reach them
+  std::unique_ptr<Transport> transport;  // reaches every heap
   RankInput inputs[kMaxRanks];
   std::vector<uint16_t> y[kMaxRanks];  // [T][H] dtype
   std::vector<float> gate_panel;       // [H][gate_columns], the router transposed
   uint32_t gate_columns = 0;           // E, rounded up to kColumnStep
   MultiplyAdd multiply_add = nullptr;
-  Buffer<FlightSlot> slots;  // [W][chunks][lanes]
+  FlightSlot* slots = nullptr;  // [own ranks][chunks][lanes]
   Buffer<RingHeader> rings;
-  Buffer<Record> records;  // [W][chunks][lanes][ring_capacity]
+  Buffer<Record> records;  // [own ranks][chunks][lanes][ring_capacity]
   uint32_t iteration = 0;  // of the next launch, since reset_rings()
 
-  uint32_t actors() const { return shape.world * shape.chunks * kLanes; }
+  uint32_t own_ranks() const { return config.last_rank - config.first_rank; }
+  bool is_own(uint32_t rank) const { return config.first_rank <= rank && rank < config.last_rank; }
+  uint32_t actors() const { return own_ranks() * shape.chunks * kLanes; }
   uint32_t actor(uint32_t rank, uint32_t cta, uint32_t lane) const {
-    return (rank * shape.chunks + cta) * kLanes + lane;
+    return ((rank - config.first_rank) * shape.chunks + cta) * kLanes + lane;
   }
   const Fault* fault(FaultKind kind, uint32_t rank) const {
     for (const Fault& f : config.faults) {
@@ -112,7 +126,8 @@ struct Machine {
 
 class Engine {
  public:
-  Engine(const EngineConfig& config, const Weights& weights);
+  // `shared` null: all ranks are this process's, and so is their memory.
+  Engine(const EngineConfig& config, const Weights& weights, const SharedMemory* shared = nullptr);
 
   // Bytes that an engine of this configuration allocates.
   static uint64_t bytes_needed(const EngineConfig& config);
@@ -126,14 +141,14 @@ class Engine {
   // Signals zero, epoch 0.
   void reset();
   // Larger (or smaller) pools after kOverflow: the last launch is undone, its records too, and the
-  // signals are reset.
-  void resize_pools(uint32_t pool_rows);
+  // signals are reset.  `heaps`: the larger heaps of all ranks, where they are shared.
+  void resize_pools(uint32_t pool_rows, const std::vector<char*>* heaps = nullptr);
   void reset_rings();
 
-  // The counts as each rank holds them for the last launch begun: [holder][source][E];
+  // The counts as each own rank holds them for the last launch begun: [holder][source][E];
   // 0xffffffff where none has arrived.
   std::vector<uint32_t> counts_seen() const;
-  // Rows of each chunk of the last launch: [rank][chunk][E].
+  // Rows of each chunk of the last launch: [own rank][chunk][E].
   std::vector<uint32_t> chunk_counts() const;
   std::vector<FlightSlot> flight() const;
 
@@ -144,12 +159,14 @@ class Engine {
 
  private:
   void clear_flight();
-  void allocate_heaps();
+  void place_heaps(const std::vector<char*>* shared);
+  void await_abort() const;
 
   Machine machine_;
   std::vector<uint64_t> ring_counts_before_;  // of the last launch
   uint32_t last_epoch_ = 0;
   std::vector<Buffer<char>> heap_memory_;
+  Buffer<FlightSlot> slot_memory_;
 };
 
 }  // namespace flashmoe::host

@@ -22,6 +22,16 @@ thread_local uint32_t relaxed_since_wait_began = 0;
 
 using SlotWords = std::array<uint64_t, sizeof(FlightSlot) / 8>;
 
+uint64_t skewed_from = 0;  // 0: the clock is right
+int64_t skew_offset = 0;
+double skew_drift = 0.0;
+
+uint64_t monotonic_ns() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return static_cast<uint64_t>(t.tv_sec) * 1'000'000'000u + static_cast<uint64_t>(t.tv_nsec);
+}
+
 double measure_cycles_mhz() {
   const uint64_t from_ns = HostPlatform::now_ns(), from = HostPlatform::cycles();
   uint64_t to_ns = from_ns;
@@ -33,9 +43,16 @@ double measure_cycles_mhz() {
 }  // namespace
 
 uint64_t HostPlatform::now_ns() {
-  timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return static_cast<uint64_t>(t.tv_sec) * 1'000'000'000u + static_cast<uint64_t>(t.tv_nsec);
+  const uint64_t now = monotonic_ns();
+  if (skewed_from == 0) return now;
+  const auto gained = static_cast<int64_t>(static_cast<double>(now - skewed_from) * skew_drift);
+  return now + static_cast<uint64_t>(skew_offset + gained);
+}
+
+void HostPlatform::skew_clock(int64_t offset_ns, double drift) {
+  skewed_from = monotonic_ns();
+  skew_offset = offset_ns;
+  skew_drift = drift;
 }
 
 uint64_t HostPlatform::cycles() {

@@ -35,6 +35,9 @@ struct HostPlatform {
   }
 
   static uint64_t now_ns();
+  // Makes now_ns() run ahead by `offset_ns` and, from now on, faster by the factor 1 + `drift`: for
+  // tests, before there is a second thread.
+  static void skew_clock(int64_t offset_ns, double drift);
   static uint64_t cycles();    // time-stamp counter, or ns where there is none
   static double cycles_mhz();  // its measured rate
 

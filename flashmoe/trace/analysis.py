@@ -10,6 +10,7 @@ from flashmoe.errors import FlashmoeError
 from flashmoe.trace import schema
 from flashmoe.trace.account import Account, Actors, account
 from flashmoe.trace.breakdown import Breakdown
+from flashmoe.trace.causality import order_of
 from flashmoe.trace.columns import Events, column
 from flashmoe.trace.overlap import hidden_communication
 from flashmoe.trace.rundir import Run
@@ -55,7 +56,7 @@ def timeline_summary(run: Run, iteration: int | None = None) -> dict[str, Any]:
         "events": len(events) if iteration is None else int((events.iter == iteration).sum()),
         "bounds": total["bounds"],
         "overlap_ns": spent.overlap_ns,
-        "clock": clock | {"sm_mhz_mean": work.sm_mhz},
+        "clock": clock | {"sm_mhz_mean": work.sm_mhz, "order": order_of(run, events)},
         "tracer": tracer,
         "rings": {name: rings.get(name) for name in ("n", "capacity", "mode", "records", "dropped")}
         | {

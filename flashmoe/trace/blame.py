@@ -152,6 +152,8 @@ class WaitGraph:
             sources = [r for r in range(self.flight.ranks) if not self._dispatched(r, None)]
         else:
             sources = sorted({s for s, c, _ in units if not self._dispatched(s, c)})
+        if wait.peer is not None:  # put-with-signal: the word awaited is this source's alone
+            sources = [r for r in (wait.peer,) if not self._dispatched(r, None)]
         for source in sources:
             if (held := self._held_up(source, wait.kind)) is not None:
                 return None, held
@@ -213,6 +215,14 @@ class WaitGraph:
 
     def _lost_rows(self, wait: Wait) -> Verdict:
         """All sources say they dispatched: the rows that lack tell whose signal it is."""
+        if wait.peer is not None:
+            reason = (
+                f"a signal of rank {wait.peer} was lost: rank {wait.rank} has {wait.seen} of its "
+                f"{wait.expected} rows for row tile {wait.tile} of expert {wait.expert}, and it "
+                "says it sent them"
+            )
+            hint = "the rows were put and not announced: report it"
+            return Verdict("lost-signal", wait.peer, reason, hint, (wait.peer,))
         sources = self._fitting(wait)
         # Another row tile that lacks rows too is further evidence, where it leaves any.
         for other in self.waits:

@@ -76,7 +76,9 @@ class Wait:
             case "wait_counts":
                 return f"the counts of rank {self.peer} (expert {self.expert} is the first lacking)"
             case "wait_rows":
-                return f"{self.lacking} of the {self.expected} rows of row tile {self.tile}{expert}"
+                source = "" if self.peer is None else f" from rank {self.peer}"
+                rows = f"{self.lacking} of the {self.expected} rows of row tile {self.tile}"
+                return f"{rows}{expert}{source}"
             case "wait_h":
                 return (
                     f"{self.lacking} of the {self.expected} column tiles of h of row tile "

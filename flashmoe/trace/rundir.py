@@ -115,9 +115,9 @@ class RunWriter:
         self._flight: np.ndarray | None = None
         refuse_existing(self.path, force)
 
-    def add_rings(self, dump: Dump) -> None:
+    def add_rings(self, dump: Dump | Rings) -> None:
         """The rings as the engine dumped them; they must stay as they are until the block ends."""
-        self._rings = from_dump(dump)
+        self._rings = dump if isinstance(dump, Rings) else from_dump(dump)
 
     def add_routing(self, iterations: int | Iterable[int], routing: RoutingDump) -> None:
         """Counts and tile plan of one launch, or of several that were routed alike."""

@@ -33,14 +33,17 @@ class Fault:
     ``never-starts``: ``rank``'s actors do not begin.  ``lost-signal``: ``rank`` moves the rows of
     ``expert`` but never publishes them.  ``wrong-count``: ``rank`` tells ``peer`` one row too many
     for ``expert`` (host engine only).  ``slow``: ``rank`` sleeps ``seconds`` before each unit of
-    work (host engine only).
+    work (host engine only).  Where ranks are processes, ``killed`` and ``raises``: the process of
+    ``rank`` is killed, or fails, at ``point``: ``start``, before it meets the others; ``joined``,
+    after; ``kernel``, ``seconds`` after its first launch began.
     """
 
-    kind: Literal["never-starts", "lost-signal", "wrong-count", "slow"]
+    kind: Literal["never-starts", "lost-signal", "wrong-count", "slow", "killed", "raises"]
     rank: int
     peer: int = -1
     expert: int = -1
     seconds: float = 0.0
+    point: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class EngineOptions:
     ``sms_per_rank`` None: all of the device's SMs shared evenly (GPU), 2 (host).  ``deadline_s``
     bounds every wait; ``first_deadline_s`` replaces it in the first launch (None: 4 times the
     former).  ``ring_capacity`` is in records an actor; None derives it from the plan's worst case.
+    With ``no_pointers`` every other rank counts as beyond the reach of pointers: rows and signals
+    go by put-with-signal (host engine).
     """
 
     ranks: int = 1
@@ -60,6 +65,7 @@ class EngineOptions:
     ring_capacity: int | None = None
     ring_mode: RingMode = "keep-first"
     device: int = 0
+    no_pointers: bool = False
     faults: tuple[Fault, ...] = ()
 
 

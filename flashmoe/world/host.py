@@ -1,4 +1,4 @@
-"""The ``host`` world: W ranks as threads of this process, with the kernel's protocol and events.
+"""The ``host`` world: ranks as threads, of this process or of one each, with the kernel's protocol.
 
 For machines without a GPU, for CI and for the sanitizers.  Its times are never compared with a
 GPU's.
@@ -7,7 +7,7 @@ GPU's.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -53,6 +53,24 @@ MAX_ROWS = 2**31
 _TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class Peers(Protocol):
+    """What joins engines that run one rank each: see ``flashmoe.world.shared``."""
+
+    rank: int
+
+    def share(self, heap_bytes: int) -> list[int]:
+        """Addresses of all ranks' heaps of ``heap_bytes`` zeros, anew; collective."""
+
+    def least(self, value: int) -> int:
+        """The least of what the ranks say; collective."""
+
+    def ready(self) -> None:
+        """Returns when every rank has come here: no rank writes into another's heap before."""
+
+    def slots(self, actors: int) -> int:
+        """Address of this rank's ``actors`` flight-recorder slots."""
+
+
 class HostEngine:
     """``options.ranks`` ranks of ``options.sms_per_rank`` (None: 2) thread groups each.
 
@@ -62,6 +80,9 @@ class HostEngine:
     a CPU may take longer than any sensible deadline, so that each wait is allowed the time of the
     whole layer at ``SLOWEST_FLOPS`` on top of what ``options`` say: next to nothing for a small
     layer.  ``self.options`` holds the deadlines with that time added.
+
+    With ``peers`` only the rank ``peers.rank`` runs here, the others in processes of their own;
+    methods that give or take something a rank then do so for this one alone.
 
     Implements :class:`flashmoe.world.base.Engine`.  Raises FlashmoeError for a layer or a number of
     ranks that no host engine runs, and, before allocating, where memory does not suffice.
@@ -77,6 +98,7 @@ class HostEngine:
         options: EngineOptions | None = None,
         *,
         pool_rows: int | None = None,
+        peers: Peers | None = None,
     ) -> None:
         options = options or EngineOptions()
         config.validate()
@@ -85,20 +107,27 @@ class HostEngine:
         self.options = options
         self.tokens = tuple(tokens)
         self.sms_per_rank = DEFAULT_SMS if options.sms_per_rank is None else options.sms_per_rank
+        self._peers = peers
+        self.local = range(options.ranks) if peers is None else range(peers.rank, peers.rank + 1)
         self._validate()
         self.options = self._with_time_for_arithmetic()
         self._grows = pool_rows is None
         self._shape = self._make_shape(pool_rows)
         self.ring_capacity = options.ring_capacity or self._default_ring_capacity()
         settings = self._settings()
-        _require_memory(settings.bytes_needed)
+        # Other ranks' processes take as much of the same memory.
+        _require_memory(settings.bytes_needed * (1 if peers is None else options.ranks))
         self._engine = self._host.Engine(
             settings,
             _bits(weights.gate, config),
             None if weights.bias is None else _array(weights.bias, torch.float32),
             _bits(weights.up, config),
             _bits(weights.down, config),
+            self._shared_heaps(),
+            0 if peers is None else peers.slots(self.sms_per_rank * self._host.LANES),
         )
+        if peers is not None:
+            peers.ready()
         self._clock: ClockInfo | None = None
 
     def _validate(self) -> None:
@@ -133,6 +162,11 @@ class HostEngine:
                     f"a fault on rank {fault.rank} of {ranks}", "ranks count from 0", exit_code=2
                 )
 
+    def _shared_heaps(self) -> list[int]:
+        if self._peers is None:
+            return []
+        return self._peers.share(int(self._host.heap_layout(self._shape)["bytes"]))
+
     def _make_shape(self, pool_rows: int | None) -> dict[str, Any]:
         config, routing, ranks = self.config, self.config.routing, self.options.ranks
         shape: dict[str, Any] = {
@@ -165,6 +199,10 @@ class HostEngine:
             owned = -(-config.experts // ranks)
             twice_the_mean = -(-2 * sum(self.tokens) * config.top_k * owned // config.experts)
             shape["pool_rows"] = max(1, min(worst, twice_the_mean))
+        if (
+            self._peers is not None
+        ):  # each saw the memory at another moment, and all need one layout
+            shape["pool_rows"] = self._peers.least(shape["pool_rows"])
         return shape
 
     def _default_ring_capacity(self) -> int:
@@ -177,7 +215,7 @@ class HostEngine:
         own_rows = -(-max(self.tokens) // self.sms_per_rank) * config.top_k
         waves = -(-config.experts // (ranks * host.WAVE_EXPERTS)) + 1
         records = 64 + ranks * waves + (4 + ranks) * tiles + 3 * min(own_rows, row_tiles)
-        actors = ranks * self.sms_per_rank * host.LANES
+        actors = len(self.local) * self.sms_per_rank * host.LANES
         most = RING_MEMORY // (actors * schema.RECORD.itemsize)
         return int(min(max(records * RING_LAUNCHES, 1024), most))
 
@@ -213,6 +251,8 @@ class HostEngine:
             int(options.deadline_s * 1e9),
             int(options.first_deadline_s * 1e9),
             [(f.kind, f.rank, f.peer, f.expert, f.seconds) for f in options.faults],
+            (self.local.start, self.local.stop),
+            options.no_pointers,
         )
 
     def load(
@@ -231,18 +271,19 @@ class HostEngine:
             raise FlashmoeError(
                 "external routing needs ids and weights", "give both to load()", exit_code=2
             )
-        if len(tokens) != len(self.tokens):
+        if len(tokens) != len(self.local):
             raise FlashmoeError(
-                f"tokens of {len(tokens)} ranks for {len(self.tokens)}",
+                f"tokens of {len(tokens)} ranks for {len(self.local)}",
                 "give one tensor a rank",
                 exit_code=2,
             )
-        for rank, x in enumerate(tokens):
+        for i, rank in enumerate(self.local):
+            x = tokens[i]
             self._require_shape(f"x of rank {rank}", x, rank, self.config.hidden)
             chosen = share = None
             if external:
                 assert ids is not None and routing_weights is not None
-                chosen, share = ids[rank], routing_weights[rank]
+                chosen, share = ids[i], routing_weights[i]
                 self._require_shape(f"ids of rank {rank}", chosen, rank, self.config.top_k)
                 self._require_shape(f"weights of rank {rank}", share, rank, self.config.top_k)
             self._engine.load(
@@ -273,8 +314,10 @@ class HostEngine:
             more = self._host.heap_layout(larger)["bytes"]
             more -= self._host.heap_layout(self._shape)["bytes"]
             _require_memory(self.options.ranks * more)
-            self._engine.resize_pools(rows)
             self._shape = larger
+            self._engine.resize_pools(rows, self._shared_heaps())
+            if self._peers is not None:
+                self._peers.ready()
             launch = replace(self._launch_once(), rows_needed=rows)
         return launch
 
@@ -295,13 +338,28 @@ class HostEngine:
                 torch.from_numpy(self._engine.ids(rank).copy()),
                 torch.from_numpy(self._engine.weights(rank).copy()),
             )
-            for rank in range(self.options.ranks)
+            for rank in self.local
         ]
 
     def routing(self) -> Routing:
         """Counts and tile plan of the last launch."""
-        counts = self._engine.chunk_counts()
-        return Routing(counts, tile_plan(self._shape, counts, self._host.FAMILY))
+        counts = self.chunk_counts()
+        return Routing(counts, tile_plan(self.shape, counts, self.family))
+
+    def chunk_counts(self) -> np.ndarray:
+        """uint32 [ranks here, chunks, E]: rows of each chunk of the last launch."""
+        counts: np.ndarray = self._engine.chunk_counts()
+        return counts
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The fields of csrc/core/shape.h by name, as :func:`tile_plan` takes them."""
+        return self._shape
+
+    @property
+    def family(self) -> str:
+        """The one tile family's name."""
+        return str(self._host.FAMILY)
 
     def rings(self) -> RingDump:
         """Every actor's ring, as a view of the engine's memory: valid until the next launch,
@@ -341,6 +399,14 @@ class HostEngine:
             )
         return self._clock
 
+    def now_ns(self) -> int:
+        """The clock that stamps the events, now."""
+        return int(self._host.now_ns())
+
+    def abort(self) -> None:
+        """Ends the launch of all ranks, wherever they run; from any thread."""
+        self._engine.abort()
+
     def reset(self) -> None:
         """Clears a sticky abort: signals zero, epoch 0."""
         self._engine.reset()
@@ -348,6 +414,17 @@ class HostEngine:
     def close(self) -> None:
         """Frees everything, once no array of :meth:`rings` is held; safe to call twice."""
         self.__dict__.pop("_engine", None)
+
+
+def pe_engine(
+    config: MoEConfig,
+    weights: MoEWeights,
+    tokens: Sequence[int],
+    options: EngineOptions,
+    peers: Peers,
+) -> HostEngine:
+    """The engine of one rank among processes; see :mod:`flashmoe.world.processes`."""
+    return HostEngine(config, weights, tokens, options, peers=peers)
 
 
 def _array(tensor: torch.Tensor, dtype: torch.dtype) -> np.ndarray:

@@ -18,4 +18,9 @@ def info(run: RunPath = None, as_json: Json = False, verbose: Verbose = False) -
     if as_json:
         emit({"schema": SCHEMA, "verb": "info", "run": str(source.path), "meta": source.meta})
     else:
+        if (source.meta.get("clock") or {}).get("ranks"):
+            from flashmoe.trace.causality import order_of
+            from flashmoe.trace.columns import Events
+
+            source.meta["clock"]["order"] = order_of(source, Events.of(source.events))
         emit(info_lines(source.path, source.meta, terminal(), verbose=verbose))

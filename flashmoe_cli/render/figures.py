@@ -184,9 +184,42 @@ def _remarks(summary: dict[str, Any], where: Terminal) -> list[str]:
     if tracer["share"] is not None:
         records += f"; tracing took {percent(tracer['share'], 2)} of the actors' time"
     lines += wrap(records, where.width)
+    lines += clock_lines(clock, where)
     if summary["overlap_ns"]:
         text = f"{time_text(summary['overlap_ns'])} claimed by two records, counted once"
         lines += wrap(text, where.width)
     if summary["topology"] == "shared-gpu":
         lines += wrap("topology: shared-gpu; no transfer rate here is a link rate", where.width)
+    return lines
+
+
+def clock_lines(clock: dict[str, Any], where: Terminal) -> list[str]:
+    """How ranks' clocks were put on one, and whether the order of events agrees."""
+    known = [how for how in clock.get("ranks") or () if how is not None]
+    if len(known) < 2:
+        return []
+    bound = max(max(e["bound_ns"] for e in (h["start"], h["end"]) if e) for h in known)
+    moved = [h for h in known if h["applied"]]
+    if not moved:
+        text = f"clocks of {len(known)} ranks agree to {time_text(bound)}, and are left as they are"
+    else:
+        offset = max((abs(h["start"]["offset_ns"]) for h in moved), default=0)
+        drifts = [abs(h["drift_ppm"]) for h in moved if h["drift_ppm"] is not None]
+        text = f"clocks of {len(known)} ranks put on rank 0's to {time_text(bound)}"
+        text += f": offsets up to {time_text(offset)}"
+        if drifts:
+            text += f", drift up to {max(drifts):.1f} ppm"
+    order = clock.get("order")
+    if order and not order["violations"]:
+        text += f"; {count_text(order['checked'])} waits end after what they awaited"
+    lines = wrap(text, where.width)
+    if order and order["violations"]:
+        worst = order["worst"]
+        text = (
+            f"{count_text(order['violations'])} of {count_text(order['checked'])} waits end "
+            f"before what they awaited began, by up to {time_text(order['worst_ns'])} more than "
+            f"the clocks' bounds allow (worst: {worst['kind']} of rank {worst['rank']} on rank "
+            f"{worst['peer']}, launch {worst['iter']}): times between ranks are not to be trusted"
+        )
+        lines += [paint(part, "33", where.colour) for part in wrap(text, where.width)]
     return lines

@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from flashmoe_cli.output import Terminal
-from flashmoe_cli.render.result import check_text, device_text, shape_text, time_text, where_text
+from flashmoe_cli.render.figures import clock_lines
+from flashmoe_cli.render.result import (
+    check_text,
+    device_text,
+    processes_text,
+    shape_text,
+    time_text,
+    where_text,
+)
 from flashmoe_cli.render.text import bytes_text, count_text, paint, plural, table
 
 
@@ -16,7 +24,7 @@ def title(path: Path, meta: dict[str, Any]) -> str:
     gpu = (meta.get("device") or {}).get("name")
     name = config.get("name") or config.get("preset") or "custom"
     return f"{path.name}: {name} on " + where_text(
-        world["kind"], world["ranks"], world["sms_per_rank"], gpu
+        world["kind"], world["ranks"], world["sms_per_rank"], gpu, bool(world.get("processes"))
     )
 
 
@@ -37,6 +45,8 @@ def info_lines(
         ("experts", _experts(world["experts_of_rank"])),
         ("device", device_text(meta["device"]) if meta.get("device") else None),
         ("clock", _clock(meta.get("clock"), world["kind"])),
+        ("clocks", " ".join(clock_lines(meta.get("clock") or {}, where))),
+        ("ranks", _processes(world.get("processes"))),
         ("launches", f"{meta.get('iterations')} after {meta.get('warmup')} of warm-up"),
         ("time", _time(world["kind"], meta)),
         ("rings", _rings(rings)),
@@ -52,6 +62,14 @@ def info_lines(
     if verbose:
         lines += ["", *_ring_table(rings["per_ring"], where)]
     return lines
+
+
+def _processes(said: dict[str, Any] | None) -> str | None:
+    if said is None:
+        return None
+    lost = [f"rank {p['rank']} {p['message']}" for p in said["ranks"]
+            if p["message"] not in ("ok", "stopped")]  # fmt: skip
+    return "; ".join([processes_text(said), *lost])
 
 
 def _tool(tool: dict[str, Any]) -> str:

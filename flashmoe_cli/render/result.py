@@ -14,12 +14,25 @@ if TYPE_CHECKING:
     from flashmoe.session import Result
 
 
-def where_text(world: str, ranks: int, sms_per_rank: int, gpu: str | None) -> str:
+def where_text(
+    world: str, ranks: int, sms_per_rank: int, gpu: str | None, processes: bool = False
+) -> str:
     """The engine in words; a host-engine run is always called that."""
     size = f"{plural(ranks, 'rank')} x {plural(sms_per_rank, 'SM')}"
     if world == "host":
-        return f"the host engine (CPU threads; not GPU times), {size}"
+        what = "CPU processes" if processes else "CPU threads"
+        return f"the host engine ({what}; not GPU times), {size}"
     return f"{gpu or 'the GPU'}, {size}"
+
+
+def processes_text(said: dict[str, Any]) -> str:
+    """Who started the ranks' processes, and how they reach each other and why so."""
+    nodes = f" on {said['nodes']} nodes" if said["nodes"] > 1 else ""
+    how = "" if said["pointers"] else "; by put-with-signal alone"
+    why = f" ({said['why_transport']})" if said["why_transport"] else ""
+    return (
+        f"processes started by {said['launcher']}{nodes}, transport {said['transport']}{why}{how}"
+    )
 
 
 def shape_text(config: dict[str, Any], tokens: list[int]) -> str:
@@ -66,11 +79,14 @@ def result_lines(result: Result, where: Terminal, *, verbose: bool = False) -> l
     """The report of one run, without its timeline."""
     gpu = result.device["name"] if result.device else None
     ranks = len(result.tokens)
-    head = where_text(result.world, ranks, result.sms_per_rank, gpu)
+    in_processes = result.processes is not None
+    head = where_text(result.world, ranks, result.sms_per_rank, gpu, in_processes)
     lines = [paint(f"{result.name} on {head}", "1", where.colour)]
     if result.why_world:
         lines.append(f"  no GPU   {result.why_world}")
     lines.append(f"  shape    {shape_text(result.config.to_dict(), list(result.tokens))}")
+    if result.processes is not None:
+        lines.append(f"  ranks    {processes_text(result.processes)}")
     if result.hang is not None:
         lines += ["", *hang_lines(result, where), ""]
     else:

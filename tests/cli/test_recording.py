@@ -250,3 +250,6 @@ def test_virtual_ranks_of_one_gpu_are_labelled() -> None:
     assert topology("local", 4) == "shared-gpu"
     assert topology("local", 1) == "one-gpu"
     assert topology("host", 4) == "host-threads"
+    assert topology("host", 4, 1) == "host-processes"
+    assert topology("ipc", 4, 1) == "several-gpus"
+    assert topology("ipc", 4, 2) == "shared-gpu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,3 +91,47 @@ def test_a_checkpoint_says_its_own_shape(
 
 def test_a_checkpoint_may_be_rounded_to_another_dtype() -> None:
     request.checkpoint_args(Path("x"), 0, None, {"dtype": "fp16", "hidden": None})
+
+
+def test_ranks_that_are_processes() -> None:
+    assert request.processes({})[0] == 1
+    assert request.processes({"ranks": 3})[1]["processes"] is False
+    ranks, fields = request.processes({"ranks": 3, "processes": True, "no_pointers": True})
+    assert (ranks, fields["processes"], fields["no_pointers"]) == (3, True, True)
+    ranks, fields = request.processes({"gpus": 2, "ranks_per_gpu": 4})
+    assert (ranks, fields["processes"], fields["gpus"]) == (8, True, 2)
+    for wrong in ({"gpus": 2, "ranks": 3}, {"ranks_per_gpu": 2}):
+        with pytest.raises(FlashmoeError) as caught:
+            request.processes(wrong)
+        assert caught.value.exit_code == 2
+
+
+def test_faults_of_a_process() -> None:
+    specs = ["killed:1:start", "raises:0:kernel:0.5", "killed:0:kernel"]
+    assert request.faults(specs, 2, True) == (
+        Fault("killed", 1, point="start"),
+        Fault("raises", 0, point="kernel", seconds=0.5),
+        Fault("killed", 0, point="kernel"),
+    )
+    with pytest.raises(FlashmoeError, match="ranks are no processes here"):
+        request.faults(specs, 2)
+    for wrong in ("killed:1", "killed:1:later", "killed:1:start:3", "killed:x:start"):
+        with pytest.raises(FlashmoeError) as caught:
+            request.faults([wrong], 2, True)
+        assert caught.value.exit_code == 2
+
+
+def test_a_dry_run_leaves_to_each_launcher_what_is_its_own(
+    cli: Any, runs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ("trace", "tiny", "--world", "host", "--processes", "--ranks", "6", "--dry-run")
+    monkeypatch.setattr("sys.argv", ["flashmoe", *args])
+    done = cli(*args)
+    assert done.exit_code == 0, done.output
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    (srun,) = (line for line in lines if line.startswith("srun"))
+    assert srun.startswith("srun --nodes=2 --ntasks=6 --ntasks-per-node=3 flashmoe ")
+    (torchrun,) = (line for line in lines if line.startswith("torchrun"))
+    assert "--nproc-per-node=3" in torchrun and "-m flashmoe_cli" in torchrun
+    assert "--ranks" not in srun and "--processes" not in torchrun
+    assert not list(runs.iterdir())

@@ -1,0 +1,153 @@
+"""A PE as the launcher's child: ``python -m flashmoe.child FD``; nobody else starts this.
+
+``FD`` is a socket to the launcher.  It brings the task, then one word, ``stop``; it carries back a
+JSON object a line: progress, errors, and that the part is written.  Its end means that the launcher
+is gone: the child stops, and is gone within ``LAST_S``, whatever it was at.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import ctypes
+import json
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+LAST_S = 2.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a child is to do: the request, its place, and the descriptors it was born with."""
+
+    request: Any
+    place: Any
+    board_fd: int
+    part_fd: int
+    transport: str
+    parent: int
+
+
+class Line:
+    """The child's end of the socket."""
+
+    def __init__(self, fd: int) -> None:
+        self._socket = socket.socket(fileno=fd)
+        self._file = self._socket.makefile("rb")
+        self._lock = threading.Lock()
+
+    def task(self) -> Task:
+        length = int.from_bytes(self._file.read(8), "little")
+        task: Task = pickle.loads(self._file.read(length))
+        return task
+
+    def say(self, **what: Any) -> None:
+        """One message; silent once the launcher is gone."""
+        with self._lock, contextlib.suppress(OSError):
+            self._socket.sendall(json.dumps(what).encode() + b"\n")
+
+    def watch(self) -> None:
+        """Stops the main thread on ``stop``, and the process if the launcher goes away."""
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        with contextlib.suppress(OSError):
+            for word in self._file:
+                if word == b"bye\n":
+                    return
+                _thread.interrupt_main()
+        _thread.interrupt_main()
+        time.sleep(LAST_S)
+        os._exit(1)
+
+
+def _die_with(parent: int) -> None:
+    """SIGTERM when the launcher ends, however it does."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        sys.exit(1)
+
+
+def main() -> None:
+    """Runs one PE; the exit code is that of its part of the run."""
+    line = Line(int(sys.argv[1]))
+    task = line.task()
+    _die_with(task.parent)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    code = 130
+    with contextlib.suppress(KeyboardInterrupt):
+        line.watch()
+        code = _run(line, task)
+    sys.stdout.flush()
+    # No atexit handlers, no joining of threads: everything that matters has been handed over.
+    os._exit(code)
+
+
+def _run(line: Line, task: Task) -> int:
+    from flashmoe.errors import FlashmoeError
+    from flashmoe.part import Part, write_part
+    from flashmoe.pe import Ended, raises, run_pe, strike
+    from flashmoe.session import EXIT_STOPPED
+    from flashmoe.world.board import Board
+    from flashmoe.world.rendezvous import JobFailed, rendezvous
+
+    rank = task.place.rank
+    signal.signal(signal.SIGUSR1, raises)
+
+    def progress(phase: str, done: int, total: int) -> None:
+        line.say(progress=[phase, done, total])
+
+    part: Part | None = None
+    code = 1
+    try:
+        strike(task.request, rank, "start")
+        job = rendezvous(task.place)
+        skew_clock(rank)
+        board = Board(task.board_fd, task.place.world)
+        pe = run_pe(task.request, job, board, progress, task.transport)
+        part, code = pe.part(), pe.exit_code
+    except Ended as ended:
+        cause = ended.cause
+        part, code = ended.pe.part(), ended.pe.exit_code
+        if isinstance(cause, FlashmoeError):
+            line.say(error=[cause.message, cause.hint, cause.exit_code])
+        else:
+            import traceback
+
+            traceback.print_exception(cause)
+            line.say(error=[ended.pe.message, "its traceback is above", 1], crash=ended.pe.message)
+    except JobFailed:
+        return EXIT_STOPPED
+    except FlashmoeError as exc:
+        line.say(error=[exc.message, exc.hint, exc.exit_code])
+        return exc.exit_code
+    if part is not None:
+        line.say(writing=True)
+        with os.fdopen(task.part_fd, "wb", closefd=False) as file:
+            write_part(file, part)
+        line.say(part=True)
+    return code
+
+
+def skew_clock(rank: int) -> None:
+    """Makes this rank's clock wrong where a test asks for it: RANK:OFFSET_NS:DRIFT,..."""
+    for entry in filter(None, os.environ.get("FLASHMOE_TEST_CLOCK", "").split(",")):
+        which, offset, drift = entry.split(":")
+        if int(which) == rank:
+            from flashmoe.world.tiles import extension
+
+            extension().skew_clock(int(offset), float(drift))
+
+
+if __name__ == "__main__":
+    main()

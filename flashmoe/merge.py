@@ -1,0 +1,359 @@
+"""From the parts that PEs left to one result and one run directory.
+
+Pure but for writing: whoever ran the PEs says what became of each process, and hands over the parts
+that came whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flashmoe import saving, verdict
+from flashmoe.config import MoEConfig
+from flashmoe.errors import FlashmoeError
+from flashmoe.part import Part
+from flashmoe.session import EXIT_HANG, EXIT_STOPPED, EXIT_WRONG, Progress, Request, Result
+from flashmoe.trace import schema
+from flashmoe.trace.align import Alignment, Exchange, align_rings
+from flashmoe.trace.rings import Rings
+from flashmoe.world.base import Routing, Status
+from flashmoe.world.tiles import tile_plan
+
+if TYPE_CHECKING:
+    from flashmoe.trace.diagnosis import HangReport
+
+NOT_SEEN = 0xFFFFFFFF
+
+
+@dataclass
+class Outcome:
+    """What became of the PEs.
+
+    ``parts``: by rank, those that came whole.  ``gone``: ranks whose process ended as it should not
+    have ("killed by SIGKILL"), the one that went first at the front.  ``flight``: all ranks' slots
+    in (rank, CTA, lane) order, where the launcher could read them.  ``stopped``: Ctrl-C.
+    """
+
+    parts: dict[int, Part]
+    gone: dict[int, str] = field(default_factory=dict)
+    flight: np.ndarray | None = None
+    stopped: bool = False
+    pids: dict[int, int] = field(default_factory=dict)
+    launcher: str = "flashmoe"
+    nodes: int = 1
+    transport: str = "host"
+    why_transport: str = ""
+
+
+class Merged:
+    """All ranks' parts as one run."""
+
+    def __init__(self, request: Request, outcome: Outcome, why_world: str) -> None:
+        self.request, self.outcome, self.why_world = request, outcome, why_world
+        self.parts = outcome.parts
+        self.reports = {rank: part.report for rank, part in outcome.parts.items()}
+        known = [r for r in self.reports.values() if "inputs" in r]
+        self.inputs: dict[str, Any] = known[0]["inputs"] if known else {}
+        built = [r for r in self.reports.values() if "engine" in r]
+        self.engine: dict[str, Any] | None = built[0]["engine"] if built else None
+        self.clocks = {rank: _alignment(r) for rank, r in self.reports.items()}
+
+    @property
+    def config(self) -> MoEConfig:
+        if self.inputs:
+            return MoEConfig.from_dict(self.inputs["config"])
+        if self.request.config is None:
+            raise FlashmoeError("no rank came so far as to read its layer", "see its lines above")
+        return self.request.config
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return tuple(self.inputs["tokens"]) if self.inputs else self.request.tokens
+
+    def launches(self) -> int:
+        """Launches that all surviving ranks have measured."""
+        return min((len(p.arrays.get("counts", ())) for p in self.parts.values()), default=0)
+
+    def routings(self) -> list[Routing]:
+        """Counts and tiles of each launch of which all ranks have left their counts."""
+        ranks = self.request.ranks
+        if len(self.parts) < ranks or self.engine is None:
+            return []
+        found = []
+        plans: dict[bytes, np.ndarray] = {}
+        for i in range(self.launches()):
+            counts = np.stack([self.parts[r].arrays["counts"][i] for r in range(ranks)])
+            key = counts.tobytes()
+            if key not in plans:
+                plans[key] = self.plan(counts)
+            found.append(Routing(counts, plans[key]))
+        return found
+
+    def plan(self, chunk_counts: np.ndarray) -> np.ndarray:
+        """The tiles of all ranks for uint32 [W, chunks, E]; see ``Routing.tiles``."""
+        assert self.engine is not None
+        return tile_plan(self.engine["shape"], chunk_counts, self.engine["family"])
+
+    def rings(self) -> Rings:
+        """All ranks' rings on rank 0's clock; a rank that left none has rings that never began."""
+        per_rank = max((len(p.arrays.get("ring_headers", ())) for p in self.parts.values()),
+                       default=0)  # fmt: skip
+        headers, stored = [], []
+        for rank in range(self.request.ranks):
+            part = self.parts.get(rank)
+            if part is None or "ring_headers" not in part.arrays:
+                lost = np.zeros(per_rank, schema.RING_HEADER)
+                lost["rank"] = rank
+                place = np.arange(per_rank)
+                lost["cta"], lost["lane"] = place // schema.N_LANES, place % schema.N_LANES
+                headers.append(lost)
+                stored += [np.zeros(0, schema.RECORD)] * per_rank
+                continue
+            own = part.arrays["ring_headers"]
+            records = [part.arrays[f"ring{i}"] for i in range(len(own))]
+            clock = self.clocks[rank]
+            if clock is not None:
+                align_rings(own, records, clock)
+            headers.append(own)
+            stored += records
+        return Rings(
+            np.concatenate(headers) if headers else np.zeros(0, schema.RING_HEADER), stored
+        )
+
+    def flight(self) -> np.ndarray | None:
+        """All ranks' slots on rank 0's clock, as the launcher read them, else from the parts."""
+        slots = self.outcome.flight
+        if slots is None:
+            sizes = [len(p.arrays["flight"]) for p in self.parts.values() if "flight" in p.arrays]
+            if not sizes:
+                return None
+            empty = np.zeros(max(sizes), schema.FLIGHT_SLOT)
+            own = [self.parts[r].arrays.get("flight", empty) if r in self.parts else empty
+                   for r in range(self.request.ranks)]  # fmt: skip
+            slots = np.concatenate(own)
+        slots = slots.copy()
+        each = len(slots) // self.request.ranks
+        for rank, clock in self.clocks.items():
+            if clock is not None and each:
+                mine = slots[rank * each : (rank + 1) * each]
+                mine["since_ns"] = clock.to_reference(mine["since_ns"])
+        return slots
+
+    def _all_ranks(self, name: str, missing: int) -> np.ndarray | None:
+        """An array that each part has of its own rank, [W, ...]; ``missing`` where it has none."""
+        own = {r: p.arrays[name][0] for r, p in self.parts.items() if name in p.arrays}
+        if not own:
+            return None
+        one = next(iter(own.values()))
+        empty = np.full_like(one, missing)
+        return np.stack([own.get(r, empty) for r in range(self.request.ranks)])
+
+    def begun(self) -> int:
+        """Launches that some rank has entered, as far as it left a trace of them."""
+        last = [
+            int(records["iter"].max()) + 1
+            for part in self.parts.values()
+            for name, records in part.arrays.items()
+            if name.startswith("ring") and name != "ring_headers" and len(records)
+        ]
+        return max([*last, *(len(r["launch_ms"]) for r in self.reports.values())], default=0)
+
+    def diagnose(self, slots: np.ndarray, gone: Mapping[int, str]) -> HangReport:
+        """Why the launch did not end."""
+        from flashmoe.trace.diagnosis import diagnose
+
+        engine = self.engine or {}
+        first = int(slots["epoch"].max(initial=0)) <= 1
+        deadline_s = engine.get("first_deadline_s" if first else "deadline_s", 0.0)
+        counts = self._all_ranks("chunk_counts", 0)
+        # Counts of a launch that did not get so far make no plan.
+        whole = counts is not None and len(self.parts) == self.request.ranks
+        now_ns = time.monotonic_ns() if engine.get("world") == "host" else 0
+        return diagnose(
+            slots,
+            ranks=self.request.ranks,
+            deadline_s=deadline_s,
+            now_ns=now_ns or int(slots["since_ns"].max(initial=0)),
+            counts_seen=self._all_ranks("counts_seen", NOT_SEEN),
+            chunk_counts=counts if whole else None,
+            tiles=self.plan(counts) if whole and counts is not None else None,
+            rank_status=gone or None,
+        )
+
+    def result(self) -> Result:
+        """The run as it ended, not judged yet."""
+        config, ranks = self.config, self.request.ranks
+        routings = self.routings()
+        rows, traffic = verdict.traffic_of(routings[-1:], config, ranks)
+        times = [r["launch_ms"] for r in self.reports.values()]
+        count = min((len(t) for t in times), default=0)
+        engine = self.engine or {}
+        return Result(
+            name=self.inputs.get("name", self.request.name),
+            config=config,
+            world=engine.get("world", "host"),
+            why_world=self.why_world,
+            tokens=self.tokens,
+            sms_per_rank=engine.get("sms_per_rank", 0),
+            # A launch lasts until its last rank has left it.
+            launch_ms=[max(t[i] for t in times) for i in range(count)],
+            status=Status.OK,
+            traffic=traffic,
+            rows=rows,
+            shared_expert=bool(self.inputs.get("shared_expert")),
+            remarks=list(self.inputs.get("remarks", [])),
+            device=next((r["device"] for r in self.reports.values() if "device" in r), None),
+            clock=self.clock() if self.request.traced else None,
+            processes=self.describe(),
+        )
+
+    def clock(self) -> dict[str, Any] | None:
+        """``clock`` of run.json: rank 0's clock, and how the others' were put on it."""
+        built = [r for r in sorted(self.reports) if "engine" in self.reports[r]]
+        if not built:
+            return None
+        clock = dict(self.reports[built[0]]["engine"]["clock"] or {})
+        clock["ranks"] = [
+            None if (how := self.clocks.get(rank)) is None else how.as_dict()
+            for rank in range(self.request.ranks)
+        ]
+        return clock
+
+    def describe(self) -> dict[str, Any]:
+        """``world.processes`` of run.json."""
+        outcome = self.outcome
+        pes = []
+        for rank in range(self.request.ranks):
+            report = self.reports.get(rank)
+            said = "left no report" if report is None else report["message"]
+            pes.append(
+                {
+                    "rank": rank,
+                    "pid": report["pid"] if report else outcome.pids.get(rank),
+                    "message": outcome.gone.get(rank, said),
+                    "gpu": ((report or {}).get("device") or {}).get("uuid"),
+                }
+            )
+        return {
+            "launcher": outcome.launcher,
+            "nodes": outcome.nodes,
+            "transport": outcome.transport,
+            "why_transport": outcome.why_transport,
+            "pointers": not self.request.no_pointers,
+            "ranks": pes,
+        }
+
+
+def _alignment(report: dict[str, Any]) -> Alignment | None:
+    start, end = report["clock"]["start"], report["clock"]["end"]
+    if start is None:
+        return None
+    return Alignment.of(Exchange(**start), None if end is None else Exchange(**end))
+
+
+def conclude(request: Request, outcome: Outcome, why_world: str, progress: Progress) -> Result:
+    """The result of a run of PEs, judged and saved.
+
+    Raises FlashmoeError where a rank failed in a way that leaves no result: bad ids, no memory.
+    A run that was stopped is saved with what it had, and KeyboardInterrupt raised.
+    """
+    merged = Merged(request, outcome, why_world)
+    if outcome.stopped and not merged.inputs:
+        raise KeyboardInterrupt
+    result = merged.result()
+    reports = merged.reports
+    hung = [r for r in reports.values() if r["status"] == Status.HANG]
+    failed = {r: s for r, s in reports.items() if s["exit_code"] not in (0, EXIT_STOPPED)}
+    if outcome.stopped:
+        result.exit_code, result.message = EXIT_STOPPED, "interrupted"
+        result.status = Status.HOST_ABORT
+        with contextlib.suppress(FlashmoeError):
+            _save(merged, result, progress, only_with_launches=True)
+        raise KeyboardInterrupt
+    slots = merged.flight() if outcome.gone or hung else None
+    if outcome.gone or hung:
+        progress("diagnosing the hang", 0, 0)
+        result.status = Status.HANG if hung else Status.HOST_ABORT
+        if slots is not None and len(slots):
+            result.flight = slots
+            result.hang = merged.diagnose(slots, outcome.gone)
+        if outcome.gone:
+            rank, how = next(iter(outcome.gone.items()))
+            result.exit_code, result.message = EXIT_WRONG, f"rank {rank} is gone: {how}"
+            if result.hang is None:
+                raise FlashmoeError(result.message, "see its own lines, if it printed any")
+        else:
+            result.exit_code, result.message = EXIT_HANG, "a wait passed its deadline"
+    elif failed:
+        rank, report = min(failed.items(), key=lambda item: item[0])
+        raise FlashmoeError(f"rank {rank}: {report['message']}", "see its lines above",
+                            report["exit_code"])  # fmt: skip
+    else:
+        _judge(merged, result, progress)
+    _save(merged, result, progress)
+    return result
+
+
+def _judge(merged: Merged, result: Result, progress: Progress) -> None:
+    request = merged.request
+    checks = [merged.reports[r]["check"] for r in sorted(merged.reports)]
+    if request.check and all(checks):
+        result.check = verdict.combine(checks)
+        if not result.check["ok"]:
+            result.exit_code, result.message = EXIT_WRONG, "wrong result"
+    else:
+        result.message = "ok, not checked"
+    if request.save_output is not None:
+        progress("writing the output", 0, 0)
+        result.saved_output = _save_output(merged, request.save_output)
+
+
+def _save_output(merged: Merged, path: Path) -> Path:
+    import torch
+
+    from flashmoe.tokens import save_outputs
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[merged.config.dtype]
+    whole = {
+        name: torch.from_numpy(
+            np.concatenate([merged.parts[r].arrays[name] for r in sorted(merged.parts)])
+        )
+        for name in ("y", "ids", "weights")
+    }
+    y = whole["y"].view(dtype)
+    save_outputs(path, y, whole["ids"], whole["weights"], force=merged.request.force)
+    return path
+
+
+def _save(
+    merged: Merged, result: Result, progress: Progress, only_with_launches: bool = False
+) -> None:
+    from flashmoe.trace.rundir import RunWriter
+
+    request = merged.request
+    routings = merged.routings()
+    out = request.out or (request.hang_out if result.hang is not None else None)
+    if out is None or (only_with_launches and not merged.launches()):
+        return
+    progress("writing the run", 0, 0)
+    with RunWriter(out, force=request.force) as writer:
+        writer.meta |= saving.metadata_of(
+            request,
+            result,
+            deadline_s=(merged.engine or {}).get("deadline_s"),
+            launches=len(result.launch_ms) if result.status is Status.OK else merged.begun(),
+        )
+        if request.traced:
+            writer.add_rings(merged.rings())
+        for i, routing in enumerate(routings):
+            writer.add_routing(i, routing)
+        if result.flight is not None:
+            writer.add_flight(result.flight)
+    result.path = out

@@ -1,0 +1,105 @@
+"""Worlds whose ranks are processes, one a PE: which there are, and what each must give.
+
+A world is a module with a function
+
+    pe_engine(config, weights, tokens, options, peers) -> PeEngine
+
+that builds the engine of rank ``peers.rank``: it makes this rank's heap, exchanges what the others
+need to reach it (``peers.job.gather``), fills its table of peers, and puts its flight-recorder
+slots where ``peers.slots(actors)`` says, so that the launcher can read them when the process is
+gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+from flashmoe.errors import FlashmoeError
+from flashmoe.world.base import Engine
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from flashmoe.keeper import Keeper
+    from flashmoe.session import Request
+
+EXIT_NO_GPU = 5
+
+MODULES = {
+    "host": "flashmoe.world.host",
+    "ipc": "flashmoe.world.ipc",
+    "nvshmem": "flashmoe.world.nvshmem",
+}
+
+
+class PeEngine(Engine, Protocol):
+    """An engine of one rank; what ``Engine`` gives a rank, this gives for its own alone.
+
+    So ``load``, ``outputs``, ``rings``, ``flight`` and ``counts_seen`` are of one rank.
+    ``launch`` is collective, and each rank may see another status of a launch that failed.
+    """
+
+    shape: dict[str, Any]  # and the tile family: what ``tile_plan`` makes the tiles of
+    family: str
+
+    def chunk_counts(self) -> np.ndarray:
+        """uint32 [1, chunks, E]: rows of each of this rank's chunks in the last launch."""
+
+    def now_ns(self) -> int:
+        """The clock that stamps this rank's events, now."""
+
+    def abort(self) -> None:
+        """Raises abort on every rank that is within reach; from any thread."""
+
+
+def choose_transport(asked: str, world: str) -> tuple[str, str]:
+    """The transport for a world of processes, and why that one.
+
+    ``asked``: auto, ipc or nvshmem.  Raises FlashmoeError where it does not go with ``world``, or
+    this installation lacks it.
+    """
+    if world == "host":
+        if asked != "auto":
+            raise FlashmoeError(
+                f"--transport {asked} joins GPUs, and the host engine has none",
+                "leave --transport out",
+                exit_code=2,
+            )
+        return "host", "the host engine's ranks share memory"
+    for name in ("ipc", "nvshmem") if asked == "auto" else (asked,):
+        if importlib.util.find_spec(MODULES[name]) is not None:
+            why = "asked for" if asked != "auto" else "all ranks are on one node"
+            return name, why
+    raise FlashmoeError(
+        "several GPUs need the ipc or the nvshmem transport, and this version has neither"
+        if asked == "auto"
+        else f"this version has no {asked} transport",
+        "several virtual ranks on one GPU: --world local --ranks N; processes of the host engine: "
+        "--world host --processes",
+        exit_code=EXIT_NO_GPU,
+    )
+
+
+@contextlib.contextmanager
+def surroundings(transport: str, request: Request, keeper: Keeper) -> Iterator[dict[str, str]]:
+    """What must be there while the PEs run, and their extra environment variables.
+
+    A world's module may have a context manager ``surroundings(request, keeper)`` for it, such as
+    one that starts a private MPS and ends it; what it starts it also tells the keeper how to end.
+    """
+    around = None if transport == "host" else importlib.import_module(MODULES[transport])
+    make = getattr(around, "surroundings", None)
+    if make is None:
+        yield {}
+        return
+    with make(request, keeper) as environment:
+        yield environment
+
+
+def builder(transport: str) -> Any:
+    """``pe_engine`` of a transport that ``choose_transport`` gave."""
+    return importlib.import_module(MODULES[transport]).pe_engine

@@ -1,0 +1,196 @@
+"""What ``flashmoe doctor`` looks at where several GPUs, or several processes on one, are to work
+together: P2P, NVLink, MPS, MIG, NVSHMEM, and whether a launch can be resident as a whole."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from pathlib import Path
+from typing import Any
+
+from flashmoe.gpu import ask, handle_of, nvml_session, visible_handles
+from flashmoe.nvlink import Reach, links, p2p_matrix
+from flashmoe_cli.checks import Check
+
+#: Of the NVSHMEM that the cubins' flavour ``nvshmem`` is linked with: a host library as old as it
+#: or newer runs them, an older one does not load them.
+NVSHMEM_BUILT = (3, 4, 5)
+
+
+def p2p() -> Check | None:
+    """The matrix of who reaches whom; None with fewer than two GPUs."""
+    matrix = p2p_matrix()
+    if matrix is None or len(matrix) < 2:
+        return None
+    rows = [" ".join(_sign(reach) for reach in row) for row in matrix]
+    found = f"{len(matrix)} GPUs, row to column: {' | '.join(rows)} (N NVLink, P PCIe, - none)"
+    reaches = [reach for row in matrix for reach in row if reach is not None]
+    if not all(reach.pointer for reach in reaches):
+        return Check(
+            "P2P", "warn", found,
+            "GPUs that no pointer joins use put-with-signal (--transport nvshmem); see whether "
+            "IOMMU or ACS is on, and nvidia-smi topo -p2p r",
+        )  # fmt: skip
+    if not all(reach.nvlink for reach in reaches):
+        return Check("P2P", "warn", found, "rates between GPUs on PCIe are those of PCIe")
+    return Check("P2P", "ok", found)
+
+
+def _sign(reach: Reach | None) -> str:
+    if reach is None:
+        return "."
+    return "N" if reach.pointer and reach.nvlink else "P" if reach.pointer else "-"
+
+
+def nvlink(device: int) -> Check | None:
+    """The links of a GPU and their state; None where it has none."""
+    found = links(device)
+    if not found:
+        return None
+    up = [link for link in found if link.up]
+    versions = sorted({link.version for link in up if link.version is not None})
+    version = f", version {', '.join(map(str, versions))}" if versions else ""
+    text = f"{len(up)} of {len(found)} links up{version}"
+    if len(up) == len(found):
+        return Check("NVLink", "ok", text)
+    down = ", ".join(str(link.number) for link in found if not link.up)
+    return Check(
+        "NVLink", "warn", f"{text}; down: {down}",
+        "nvidia-smi nvlink --status; on a node with NVSwitch: is nvidia-fabricmanager running?",
+    )  # fmt: skip
+
+
+def mps(device: int) -> Check | None:
+    """Whether a CUDA MPS server is in the way, or a GPU refuses a second process."""
+    pipe = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
+    share = os.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE")
+    mode = _ask_device(device, "nvmlDeviceGetComputeMode")
+    if mode is None:
+        return None
+    if share is not None and share != "100":
+        return Check(
+            "MPS", "warn", f"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE={share}: kernels get few SMs",
+            "unset it; --ranks-per-gpu sets the share of its own ranks",
+        )  # fmt: skip
+    if mode == "prohibited":
+        return Check("MPS", "fail", "the GPU's compute mode is prohibited",
+                     f"nvidia-smi -i {device} -c DEFAULT")  # fmt: skip
+    if (pipe / "control").exists():
+        return Check(
+            "MPS", "warn", f"a control daemon's pipe is in {pipe}",
+            "--ranks-per-gpu starts a private one; for times of one process alone end that one: "
+            "echo quit | nvidia-cuda-mps-control",
+        )  # fmt: skip
+    if mode == "exclusive":
+        return Check(
+            "MPS", "warn", "the GPU's compute mode is exclusive: one process at a time",
+            f"for several ranks on it: nvidia-smi -i {device} -c DEFAULT",
+        )  # fmt: skip
+    return Check("MPS", "ok", "none runs, and the GPU takes several processes")
+
+
+def mig(device: int) -> Check | None:
+    """Whether the GPU is cut in parts; None where it cannot be."""
+    mode = _ask_device(device, "nvmlDeviceGetMigMode")
+    if mode is None:
+        return None
+    current, pending = mode
+    if current:
+        return Check(
+            "MIG", "warn", "on: a part of the GPU has a part of its SMs, and no P2P",
+            f"for the whole GPU: nvidia-smi -i {device} -mig 0",
+        )  # fmt: skip
+    if pending:
+        return Check("MIG", "warn", "off, and on after the next reset", "nvidia-smi -mig 0")
+    return Check("MIG", "ok", "off")
+
+
+def _ask_device(device: int, question: str) -> Any:
+    """NVML's answer for a GPU, a compute mode by name; None where there is none."""
+    try:
+        with nvml_session() as nvml:
+            handle = handle_of(nvml, device)
+            if handle is None:
+                return None
+            said = ask(nvml, getattr(nvml, question), handle)
+            if question == "nvmlDeviceGetComputeMode" and said is not None:
+                names = {
+                    nvml.NVML_COMPUTEMODE_EXCLUSIVE_PROCESS: "exclusive",
+                    nvml.NVML_COMPUTEMODE_EXCLUSIVE_THREAD: "exclusive",
+                    nvml.NVML_COMPUTEMODE_PROHIBITED: "prohibited",
+                }
+                return names.get(said, "default")
+            return said
+    except RuntimeError:
+        return None
+
+
+def nvshmem() -> Check | None:
+    """NVSHMEM's version against the cubins'; None on a machine without a GPU."""
+    from flashmoe.build_info import build_info
+
+    if not _gpus():
+        return None
+    built = "nvshmem" in build_info().flavours
+    version = next(
+        (v for v in map(_version, ("nvidia-nvshmem-cu13", "nvidia-nvshmem-cu12")) if v), None
+    )
+    if not built:
+        found = "this build holds no cubin for it"
+        if version is not None:
+            found += f" (nvidia-nvshmem {version} is installed)"
+        return Check("NVSHMEM", "ok", f"{found}; GPUs of one node need none")
+    linked = ".".join(map(str, NVSHMEM_BUILT))
+    if version is None:
+        return Check(
+            "NVSHMEM", "warn", f"not installed; the cubins are linked with {linked}",
+            "for several nodes: pip install 'flashmoe-prof[nvshmem]'",
+        )  # fmt: skip
+    numbers = tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
+    found = f"{version}, and the cubins are linked with {linked}"
+    if numbers < NVSHMEM_BUILT:
+        return Check(
+            "NVSHMEM", "fail", f"{found}: an older library does not load them",
+            f"pip install 'nvidia-nvshmem-cu13>={linked}'",
+        )  # fmt: skip
+    return Check("NVSHMEM", "ok", found)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gpus() -> int:
+    try:
+        with nvml_session() as nvml:
+            return len(visible_handles(nvml))
+    except RuntimeError:
+        return 0
+
+
+def residency(device: int) -> Check | None:
+    """Whether all CTAs of a launch can be resident together, as its waits need."""
+    from flashmoe.errors import FlashmoeError
+    from flashmoe.kernels import select
+
+    try:
+        select(device)
+    except FlashmoeError:
+        return None  # the check of the GPU says why
+    from cuda.bindings import driver
+
+    attribute = driver.CUdevice_attribute
+    _, handle = driver.cuDeviceGet(device)
+    error, able = driver.cuDeviceGetAttribute(
+        attribute.CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH, handle
+    )
+    _, sms = driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, handle)
+    if int(error) != 0 or not able:
+        return Check(
+            "co-residency", "fail", "this GPU or driver has no cooperative launch",
+            "the kernel is launched with all CTAs resident or not at all: use another GPU",
+        )  # fmt: skip
+    return Check("co-residency", "ok", f"cooperative launch, one CTA on each of {sms} SMs")
