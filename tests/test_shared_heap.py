@@ -65,8 +65,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
             assert not traced
             return cls(device, "moe")
 
-        def launch_moe(self, blocks: int, args: Any) -> None:
-            gpu.done.append((self.name, gpu.stream, blocks, args.raw))
+        def launch_moe(self, ranks: int, chunks: int, args: Any) -> None:
+            gpu.done.append((self.name, gpu.stream, ranks * chunks, args.raw))
 
         def launch(self, blocks: int, threads: int, values: Any, types: Any) -> None:
             assert len(values) == len(types)

@@ -45,7 +45,7 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
     }
     for (uint32_t i = 0; i < kTasks; ++i) {
       ptx::mbarrier_init(&sh.task_full[i], 1);
-      ptx::mbarrier_init(&sh.task_empty[i], 1 + kMathGroups * 4);
+      ptx::mbarrier_init(&sh.task_empty[i], 1 + kMathGroups * kGroupThreads);
       ptx::mbarrier_init(&sh.pair_full[i], 1);
       ptx::mbarrier_init(&sh.pair_empty[i], 1);
     }

@@ -521,9 +521,8 @@ __device__ __forceinline__ void multiply_tiles(Shared<kTraced>& sh, const Place&
     if constexpr (kTraced) {
       if (leads) sh.stamps[slot][group].end_ns = ptx::globaltimer();
     }
-    // Ordered after all lanes' reads of the task and their stores, which the scheduler publishes.
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&sh.task_empty[slot]);
+    // Every thread has read the task and stored its part, which the scheduler publishes.
+    ptx::mbarrier_arrive(&sh.task_empty[slot]);
   }
 }
 

@@ -110,7 +110,7 @@ def _mpirun(env: Mapping[str, str]) -> Place:
     if not address:
         raise FlashmoeError(
             "mpirun over several nodes does not say where rank 0 is",
-            "pass it on: mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500 ...",
+            "pass it on: mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500",
             2,
         )
     job = next((env[n] for n in ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid") if n in env), "mpi")

@@ -95,6 +95,18 @@ def test_sections_of_the_heap_follow_each_other(shape: dict[str, Any]) -> None:
     assert layout["signal_bytes"] == layout["pool"]
 
 
+def in_pairs(rows: int, columns: int) -> list[tuple[int, int]]:
+    """(column, row tile) of a segment in order: tiles 2i and 2i + 1 share their column where they
+    can; of an odd number of row tiles, the last ones of two columns make a pair."""
+    order = []
+    for col in range(0, columns, 2):
+        two = [c for c in (col, col + 1) if c < columns]
+        together = rows if rows % 2 == 0 or len(two) == 1 else rows - 1
+        order += [(c, j) for c in two for j in range(together)]
+        order += [(c, j) for j in range(together, rows) for c in two]
+    return order
+
+
 def expected_tiles(shape: dict[str, Any], counts: np.ndarray) -> list[tuple[int, ...]]:
     """The plan, derived the plain way: (rank, gemm, expert, row tile, global, column, rows,
     height, columns)."""
@@ -119,16 +131,15 @@ def expected_tiles(shape: dict[str, Any], counts: np.ndarray) -> list[tuple[int,
                 if gemm == 1
                 else (shape["hidden"], shape["tile_n2"])
             )
-            for col in range(-(-width // columns)):
-                for j in range(row_tiles[e]):
-                    left = min(heights[e], rows[e] - j * heights[e])
-                    cols = min(columns, width - col * columns)
-                    at = before[e] + j
-                    # Whole steps, but half a step is enough for so few rows.
-                    height = -(-left // step) * step
-                    height = step // 2 if left <= step // 2 else height
-                    place = (rank, gemm, e, at - before[own[0]], at, col)
-                    found.append((*place, left, height, cols))
+            for col, j in in_pairs(row_tiles[e], -(-width // columns)):
+                left = min(heights[e], rows[e] - j * heights[e])
+                cols = min(columns, width - col * columns)
+                at = before[e] + j
+                # Whole steps, but half a step is enough for so few rows.
+                height = -(-left // step) * step
+                height = step // 2 if left <= step // 2 else height
+                place = (rank, gemm, e, at - before[own[0]], at, col)
+                found.append((*place, left, height, cols))
     return [tuple(int(v) for v in t) for t in found]
 
 
