@@ -23,8 +23,8 @@ struct HeapLayout {
   // signals
   uint64_t counts;      // peers: [2][W][E] (epoch << 32 | rows), row s written by source s
   uint64_t rows_ready;  // peers: [2][row tiles of the pool] counter: rows arrived
-  uint64_t h_ready;     // [2][row tiles of the pool] counter: GEMM1 column tiles, once a math lane
-  uint64_t y_ready;     // [2][row tiles of the pool] counter: GEMM2 column tiles, once a math lane
+  uint64_t h_ready;     // [2][row tiles of the pool] counter: column tiles of GEMM1, as stored
+  uint64_t y_ready;     // [2][row tiles of the pool] counter: column tiles of GEMM2, as stored
   uint64_t returned;    // peers: [row tiles over all experts] epoch, by the row tile's owner
   uint64_t arrived;     // peers: [W][E] (epoch << 32 | rows), row s by a source s beyond pointers
   uint64_t staged;      // [2][E] counter: rows staged for an expert whose owner is beyond pointers
