@@ -27,10 +27,12 @@ METHOD = (
 class Prepared:
     """A work ready to be timed: ``run`` replays its graph, or calls it where there is none.
 
+    ``work`` is kept because a graph reads and writes what its work holds, and does not hold it.
     ``output`` is what the last call to capture or to warm up returned; a replay writes it anew.
     ``why_eager`` is empty where there is a graph.
     """
 
+    work: Callable[[], Any]
     run: Callable[[], Any]
     output: Any
     graph: bool
@@ -77,7 +79,7 @@ class CudaStopwatch:
         torch.cuda.current_stream(self.device).wait_stream(side)
         torch.cuda.synchronize(self.device)
         if why_eager:
-            return Prepared(work, output, False, why_eager)
+            return Prepared(work, work, output, False, why_eager)
         del output
         graph = torch.cuda.CUDAGraph()
         try:
@@ -87,10 +89,10 @@ class CudaStopwatch:
             gc.collect()
             torch.cuda.synchronize(self.device)
             why = f"cannot be captured: {_first_line(exc)}"
-            return Prepared(work, work(), False, why)
+            return Prepared(work, work, work(), False, why)
         graph.replay()
         torch.cuda.synchronize(self.device)
-        return Prepared(graph.replay, output, True)
+        return Prepared(work, graph.replay, output, True)
 
     def rounds(
         self, works: Sequence[Prepared], count: int, during: Callable[[], None] | None = None

@@ -31,7 +31,7 @@ class HostStopwatch:
         self.order: list[list[int]] = []
 
     def prepare(self, work: Callable[[], Any], why_eager: str = "") -> Prepared:
-        return Prepared(work, work(), False, why_eager or "no graphs on a CPU")
+        return Prepared(work, work, work(), False, why_eager or "no graphs on a CPU")
 
     def rounds(
         self, works: Sequence[Prepared], count: int, during: Callable[[], None] | None = None

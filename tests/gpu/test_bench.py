@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,31 @@ TINY = Shape("tiny", PRESETS["tiny"].config, 64)
 
 def quiet(phase: str, done: int, total: int) -> None:
     """Progress that nobody sees."""
+
+
+class Doubles:
+    """A work that nobody but its graph needs: y = 2 x, both its own."""
+
+    def __init__(self) -> None:
+        self.x = torch.ones(1 << 24, device="cuda")
+        self.y = torch.empty_like(self.x)
+
+    def __call__(self) -> None:
+        torch.mul(self.x, 2, out=self.y)
+
+
+def test_what_a_graph_works_on_lives_as_long_as_it() -> None:
+    work = Doubles()
+    seen = weakref.ref(work)
+    prepared = CudaStopwatch(torch.device("cuda", 0)).prepare(work)
+    del work
+    gc.collect()
+    torch.cuda.empty_cache()
+    kept = seen()
+    assert prepared.graph and kept is not None
+    kept.y.zero_()
+    prepared.run()
+    assert (kept.y == 2).all()
 
 
 def test_bench_tiny_from_the_command_line(tmp_path: Path) -> None:
