@@ -67,7 +67,7 @@ build/sanitize/%: $(HOST_SOURCES) $(wildcard csrc/host/*.h csrc/core/*.h)
 	  -fno-sanitize-recover=all -ffp-contract=off -pthread -Icsrc $(HOST_SOURCES) -o $@
 
 .PHONY: fault-runs
-fault-runs: ## Two hundred runs of processes with random faults; RUNS= and SEED= change them
+fault-runs: ## Two hundred runs of processes with random faults, on this tree (after `make dev`); RUNS= and SEED= change them
 	PYTHONPATH=$(CURDIR) $(PYTHON) tests/procs/random_faults.py --runs $(or $(RUNS),200) --seed $(or $(SEED),0)
 
 .PHONY: sdist-check
