@@ -223,6 +223,16 @@ Sms = Annotated[
 Device = Annotated[
     int, _option("--device", metavar="N", help="The GPU, by number (0).", panel=WHERE, min=0)
 ]
+AskedDevice = Annotated[
+    int | None,
+    _option(
+        "--device",
+        metavar="N",
+        help="The GPU, by number (0). To name one is to ask for a GPU.",
+        panel=WHERE,
+        min=0,
+    ),
+]
 Iterations = Annotated[
     int | None,
     _option("-n", "--iterations", metavar="N", help="Measured launches.", panel=WHERE, min=1),

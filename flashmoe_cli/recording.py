@@ -64,15 +64,18 @@ def make_request(options: dict[str, Any], *, traced: bool, place: Place | None =
     if get("tokens_file") is not None and options["skew"] > 0:
         raise parse.usage("both --skew and --tokens", "--skew shapes random tokens: leave it out")
     default = default_run_path(name)
+    world, device = options["world"].value, get("device")
+    if world == "auto" and device is not None and not processes["processes"]:
+        world = "local"  # who names a GPU is not served by the CPU
     return Request(
         name=name,
         preset=name if config is not None and name != "custom" else None,
         config=config,
         tokens=tokens,
         ranks=ranks,
-        world=options["world"].value,
+        world=world,
         sms_per_rank=get("sms_per_rank"),
-        device=options["device"],
+        device=device or 0,
         seed=options["seed"],
         skew=options["skew"],
         iterations=get("iterations") or (1 if traced else 5),

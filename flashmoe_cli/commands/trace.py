@@ -31,7 +31,7 @@ def trace(
     no_pointers: o.NoPointers = False,
     dry_run: o.DryRun = False,
     sms_per_rank: o.Sms = None,
-    device: o.Device = 0,
+    device: o.AskedDevice = None,
     iterations: o.Iterations = None,
     warmup: o.Warmup = None,
     deadline: o.Deadline = None,

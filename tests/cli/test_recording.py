@@ -171,13 +171,16 @@ def test_payload_counts_rows_both_ways(runs: Path, cli: Any, torch_engine: Any) 
     assert said["payload_bytes"] == [[0, expected], [expected, 0]]
 
 
-def test_a_gpu_asked_for_and_not_there_ends_with_5(runs: Path, cli: Any) -> None:
+@pytest.mark.parametrize("asked", [("--world", "local"), ("--device", "0")])
+def test_a_gpu_asked_for_and_not_there_ends_with_5(
+    runs: Path, cli: Any, asked: tuple[str, str]
+) -> None:
     from flashmoe.kernels import select
 
     try:
         select(0)
     except Exception:
-        done = cli("run", "tiny", "--world", "local")
+        done = cli("run", "tiny", *asked)
         assert done.exit_code == 5
         assert "--world host" in done.stderr
     else:
