@@ -405,16 +405,18 @@ __device__ inline void combine_token_bulk(const Shared<kTraced>& sh, const Place
       ptx::mbarrier_wait(full + (begin + j) % kPieces, (begin + j) / kPieces & 1);
     }
     const uint32_t units = min_u32(row_bytes - slice * kPieceBytes, kPieceBytes) / 16;
-    for (uint32_t base = lane; base < units; base += 64) {
+    for (uint32_t base = 0; base < units; base += 64) {
+      const uint32_t unit = base + lane;
       float sum[2][8] = {};
       for (uint32_t j = 0; j < k; ++j) {
-        const float w = __shfl_sync(__activemask(), weight, j);
+        // By all lanes: the one that has the weight may have no unit.
+        const float w = __shfl_sync(0xffffffffu, weight, j);
         const uint4* piece =
             reinterpret_cast<const uint4*>(pieces + (begin + j) % kPieces * kPieceBytes);
 #pragma unroll
         for (uint32_t c = 0; c < 2; ++c) {
-          if (base + c * 32 >= units) break;
-          const uint4 loaded = piece[base + c * 32];
+          if (unit + c * 32 >= units) break;
+          const uint4 loaded = piece[unit + c * 32];
           const T* values = reinterpret_cast<const T*>(&loaded);
 #pragma unroll
           for (int v = 0; v < 8; ++v) sum[c][v] = fmaf(w, static_cast<float>(values[v]), sum[c][v]);
@@ -422,12 +424,12 @@ __device__ inline void combine_token_bulk(const Shared<kTraced>& sh, const Place
       }
 #pragma unroll
       for (uint32_t c = 0; c < 2; ++c) {
-        if (base + c * 32 >= units) break;
+        if (unit + c * 32 >= units) break;
         uint4 out;
         T* values = reinterpret_cast<T*>(&out);
 #pragma unroll
         for (int v = 0; v < 8; ++v) values[v] = static_cast<T>(sum[c][v]);
-        y[slice * (kPieceBytes / 16) + base + c * 32] = out;
+        y[slice * (kPieceBytes / 16) + unit + c * 32] = out;
       }
     }
     __syncwarp();  // the pieces are read: they may be filled again

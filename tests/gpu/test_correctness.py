@@ -23,6 +23,8 @@ LAYERS = {
     "swiglu-fp16": replace(SMALL, dtype="fp16"),
     "every expert, nothing divides": MoEConfig(hidden=136, intermediate=72, experts=7, top_k=7),
     "one expert": MoEConfig(hidden=64, intermediate=64, experts=1, top_k=1),
+    "rows shorter than k pieces": MoEConfig(hidden=40, intermediate=72, experts=16, top_k=8),
+    "rows of a piece and a bit": MoEConfig(hidden=1032, intermediate=72, experts=16, top_k=8),
     "forty of sixty-five": MoEConfig(hidden=64, intermediate=64, experts=65, top_k=40),
     "not renormalised": replace(SMALL, routing=Routing(renormalize=False)),
     "deepseek": MoEConfig(256, 192, 64, 6, routing=Routing("sigmoid", True, 2.5, 8, 4)),
