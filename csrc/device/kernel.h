@@ -3,9 +3,11 @@
 
 #include <cstdint>
 
-#include "device/comm.h"
+#include "device/combine.h"
 #include "device/cta.h"
+#include "device/dispatch.h"
 #include "device/gate.h"
+#include "device/load.h"
 #include "device/schedule.h"
 #include "device/tile.h"
 

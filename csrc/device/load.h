@@ -1,0 +1,126 @@
+// What the loading warp brings: a tile's weights and rows, block by block of K, through a ring of stages.
+#pragma once
+
+#include <cstdint>
+
+#include "device/cta.h"
+
+namespace flashmoe {
+
+// Position in the ring of stages: which stage, and which turn of its barriers.
+struct StageCursor {
+  uint32_t stage = 0;
+  uint32_t turn = 0;
+  __device__ __forceinline__ void next() {
+    if (++stage == kStages) {
+      stage = 0;
+      turn ^= 1;
+    }
+  }
+};
+
+// Says in this actor's trace what the scheduler waited for on behalf of the tile; the rest of the
+// time since the actor's last span is idle.
+template <bool kTraced>
+__device__ __forceinline__ void take_up(GpuActor<kTraced>& actor, const Task& task,
+                                        EventKind kind) {
+  actor.doing(kind, kNoPeer, task.tile.expert, task.tile.index);
+  if constexpr (kTraced) {
+    if (task.wait_kind != 0) {
+      actor.waited({static_cast<EventKind>(task.wait_kind), kNoPeer,
+                    static_cast<uint16_t>(task.tile.expert), task.tile.row_tile},
+                   task.wait_from, task.wait_to, task.wait_lacking, Status::kOk);
+    }
+    actor.skip();
+  }
+}
+
+// The halves of a tile's weights, 128 rows each: their map and their coordinates but for K, the first.
+// Where a GEMM1 is gated, the one is of gate rows and the other of the same columns' up rows.
+struct WeightBox {
+  const void* map;
+  int32_t c1, c2, c3;
+  int32_t step1, step2;  // to the second half
+  template <bool kGated>
+  static __device__ __forceinline__ WeightBox of(const RankArgs& args, const Tile& tile,
+                                                 uint32_t expert0) {
+    constexpr int32_t kHalf = kTileWeights / 2;
+    const int32_t expert = static_cast<int32_t>(tile.expert - expert0);
+    const int32_t col = static_cast<int32_t>(tile.col_tile);
+    if (kGated && tile.gemm == 1) return {args.map_up, col * kHalf, 0, expert, 0, 1};
+    return {tile.gemm == 1 ? args.map_up : args.map_down, col * 2 * kHalf, expert, 0, kHalf, 0};
+  }
+};
+
+// The loads of every tile the scheduler hands over; one lane.  It runs ahead into the next tile as
+// far as the stages go.  A stage is free once both CTAs of a pair have read theirs, since either may be
+// about to fill the other's: where both run tiles of the same weights, each fetches one half for both.
+template <bool kGated, bool kTraced>
+__device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char* stages) {
+  GpuActor<kTraced>& actor = sh.actors[static_cast<int>(Lane::k_load)];
+  const RankArgs& args = *place.args;
+  const uint32_t expert0 = first_expert(sh.shape, place.rank);
+  constexpr uint32_t kHalfBytes = kStageBytesWeights / 2;
+  StageCursor cursor;
+  for (uint32_t n = 0;; ++n) {
+    const uint32_t slot = n % kTasks;
+    ptx::mbarrier_wait(&sh.task_full[slot], n / kTasks & 1);
+    const Task& task = sh.tasks[slot];
+    if (task.tile.gemm == 0) return;
+    if (task.tile.rows != 0) take_up(actor, task, EventKind::k_load);
+    const uint32_t begin_cycles = kTraced ? ptx::clock32() : 0;
+    uint32_t stall = 0;
+    // The rows were written by ordinary or bulk stores of other CTAs; the scheduler acquired them, this
+    // lane makes that hold for its tensor copies too.
+    ptx::fence_proxy_async();
+    const bool up = task.tile.gemm == 1, shared = task.shared != 0;
+    const int32_t row = static_cast<int32_t>(task.tile.pool_row0);
+    const WeightBox box = WeightBox::of<kGated>(args, task.tile, expert0);
+    const uint32_t boxes = ceil_div(task.tile.rows, kBoxRows);  // a bit a box of 16 << bit rows
+    const uint32_t bytes = kStageBytesWeights + boxes * kBoxRows * kRowBytes;
+    const uint32_t blocks = task.blocks, turns = task.turns;
+    for (uint32_t i = 0; i < turns; ++i, cursor.next()) {
+      uint64_t* full = &sh.full[cursor.stage];
+      if (!ptx::mbarrier_test(&sh.empty[cursor.stage], cursor.turn ^ 1)) {
+        const uint32_t from = kTraced ? ptx::clock32() : 0;
+        ptx::mbarrier_wait(&sh.empty[cursor.stage], cursor.turn ^ 1);
+        if constexpr (kTraced) stall += ptx::clock32() - from;
+      }
+      if (i >= blocks) {  // the other CTA's tile is deeper
+        ptx::mbarrier_arrive(full);
+        continue;
+      }
+      char* weights = stages + cursor.stage * kStageBytes;
+      char* rows = weights + kStageBytesWeights;
+      const int32_t k = static_cast<int32_t>(i * kTileK);
+      ptx::mbarrier_expect(full, bytes);
+      if (shared) {
+        const int32_t half = static_cast<int32_t>(place.pair_rank);
+        ptx::tma_load_5d_both(weights + half * kHalfBytes, box.map, full, k,
+                              box.c1 + half * box.step1, box.c2 + half * box.step2, box.c3, 0);
+      } else {
+        ptx::tma_load_5d(weights, box.map, full, k, box.c1, box.c2, box.c3, 0);
+        ptx::tma_load_5d(weights + kHalfBytes, box.map, full, k, box.c1 + box.step1,
+                         box.c2 + box.step2, box.c3, 0);
+      }
+      int32_t from = row;
+#pragma unroll
+      for (uint32_t bit = 0; bit < kRowBoxes; ++bit) {
+        if (boxes >> bit & 1) {
+          ptx::tma_load_2d(rows, up ? args.map_pool[bit] : args.map_h[bit], full, k, from);
+          rows += (kBoxRows << bit) * kRowBytes;
+          from += kBoxRows << bit;
+        }
+      }
+    }
+    if constexpr (kTraced) {
+      if (task.tile.rows != 0) {
+        actor.span(EventKind::k_load, kNoPeer, task.tile.expert, task.tile.index,
+                   ptx::clock32() - begin_cycles, stall);
+      }
+    }
+    ptx::mbarrier_arrive(&sh.task_empty[slot]);
+  }
+}
+
+}  // namespace flashmoe
