@@ -132,53 +132,32 @@ __device__ __forceinline__ void mbarrier_expect(uint64_t* barrier, uint32_t byte
       : "memory");
 }
 
-__device__ __forceinline__ bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
-  uint32_t done;
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n"
-      "}\n"
-      : "=r"(done)
-      : "r"(shared_address(barrier)), "r"(parity)
-      : "memory");
-  return done != 0;
-}
-
+// A function that asks whether the phase of `parity` is over, by one of the instructions for it.
+#define FLASHMOE_MBARRIER_QUESTION(name, instruction)                        \
+  __device__ __forceinline__ bool name(uint64_t* barrier, uint32_t parity) { \
+    uint32_t done;                                                           \
+    asm volatile(                                                            \
+        "{\n"                                                                \
+        ".reg .pred p;\n" instruction                                        \
+        " p, [%1], %2;\n"                                                    \
+        "selp.u32 %0, 1, 0, p;\n"                                            \
+        "}\n"                                                                \
+        : "=r"(done)                                                         \
+        : "r"(shared_address(barrier)), "r"(parity)                          \
+        : "memory");                                                         \
+    return done != 0;                                                        \
+  }
+FLASHMOE_MBARRIER_QUESTION(mbarrier_try_wait, "mbarrier.try_wait.parity.shared::cta.b64")
 // Unlike try_wait, which may suspend the thread for a while, this answers at once.
-__device__ __forceinline__ bool mbarrier_test(uint64_t* barrier, uint32_t parity) {
-  uint32_t done;
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n"
-      "}\n"
-      : "=r"(done)
-      : "r"(shared_address(barrier)), "r"(parity)
-      : "memory");
-  return done != 0;
-}
+FLASHMOE_MBARRIER_QUESTION(mbarrier_test, "mbarrier.test_wait.parity.shared::cta.b64")
+// The same, and what the other CTA of a cluster wrote before it arrived is seen.
+FLASHMOE_MBARRIER_QUESTION(mbarrier_test_cluster,
+                           "mbarrier.test_wait.parity.acquire.cluster.shared::cta.b64")
+#undef FLASHMOE_MBARRIER_QUESTION
 
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   while (!mbarrier_try_wait(barrier, parity)) {
   }
-}
-
-// As mbarrier_test, and what the other CTA of a cluster wrote before it arrived is seen.
-__device__ __forceinline__ bool mbarrier_test_cluster(uint64_t* barrier, uint32_t parity) {
-  uint32_t done;
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "mbarrier.test_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n"
-      "}\n"
-      : "=r"(done)
-      : "r"(shared_address(barrier)), "r"(parity)
-      : "memory");
-  return done != 0;
 }
 
 // ---- the other CTA of a cluster -----------------------------------------------------------------

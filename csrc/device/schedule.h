@@ -113,7 +113,7 @@ struct TaskRing {
     while (!ptx::mbarrier_test_cluster(barrier, turn & 1)) meanwhile();
     actor.skip();
   }
-  // The time since it had something to do went into tile `index`.
+  // The time since it had something to do went into this tile.
   __device__ __forceinline__ void scheduled(const Tile& tile) {
     actor.span(EventKind::k_schedule, kNoPeer, tile.expert, tile.index, 0);
   }
