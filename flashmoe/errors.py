@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+EXIT_NO_GPU = 5
+"""A GPU was asked for and none is usable."""
+
 
 class FlashmoeError(Exception):
     """A failure with a remedy: one line of what went wrong, one line of what to do about it.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashmoe import gpu, saving
-from flashmoe.errors import FlashmoeError
+from flashmoe.errors import EXIT_NO_GPU, FlashmoeError
 from flashmoe.world.base import EngineOptions, Fault, Launch, RingMode, Status
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ MUCH_FLOP = 10**11
 FIRST_DEADLINE = 4
 
 EXIT_WRONG = 1
-EXIT_NO_GPU = 5
 EXIT_HANG = 124
 EXIT_STOPPED = 130
 

@@ -6,8 +6,7 @@ import torch
 
 from flashmoe import kernels
 from flashmoe.config import MoEConfig
-from flashmoe.errors import FlashmoeError
-from flashmoe.kernels import EXIT_NO_GPU
+from flashmoe.errors import EXIT_NO_GPU, FlashmoeError
 from flashmoe.ops import settings
 from flashmoe.world.shared_heap import heap_of
 

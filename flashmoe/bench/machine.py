@@ -15,36 +15,15 @@ from flashmoe import gpu
 from flashmoe.bench.ceilings import copy_rate
 from flashmoe.bench.stopwatch import CudaStopwatch, Stopwatch
 from flashmoe.config import MoEConfig, MoEWeights
-from flashmoe.errors import FlashmoeError
-from flashmoe.world.base import EngineOptions, Launch, RankOutput
-
-EXIT_NO_GPU = 5
+from flashmoe.errors import EXIT_NO_GPU, FlashmoeError
+from flashmoe.world.base import EngineOptions, Runner
 
 
-class TimedEngine(Protocol):
-    """An engine that can be enqueued without waiting; see :class:`flashmoe.world.base.Engine`."""
-
-    sms_per_rank: int
-
-    def load(
-        self,
-        tokens: list[torch.Tensor],
-        ids: list[torch.Tensor] | None = None,
-        routing_weights: list[torch.Tensor] | None = None,
-    ) -> None:
-        """Sets each rank's input."""
-
-    def launch(self) -> Launch:
-        """Runs one forward and waits for it."""
+class TimedEngine(Runner, Protocol):
+    """An engine that can be enqueued without waiting."""
 
     def enqueue(self) -> None:
         """One forward on torch's current stream, without waiting for it."""
-
-    def outputs(self) -> list[RankOutput]:
-        """Results of the last forward, one a rank, on the CPU."""
-
-    def close(self) -> None:
-        """Frees everything."""
 
 
 EngineBuilder = Callable[[MoEConfig, MoEWeights, list[int], EngineOptions], TimedEngine]

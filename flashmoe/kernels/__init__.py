@@ -8,13 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flashmoe.build_info import BuildInfo, Cubin, build_info
-from flashmoe.errors import FlashmoeError
+from flashmoe.errors import EXIT_NO_GPU, FlashmoeError
 
 if TYPE_CHECKING:
     from cuda.core import ObjectCode
 
 #: No usable GPU (the command line's exit code).
-EXIT_NO_GPU = 5
 
 #: CUDA's API version that a driver of release 580, the oldest we support, answers with.
 MIN_DRIVER_API = 13000

@@ -127,20 +127,10 @@ class Routing:
     tiles: np.ndarray
 
 
-class Engine(Protocol):
-    """A world with weights loaded.  Not thread-safe; one launch at a time.
+class Runner(Protocol):
+    """What runs forwards: of an engine, all that a caller needs who reads no trace of it."""
 
-    Built by ``HostEngine(config, weights, tokens, options)`` or ``LocalEngine(...)``, where
-    ``tokens`` is the T of each rank.  Construction raises FlashmoeError before it allocates where
-    the shape does not fit, with the bytes needed.
-    """
-
-    world: WorldKind
-    config: MoEConfig
-    options: EngineOptions
-    tokens: tuple[int, ...]
     sms_per_rank: int
-    ring_capacity: int
 
     def load(
         self,
@@ -155,6 +145,24 @@ class Engine(Protocol):
 
     def outputs(self) -> list[RankOutput]:
         """Results of the last launch, one a rank, on the CPU."""
+
+    def close(self) -> None:
+        """Frees everything; safe to call twice."""
+
+
+class Engine(Runner, Protocol):
+    """A world with weights loaded.  Not thread-safe; one launch at a time.
+
+    Built by ``HostEngine(config, weights, tokens, options)`` or ``LocalEngine(...)``, where
+    ``tokens`` is the T of each rank.  Construction raises FlashmoeError before it allocates where
+    the shape does not fit, with the bytes needed.
+    """
+
+    world: WorldKind
+    config: MoEConfig
+    options: EngineOptions
+    tokens: tuple[int, ...]
+    ring_capacity: int
 
     def routing(self) -> Routing:
         """Counts and tile plan of the last launch."""
@@ -179,6 +187,3 @@ class Engine(Protocol):
 
     def reset(self) -> None:
         """Clears a sticky abort: signals zero, epoch 0.  Collective over the ranks."""
-
-    def close(self) -> None:
-        """Frees everything; safe to call twice."""

@@ -18,7 +18,7 @@ import importlib.util
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
-from flashmoe.errors import FlashmoeError
+from flashmoe.errors import EXIT_NO_GPU, FlashmoeError
 from flashmoe.world.base import Engine
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from flashmoe.keeper import Keeper
     from flashmoe.session import Request
 
-EXIT_NO_GPU = 5
 
 MODULES = {
     "host": "flashmoe.world.host",
