@@ -40,6 +40,7 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
                             args.shape);
     sh.status = static_cast<uint32_t>(Status::kOk);
     sh.bad_ids = 0;
+    sh.other_left = 0;
     sh.next_token = 0;
     for (uint32_t i = 0; i < kStages; ++i) {
       ptx::mbarrier_init(&sh.full[i], 1);
@@ -342,6 +343,7 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
   __syncthreads();
   if (status == Status::kOk) status = prepare<T>(sh, place, stages);
   if (status != Status::kOk) {
+    if (threadIdx.x == 0) tell_left(sh, place);
     leave(sh, place, status);
     return;
   }
@@ -357,9 +359,9 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
     } else if (warp == kSchedWarp) {
       if (threadIdx.x % 32 == 0) {
         if (place.pair_rank == 0) {
-          schedule_tiles(sh, place);
+          schedule_tiles<kGated>(sh, place);
         } else {
-          follow_schedule(sh, place);
+          follow_schedule<kGated>(sh, place);
         }
       }
     } else {

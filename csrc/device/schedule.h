@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "device/ahead.h"
 #include "device/cta.h"
 
 namespace flashmoe {
@@ -75,8 +76,24 @@ __device__ __forceinline__ void publish_tile(Shared<kTraced>& sh, const Place& p
   }
 }
 
-// What both schedulers of a pair do: tiles handed over, tiles published.  One lane.
+// A CTA that leaves before the roles part tells the other one of its pair, which may go on: rows and
+// tiles of both are then never there, but an abort that only one has seen yet must not leave the other
+// waiting for it.  One thread.
 template <bool kTraced>
+__device__ inline void tell_left(Shared<kTraced>& sh, const Place& place) {
+  if (place.pair_size == 1) return;
+  if (place.pair_rank == 0) {
+    const uint32_t has = ptx::shared_address(&sh.messages[0]) + offsetof(PairMessage, index);
+    ptx::store_cluster(has + place.to_other, static_cast<uint64_t>(kNoWork) << 32);
+    ptx::mbarrier_arrive_cluster(ptx::shared_address(&sh.pair_full[0]) + place.to_other);
+  } else {
+    ptx::store_cluster(ptx::shared_address(&sh.other_left) + place.to_other, 1);
+    ptx::mbarrier_arrive_cluster(ptx::shared_address(&sh.pair_empty[0]) + place.to_other);
+  }
+}
+
+// What both schedulers of a pair do: tiles handed over, tiles published.  One lane.
+template <bool kGated, bool kTraced>
 struct TaskRing {
   Shared<kTraced>& sh;
   const Place& place;
@@ -126,6 +143,7 @@ struct TaskRing {
     task.blocks = tile.rows == 0 ? 0 : ceil_div(depth_of(sh.shape, tile.gemm), kTileK);
     task.turns = turns;
     task.shared = shared;
+    task.ahead = weights_ahead<kGated>(sh.shape, place, tile, shared);
     if constexpr (kTraced) {
       task.wait_kind = static_cast<uint32_t>(wait.wait_kind_lacking);
       task.wait_lacking = static_cast<uint32_t>(wait.wait_kind_lacking >> 32);
@@ -139,13 +157,14 @@ struct TaskRing {
   __device__ __forceinline__ void hand_over_exit() {
     make_room(true);
     sh.tasks[handed % kTasks].tile.gemm = 0;
+    sh.tasks[handed % kTasks].ahead.blocks = 0;
     ptx::mbarrier_arrive(&sh.task_full[handed % kTasks]);
   }
 };
 
 // Until the rows or the `h` of a tile are there.  Adds to `wait` what was awaited, for the other lanes.
-template <bool kTraced>
-__device__ inline Status await_operands(TaskRing<kTraced>& ring, const Tile& tile,
+template <bool kGated, bool kTraced>
+__device__ inline Status await_operands(TaskRing<kGated, kTraced>& ring, const Tile& tile,
                                         PairMessage& wait) {
   const Shape& shape = ring.sh.shape;
   const Place& place = ring.place;
@@ -171,10 +190,10 @@ __device__ inline Status await_operands(TaskRing<kTraced>& ring, const Tile& til
 
 // The first CTA of a pair, or a CTA alone: takes pairs of tiles and waits for the rows of both, so that
 // a pair once begun finishes in both.
-template <bool kTraced>
+template <bool kGated, bool kTraced>
 __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
   const Shape& shape = sh.shape;
-  TaskRing<kTraced> ring{sh, place, sh.actors[static_cast<int>(Lane::k_sched)]};
+  TaskRing<kGated, kTraced> ring{sh, place, sh.actors[static_cast<int>(Lane::k_sched)]};
   const uint32_t tiles = tiles_of_rank(sh.tables, shape, place.rank);
   const uint32_t clusters = shape.chunks / place.pair_size;
   const uint64_t* abort_word = place.heap.at<uint64_t>(sh.layout.abort_word);
@@ -190,10 +209,13 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
     for (uint32_t i = 0; i < kWords; ++i) ptx::store_cluster(to + 8 * i, from[i]);
     ptx::mbarrier_arrive_cluster(ptx::shared_address(&sh.pair_full[slot]) + place.to_other);
   };
+  // The second CTA says from its first task on that it can take one: before that its stages, which this
+  // one's loads fill too, still hold what it dispatches.
   auto make_room = [&] {
     ring.make_room();
-    if (place.pair_size == 1 || ring.handed < kTasks) return;
-    ring.await_other(&sh.pair_empty[ring.handed % kTasks], ring.handed / kTasks - 1);
+    if (place.pair_size == 2) {
+      ring.await_other(&sh.pair_empty[ring.handed % kTasks], ring.handed / kTasks);
+    }
   };
   // Once the rows of `one` and `two` are here, the CTAs begin them; rows 0: no tile for that CTA.
   auto run = [&](const Tile& one, const Tile& two) {
@@ -213,6 +235,7 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
   };
   for (;;) {
     make_room();
+    if (sh.other_left != 0) break;
     // The first pairs are dealt, so that no CTA begins by a round trip to the counter.
     const uint64_t pair = ring.handed == 0 ? place.chunk / place.pair_size
                                            : clusters + ptx::fetch_add_relaxed_gpu(counter, 1);
@@ -247,15 +270,13 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
 }
 
 // The second CTA of a pair: takes what the first one's scheduler tells it.
-template <bool kTraced>
+template <bool kGated, bool kTraced>
 __device__ inline void follow_schedule(Shared<kTraced>& sh, const Place& place) {
-  TaskRing<kTraced> ring{sh, place, sh.actors[static_cast<int>(Lane::k_sched)]};
+  TaskRing<kGated, kTraced> ring{sh, place, sh.actors[static_cast<int>(Lane::k_sched)]};
   for (;;) {
     const uint32_t slot = ring.handed % kTasks;
     ring.make_room();
-    if (ring.handed >= kTasks) {
-      ptx::mbarrier_arrive_cluster(ptx::shared_address(&sh.pair_empty[slot]) + place.to_other);
-    }
+    ptx::mbarrier_arrive_cluster(ptx::shared_address(&sh.pair_empty[slot]) + place.to_other);
     ring.await_other(&sh.pair_full[slot], ring.handed / kTasks);
     const PairMessage message = sh.messages[slot];
     if (message.has == kNoWork) break;
