@@ -190,8 +190,6 @@ nb::bytes launch_args(const nb::dict& shape, const std::vector<uintptr_t>& heaps
     rank.x = pointer<const void>(d["x"]);
     rank.gate = pointer<const void>(d["gate"]);
     rank.bias = pointer<const float>(d["bias"]);
-    rank.up = pointer<const void>(d["up"]);
-    rank.down = pointer<const void>(d["down"]);
     rank.y = pointer<void>(d["y"]);
     rank.ids = pointer<const int32_t>(d["ids"]);
     rank.weights = pointer<const float>(d["weights"]);

@@ -31,8 +31,6 @@ struct alignas(64) RankArgs {
   const void* x;          // [tokens][H] dtype
   const void* gate;       // [E][H] dtype
   const float* bias;      // [E], or null
-  const void* up;         // the matrices of all experts: [E][2][I][H] gated, [E][I][H] plain
-  const void* down;       // [E][H][I]
   void* y;                // [tokens][H] dtype
   const int32_t* ids;     // external routing: [tokens][k], or null
   const float* weights;   // external routing: [tokens][k], or null

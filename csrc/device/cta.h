@@ -51,13 +51,6 @@ inline constexpr uint32_t kTasks = 2;
 // The gate keeps one warp's share of the experts in a 32-bit mask a lane.
 inline constexpr uint32_t kMaxExperts = 1024;
 
-// Where math threads find the weights that they bring into L2 ahead (device/ahead.h).
-struct WeightsAhead {
-  const char* at;      // first row of this CTA's half
-  uint32_t row_bytes;  // from row to row
-  uint32_t blocks;     // whole blocks of kTileK columns; 0: nothing to bring
-};
-
 struct Task {
   Tile tile;  // gemm 0: no more tiles; rows 0: none for this CTA, but one for the other of the pair
   uint32_t blocks;     // of kTileK columns, the tile's depth
@@ -67,7 +60,6 @@ struct Task {
   uint32_t wait_lacking;
   uint64_t wait_from;
   uint64_t wait_to;
-  WeightsAhead ahead;
 };
 
 // What the leader of a math group leaves of a tile for the trace; the scheduler writes the records.

@@ -1,8 +1,8 @@
 // The gate: logits on tensor cores, top-k, and the chunk's histogram.  All warps of a CTA, before the
 // roles split, on the CTA's own chunk of tokens.
 //
-// A token's logits are summed in an order that depends on H and E alone (one group takes the even
-// blocks of 64 columns, the other the odd ones, then the two sums are added), so they are the same bits
+// A token's logits are summed in an order that depends on H and E alone (the even blocks of 64 columns by
+// one group and the odd ones by the other, then the two sums are added), so they are the same bits
 // whichever CTA, chunk or rank computes them.
 #pragma once
 
@@ -14,9 +14,9 @@ namespace flashmoe {
 
 inline constexpr uint32_t kGateTokens = 64;    // rows of a product
 inline constexpr uint32_t kGateExperts = 128;  // columns of the widest product
-inline constexpr uint32_t kGateLogits = 12288;
+inline constexpr uint32_t kGateLogits = kGateTokens * kGateExperts;
 inline constexpr uint32_t kGateStageBytesX = kGateTokens * kRowBytes;
-inline constexpr uint32_t kGateRingBytes = 120 * 1024;
+inline constexpr uint32_t kGateRingBytes = 144 * 1024;
 
 // Scratch in the stages and what follows them, which hold nothing yet.
 struct GateScratch {
@@ -26,7 +26,6 @@ struct GateScratch {
 };
 static_assert(sizeof(GateScratch) <= kStages * kStageBytes + kEpilogueBytes + kCommBytes,
               "the gate's scratch must fit the stages and what follows them");
-static_assert(kGateTokens * kGateExperts <= kGateLogits, "a product's sums must fit the scratch");
 
 // Columns of a product for E experts; the box of the gate's tensor map has as many rows.
 __host__ __device__ constexpr uint32_t gate_columns(uint32_t experts) {
@@ -65,8 +64,11 @@ __device__ __forceinline__ void gate_logits(Shared<kTraced>& sh, GateScratch& sc
   const Shape& shape = sh.shape;
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   constexpr uint32_t kBytes = kGateStageBytesX + kN * kRowBytes;  // of a stage
+  // The groups take blocks in turn.  An even number of stages gives each stage to one group for good,
+  // which then sees every turn of its barrier: by parity alone it could take the turn before the one
+  // that the other group still waits for.
   constexpr uint32_t kCount =
-      kGateRingBytes / kBytes < kGateStages ? kGateRingBytes / kBytes : kGateStages;
+      (kGateRingBytes / kBytes < kGateStages ? kGateRingBytes / kBytes : kGateStages) / 2 * 2;
   const uint32_t depth = ceil_div(shape.hidden, kTileK);
   const bool multiplies = warp >= kMathWarp;
   const uint32_t group = (warp - kMathWarp) / 4;
@@ -89,7 +91,7 @@ __device__ __forceinline__ void gate_logits(Shared<kTraced>& sh, GateScratch& sc
     }
     float sums[kN / 2] = {};
     if (multiplies) {
-      for (uint32_t i = group; i < depth; i += kMathGroups) {
+      for (uint32_t i = (group + block) % kMathGroups; i < depth; i += kMathGroups) {
         const uint32_t stage = (block + i) % kCount;
         ptx::mbarrier_wait(&sh.gate_full[stage], (block + i) / kCount & 1);
         const uint32_t x = ptx::shared_address(scratch.ring + stage * kBytes);

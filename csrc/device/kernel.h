@@ -359,9 +359,9 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
     } else if (warp == kSchedWarp) {
       if (threadIdx.x % 32 == 0) {
         if (place.pair_rank == 0) {
-          schedule_tiles<kGated>(sh, place);
+          schedule_tiles(sh, place);
         } else {
-          follow_schedule<kGated>(sh, place);
+          follow_schedule(sh, place);
         }
       }
     } else {

@@ -79,6 +79,15 @@ __device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char*
     const uint32_t boxes = ceil_div(task.tile.rows, kBoxRows);  // a bit a box of 16 << bit rows
     const uint32_t bytes = kStageBytesWeights + boxes * kBoxRows * kRowBytes;
     const uint32_t blocks = task.blocks, turns = task.turns;
+#ifdef EVICT
+    // Weights that no other pair will ask for leave L2 to the rows.
+    const uint64_t policy =
+        expert_row_tiles(sh.tables, sh.shape, task.tile.expert) <= (shared ? 2 : 1)
+            ? ptx::policy_evict_first()
+            : ptx::policy_normal();
+#else
+    const uint64_t policy = ptx::policy_normal();
+#endif
     for (uint32_t i = 0; i < turns; ++i, cursor.next()) {
       uint64_t* full = &sh.full[cursor.stage];
       if (!ptx::mbarrier_test(&sh.empty[cursor.stage], cursor.turn ^ 1)) {
@@ -97,11 +106,12 @@ __device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char*
       if (shared) {
         const int32_t half = static_cast<int32_t>(place.pair_rank);
         ptx::tma_load_5d_both(weights + half * kHalfBytes, box.map, full, k,
-                              box.c1 + half * box.step1, box.c2 + half * box.step2, box.c3, 0);
+                              box.c1 + half * box.step1, box.c2 + half * box.step2, box.c3, 0,
+                              policy);
       } else {
-        ptx::tma_load_5d(weights, box.map, full, k, box.c1, box.c2, box.c3, 0);
+        ptx::tma_load_5d(weights, box.map, full, k, box.c1, box.c2, box.c3, 0, policy);
         ptx::tma_load_5d(weights + kHalfBytes, box.map, full, k, box.c1 + box.step1,
-                         box.c2 + box.step2, box.c3, 0);
+                         box.c2 + box.step2, box.c3, 0, policy);
       }
       int32_t from = row;
 #pragma unroll

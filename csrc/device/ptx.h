@@ -211,6 +211,18 @@ __device__ __forceinline__ void registers_increase() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
+// How L2 treats what a copy brings: as any other line, or as the first to go.
+__device__ __forceinline__ uint64_t policy_normal() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ uint64_t policy_evict_first() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 // ---- tensor copies (TMA) ------------------------------------------------------------------------
 
 __device__ __forceinline__ void tma_load_2d(void* to, const void* map, uint64_t* barrier,
@@ -224,30 +236,27 @@ __device__ __forceinline__ void tma_load_2d(void* to, const void* map, uint64_t*
 
 __device__ __forceinline__ void tma_load_5d(void* to, const void* map, uint64_t* barrier,
                                             int32_t c0, int32_t c1, int32_t c2, int32_t c3,
-                                            int32_t c4) {
+                                            int32_t c4, uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(shared_address(to)),
-      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4),
+      "l"(policy)
       : "memory");
 }
 
 // The same into both CTAs of a pair: to this place and to this barrier of each.
 __device__ __forceinline__ void tma_load_5d_both(void* to, const void* map, uint64_t* barrier,
                                                  int32_t c0, int32_t c1, int32_t c2, int32_t c3,
-                                                 int32_t c4) {
+                                                 int32_t c4, uint64_t policy) {
   constexpr uint16_t kBoth = 3;
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(shared_address(to)),
+      ".multicast::cluster.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8, %9;" ::"r"(shared_address(to)),
       "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4),
-      "h"(kBoth)
+      "h"(kBoth), "l"(policy)
       : "memory");
-}
-
-// Brings 32 bytes of global memory into L2, for whoever loads them later.
-__device__ __forceinline__ void prefetch_l2(const void* p) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
 // ---- bulk copies of rows ------------------------------------------------------------------------

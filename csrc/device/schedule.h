@@ -5,7 +5,6 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "device/ahead.h"
 #include "device/cta.h"
 
 namespace flashmoe {
@@ -93,7 +92,7 @@ __device__ inline void tell_left(Shared<kTraced>& sh, const Place& place) {
 }
 
 // What both schedulers of a pair do: tiles handed over, tiles published.  One lane.
-template <bool kGated, bool kTraced>
+template <bool kTraced>
 struct TaskRing {
   Shared<kTraced>& sh;
   const Place& place;
@@ -143,7 +142,6 @@ struct TaskRing {
     task.blocks = tile.rows == 0 ? 0 : ceil_div(depth_of(sh.shape, tile.gemm), kTileK);
     task.turns = turns;
     task.shared = shared;
-    task.ahead = weights_ahead<kGated>(sh.shape, place, tile, shared);
     if constexpr (kTraced) {
       task.wait_kind = static_cast<uint32_t>(wait.wait_kind_lacking);
       task.wait_lacking = static_cast<uint32_t>(wait.wait_kind_lacking >> 32);
@@ -157,14 +155,13 @@ struct TaskRing {
   __device__ __forceinline__ void hand_over_exit() {
     make_room(true);
     sh.tasks[handed % kTasks].tile.gemm = 0;
-    sh.tasks[handed % kTasks].ahead.blocks = 0;
     ptx::mbarrier_arrive(&sh.task_full[handed % kTasks]);
   }
 };
 
 // Until the rows or the `h` of a tile are there.  Adds to `wait` what was awaited, for the other lanes.
-template <bool kGated, bool kTraced>
-__device__ inline Status await_operands(TaskRing<kGated, kTraced>& ring, const Tile& tile,
+template <bool kTraced>
+__device__ inline Status await_operands(TaskRing<kTraced>& ring, const Tile& tile,
                                         PairMessage& wait) {
   const Shape& shape = ring.sh.shape;
   const Place& place = ring.place;
@@ -190,10 +187,10 @@ __device__ inline Status await_operands(TaskRing<kGated, kTraced>& ring, const T
 
 // The first CTA of a pair, or a CTA alone: takes pairs of tiles and waits for the rows of both, so that
 // a pair once begun finishes in both.
-template <bool kGated, bool kTraced>
+template <bool kTraced>
 __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
   const Shape& shape = sh.shape;
-  TaskRing<kGated, kTraced> ring{sh, place, sh.actors[static_cast<int>(Lane::k_sched)]};
+  TaskRing<kTraced> ring{sh, place, sh.actors[static_cast<int>(Lane::k_sched)]};
   const uint32_t tiles = tiles_of_rank(sh.tables, shape, place.rank);
   const uint32_t clusters = shape.chunks / place.pair_size;
   const uint64_t* abort_word = place.heap.at<uint64_t>(sh.layout.abort_word);
@@ -270,9 +267,9 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
 }
 
 // The second CTA of a pair: takes what the first one's scheduler tells it.
-template <bool kGated, bool kTraced>
+template <bool kTraced>
 __device__ inline void follow_schedule(Shared<kTraced>& sh, const Place& place) {
-  TaskRing<kGated, kTraced> ring{sh, place, sh.actors[static_cast<int>(Lane::k_sched)]};
+  TaskRing<kTraced> ring{sh, place, sh.actors[static_cast<int>(Lane::k_sched)]};
   for (;;) {
     const uint32_t slot = ring.handed % kTasks;
     ring.make_room();

@@ -11,7 +11,6 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "device/ahead.h"
 #include "device/cta.h"
 #include "device/load.h"
 #include "device/store.h"
@@ -41,18 +40,13 @@ struct StageRelease {
   }
 };
 
-#ifndef FLASHMOE_EARLY
-#define FLASHMOE_EARLY 1
-#endif
-
 // sums[b][N / 2]: the two products of 64 weight rows over the whole depth.
-template <class T, uint32_t kN, bool kAhead, bool kTraced>
+template <class T, uint32_t kN, bool kTraced>
 __device__ __forceinline__ uint32_t multiply(Shared<kTraced>& sh, uint32_t stages,
                                              StageCursor& cursor, uint32_t blocks,
                                              const GroupWeights& weights,
                                              const StageRelease& release,
-                                             [[maybe_unused]] const SectorsAhead& ahead,
-                                             uint32_t ahead_end, float (&sums)[2][kN / 2]) {
+                                             float (&sums)[2][kN / 2]) {
   uint32_t stall = 0;
   uint32_t previous = kStages;  // read, once its products are done, and not yet given back
   auto give_back = [&] {
@@ -64,7 +58,7 @@ __device__ __forceinline__ uint32_t multiply(Shared<kTraced>& sh, uint32_t stage
   auto issue = [&](auto first) {
     if (!ptx::mbarrier_test(&sh.full[cursor.stage], cursor.turn)) {
       // A stage that is late is no reason to keep the one before from being filled.
-      if constexpr (FLASHMOE_EARLY && !decltype(first)::value) give_back();
+      if constexpr (!decltype(first)::value) give_back();
       [[maybe_unused]] const uint32_t from = kTraced ? ptx::clock32() : 0;
       ptx::mbarrier_wait(&sh.full[cursor.stage], cursor.turn);
       if constexpr (kTraced) stall += ptx::clock32() - from;
@@ -91,11 +85,8 @@ __device__ __forceinline__ uint32_t multiply(Shared<kTraced>& sh, uint32_t stage
   cursor.next();
   for (uint32_t i = 1; i < blocks; ++i) {
     issue(std::false_type{});
-    if constexpr (kAhead) {
-      if (i < ahead_end) ahead.fetch(i + kAheadBlocks);
-    }
     // One stage's products stay in flight; the stage before it is read.
-    if (!FLASHMOE_EARLY || previous != kStages) {
+    if (previous != kStages) {
       ptx::wgmma_wait<1>();
       release(&sh.empty[previous]);
     }
@@ -122,31 +113,15 @@ __device__ __forceinline__ void pass_turns(Shared<kTraced>& sh, StageCursor& cur
 template <class T, bool kGated, uint32_t kN, bool kTraced>
 __device__ __forceinline__ void run_tile(Shared<kTraced>& sh, const Place& place, char* stages,
                                          StageCursor& cursor, const Task& task, uint32_t group,
-                                         const StageRelease& release,
-                                         [[maybe_unused]] uint32_t turn) {
-  // Higher tiles have no registers to spare, and less need: their products take longer.
-  constexpr bool kAhead = kAheadBlocks != 0 && kN >= 64 && kN <= 144;
+                                         const StageRelease& release) {
   const Tile& tile = task.tile;
   const bool leads = threadIdx.x % kGroupThreads == 0;
   const uint32_t warp = threadIdx.x / 32 - kMathWarp;
   char* buffer = stages + kStages * kStageBytes + warp * kEpilogueBytesWarp;
   float sums[2][kN / 2];
-  const uint32_t whole = task.ahead.blocks;
-  const uint32_t stall = multiply<T, kN, kAhead>(
-      sh, ptx::shared_address(stages), cursor, task.blocks,
-      GroupWeights(kGated && tile.gemm == 1, group), release, SectorsAhead(task.ahead),
-      whole > kAheadBlocks ? whole - kAheadBlocks : 0, sums);
-  if constexpr (kAhead) {
-    // The next tile's first blocks, but for those that are being loaded already.
-    const uint32_t slot = (turn + 1) % kTasks;
-    if (ptx::mbarrier_test(&sh.task_full[slot], (turn + 1) / kTasks & 1)) {
-      const WeightsAhead& next = sh.tasks[slot].ahead;
-      const uint32_t end = min_u32(next.blocks, kAheadBlocks + 1);
-      const SectorsAhead first(next);
-#pragma unroll 1
-      for (uint32_t i = kStages; i < end; ++i) first.fetch(i);
-    }
-  }
+  const uint32_t stall =
+      multiply<T, kN>(sh, ptx::shared_address(stages), cursor, task.blocks,
+                      GroupWeights(kGated && tile.gemm == 1, group), release, sums);
   pass_turns(sh, cursor, task.turns - task.blocks, release);
   auto stamp_products = [&] {
     if constexpr (kTraced) {
@@ -174,9 +149,9 @@ __device__ __forceinline__ void run_tile(Shared<kTraced>& sh, const Place& place
 template <class T, bool kGated, bool kTraced>
 __device__ __forceinline__ void multiply_tile(Shared<kTraced>& sh, const Place& place, char* stages,
                                               StageCursor& cursor, const Task& task, uint32_t group,
-                                              const StageRelease& release, uint32_t turn) {
-#define FLASHMOE_TILE(n)                                                         \
-  run_tile<T, kGated, n>(sh, place, stages, cursor, task, group, release, turn); \
+                                              const StageRelease& release) {
+#define FLASHMOE_TILE(n)                                                   \
+  run_tile<T, kGated, n>(sh, place, stages, cursor, task, group, release); \
   break;
   const uint32_t rows = task.tile.rows;
   if (rows == 0) {  // no tile, but the other CTA has one
@@ -249,7 +224,7 @@ __device__ __forceinline__ void multiply_tiles(Shared<kTraced>& sh, const Place&
         stamps.cycles = ptx::clock32();
       }
     }
-    multiply_tile<T, kGated>(sh, place, stages, cursor, task, group, release, n);
+    multiply_tile<T, kGated>(sh, place, stages, cursor, task, group, release);
     if constexpr (kTraced) {
       if (leads) sh.stamps[slot][group].end_ns = ptx::globaltimer();
     }

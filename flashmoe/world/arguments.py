@@ -138,8 +138,6 @@ def rank_args(
         "x": address(x),
         "gate": address(weights.gate),
         "bias": address(weights.bias),
-        "up": address(weights.up),
-        "down": address(weights.down),
         "y": address(y),
         "ids": address(ids),
         "weights": address(routing_weights),
