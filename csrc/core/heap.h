@@ -33,10 +33,11 @@ struct HeapLayout {
   uint64_t ret;   // peers: [max_tokens * k][H] dtype, result rows in send order
   uint64_t h;     // [pool_rows][I] dtype
   // of this rank as a source
-  uint64_t ids;        // [max_tokens][k] u32, experts chosen
-  uint64_t weights;    // [max_tokens][k] f32
-  uint64_t slots;      // [max_tokens][k] u32, index among the chunk's rows for that expert
-  uint64_t sorted;     // [max_tokens * k] u32, token * k + j, by expert within each chunk
+  uint64_t ids;      // [max_tokens][k] u32, experts chosen
+  uint64_t weights;  // [max_tokens][k] f32
+  uint64_t slots;    // [max_tokens][k] u32, index among the chunk's rows for that expert
+  uint64_t sorted;   // [max_tokens * k] u32, token * k + j, by expert within each chunk
+  uint64_t order;    // [max_tokens] u32, each chunk's tokens, those first whose results come first
   uint64_t histogram;  // [chunks][E] u32, rows of each chunk for each expert
   // [chunks][E] u32, rows of earlier chunks; an expert's column is written by who sends its count,
   // before that, so whoever has the rank's own counts has these too
@@ -104,6 +105,7 @@ inline HeapLayout heap_layout(const Shape& s) {
   l.weights = take(4 * rows_sent, kSectionAlign);
   l.slots = take(4 * rows_sent, kSectionAlign);
   l.sorted = take(4 * rows_sent, kSectionAlign);
+  l.order = take(4ull * s.max_tokens, kSectionAlign);
   l.histogram = take(4ull * s.chunks * s.experts, kSectionAlign);
   l.chunk_rows = take(4ull * s.chunks * s.experts, kSectionAlign);
   l.tables = take(s.chunks * align_up(4 * table_words(s), kLine), kSectionAlign);

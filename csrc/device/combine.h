@@ -7,25 +7,63 @@
 
 namespace flashmoe {
 
-// Waits until all result rows of tokens [begin, end) of the chunk are here.  One warp; its lane 0
+// The chunk's tokens in the order in which their results can be expected: by the last of a token's
+// experts in its owner's order of tiles.  Else whoever combines early would wait for a token that is due
+// late, while others' results leave L2.  One warp; whoever combines waits for sh.order_full.
+template <bool kTraced>
+__device__ inline void order_tokens(Shared<kTraced>& sh, const Place& place) {
+  constexpr uint32_t kClasses = 32;  // a lane each
+  const Shape& shape = sh.shape;
+  const uint32_t lane = threadIdx.x % 32;
+  const uint32_t begin = chunk_begin(shape, place.tokens, place.chunk);
+  const uint32_t end = chunk_begin(shape, place.tokens, place.chunk + 1);
+  const uint32_t* ids = place.heap.at<uint32_t>(sh.layout.ids);
+  uint32_t* order = place.heap.at<uint32_t>(sh.layout.order);
+  const uint32_t owned = max_owned_experts(shape);
+  auto due = [&](uint32_t token) {
+    uint32_t last = 0;
+    for (uint32_t j = 0; j < shape.top_k; ++j) {
+      const uint32_t e = ids[static_cast<uint64_t>(token) * shape.top_k + j];
+      last = max_u32(last, e - first_expert(shape, owner_of(shape, e)));
+    }
+    return last * kClasses / owned;
+  };
+  sh.due[lane] = 0;
+  __syncwarp();
+  for (uint32_t t = begin + lane; t < end; t += 32) atomicAdd(&sh.due[due(t)], 1);
+  __syncwarp();
+  const uint32_t mine = sh.due[lane];
+  sh.due[lane] = warp_running_sum(mine) - mine;
+  __syncwarp();
+  // Within a class the order does not matter.
+  for (uint32_t t = begin + lane; t < end; t += 32)
+    order[begin + atomicAdd(&sh.due[due(t)], 1)] = t;
+  __syncwarp();
+  if (lane == 0) ptx::mbarrier_arrive(&sh.order_full);
+}
+
+// Waits until all result rows of tokens order[0] to order[tokens - 1] are here.  One warp; its lane 0
 // speaks for the actor.
 template <bool kTraced>
 __device__ inline Status await_returns(Shared<kTraced>& sh, const Place& place,
-                                       GpuActor<kTraced>& actor, uint32_t begin, uint32_t end) {
+                                       GpuActor<kTraced>& actor, const uint32_t* order,
+                                       uint32_t tokens) {
   const Shape& shape = sh.shape;
   const PlanTables& tables = sh.tables;
   const uint32_t lane = threadIdx.x % 32;
   const uint32_t* ids = place.heap.at<uint32_t>(sh.layout.ids);
   const uint32_t* slots = place.heap.at<uint32_t>(sh.layout.slots);
   const uint64_t* returned = place.heap.at<uint64_t>(sh.layout.returned);
-  const uint64_t last = static_cast<uint64_t>(end) * shape.top_k;
-  for (uint64_t base = static_cast<uint64_t>(begin) * shape.top_k; base < last; base += 32) {
+  const uint32_t rows = tokens * shape.top_k;
+  for (uint32_t base = 0; base < rows; base += 32) {
     uint32_t expert = 0, tile = 0;
     bool lacking = false;
-    if (base + lane < last) {
-      expert = ids[base + lane];
+    if (base + lane < rows) {
+      const uint32_t t = (base + lane) / shape.top_k, j = base + lane - t * shape.top_k;
+      const uint64_t row = static_cast<uint64_t>(order[t]) * shape.top_k + j;
+      expert = ids[row];
       const uint32_t i = source_start(tables, shape, place.rank, expert) +
-                         tables.chunk_prefix[expert] + slots[base + lane];
+                         tables.chunk_prefix[expert] + slots[row];
       tile = global_tile(tables, shape, expert, i / tables.height[expert]);
       lacking = ptx::load_acquire_sys(returned + tile) < place.epoch;
     }
@@ -204,9 +242,10 @@ __device__ inline Status combine(Shared<kTraced>& sh, const Place& place, Lane w
   const uint32_t team = static_cast<uint32_t>(who) - static_cast<uint32_t>(Lane::k_comm0);
   const uint32_t warp = threadIdx.x / 32 % kTeamWarps, lane = threadIdx.x % 32;
   const uint32_t begin = chunk_begin(shape, place.tokens, place.chunk);
-  const uint32_t end = chunk_begin(shape, place.tokens, place.chunk + 1);
+  const uint32_t end = chunk_begin(shape, place.tokens, place.chunk + 1) - begin;
+  const uint32_t* order = place.heap.at<uint32_t>(sh.layout.order) + begin;
   // A token a warp while few are left for each, up to four.
-  const uint32_t batch = kTeamWarps * min_u32(max_u32((end - begin) / 40, 1), 4);
+  const uint32_t batch = kTeamWarps * min_u32(max_u32(end / 40, 1), 4);
   auto sync = [&] {
     if constexpr (kTeamWarps == 1)
       __syncwarp();
@@ -216,13 +255,14 @@ __device__ inline Status combine(Shared<kTraced>& sh, const Place& place, Lane w
   // What the first warp tells the team: the batch's first token, `end` for none left, or this.
   constexpr uint32_t kGiveUp = 0xffffffffu;
   Status status = Status::kOk;
+  ptx::mbarrier_wait(&sh.order_full, 0);
   for (;;) {
     if (warp == 0) {
       uint32_t from = 0;
-      if (lane == 0) from = min_u32(begin + atomicAdd(&sh.next_token, batch), end);
+      if (lane == 0) from = min_u32(atomicAdd(&sh.next_token, batch), end);
       from = __shfl_sync(0xffffffffu, from, 0);
       if (from < end) {
-        status = await_returns(sh, place, actor, from, min_u32(from + batch, end));
+        status = await_returns(sh, place, actor, order + from, min_u32(batch, end - from));
         if (status != Status::kOk) {
           if (lane == 0 && status == Status::kHang) raise_abort(sh, status);
           from = kGiveUp;
@@ -240,7 +280,8 @@ __device__ inline Status combine(Shared<kTraced>& sh, const Place& place, Lane w
     const uint32_t from = sh.batch[team];
     if (from >= end) return from == kGiveUp ? Status::kHang : Status::kOk;
     const uint32_t to = min_u32(from + batch, end);
-    for (uint32_t t = from + warp; t < to; t += kTeamWarps) {
+    for (uint32_t i = from + warp; i < to; i += kTeamWarps) {
+      const uint32_t t = order[i];
       if constexpr (kTeamWarps == 1) {
         if (shape.top_k <= kPieces) {
           combine_token_bulk<T>(sh, place, t, sh.piece_full[team],

@@ -51,6 +51,12 @@ inline constexpr uint32_t kTasks = 2;
 // The gate keeps one warp's share of the experts in a 32-bit mask a lane.
 inline constexpr uint32_t kMaxExperts = 1024;
 
+// Where a GEMM2 tile's rows of one source go: row i of the expert, i < end, to base + i * row_bytes.
+struct ReturnPath {
+  char* base;
+  uint32_t end;  // first row of the expert that is of a later source
+};
+
 struct Task {
   Tile tile;  // gemm 0: no more tiles; rows 0: none for this CTA, but one for the other of the pair
   uint32_t blocks;     // of kTileK columns, the tile's depth
@@ -60,6 +66,7 @@ struct Task {
   uint32_t wait_lacking;
   uint64_t wait_from;
   uint64_t wait_to;
+  ReturnPath returns[kMaxRanks];  // of a GEMM2 tile, the first one with rows in it first
 };
 
 // What the leader of a math group leaves of a tile for the trace; the scheduler writes the records.
@@ -117,7 +124,9 @@ struct Shared {
   uint32_t status;        // Status, as this CTA knows it
   uint32_t lacking_word;  // first counts word not there yet
   uint32_t bad_ids;
-  uint32_t next_token;  // of this chunk, not yet taken for combining
+  uint32_t next_token;  // of this chunk's order, not yet taken for combining
+  uint64_t order_full;  // that order is there
+  uint32_t due[32];     // tokens of the chunk by when they are due, while the order is made
   uint32_t batch[4];    // first token of the batch of comm0, comm1, math0, math1
   uint32_t table_words[kTableWords];
 };

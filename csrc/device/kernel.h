@@ -56,6 +56,7 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
       ptx::mbarrier_init(&sh.piece_full[i / kPieces][i % kPieces], 1);
     }
     for (uint32_t i = 0; i < kWarps; ++i) ptx::mbarrier_init(&sh.first_full[i], 1);
+    ptx::mbarrier_init(&sh.order_full, 1);
     for (uint32_t i = 0; i < kGateStages; ++i) {
       ptx::mbarrier_init(&sh.gate_full[i], 1);
       ptx::mbarrier_init(&sh.gate_empty[i], 4);
@@ -367,6 +368,7 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
     } else {
       char* pieces = stages + kStages * kStageBytes + kEpilogueBytes;
       const uint32_t used = dispatch(sh, place, args.fault, warp - kCommWarp, pieces);
+      if (warp == kCommWarp) order_tokens(sh, place);
       combine<T, 1>(sh, place,
                     static_cast<Lane>(static_cast<uint32_t>(Lane::k_comm0) + warp - kCommWarp),
                     pieces, used);

@@ -7,6 +7,8 @@
 
 namespace flashmoe {
 
+inline constexpr uint32_t kLowTile = 64;
+
 // Position in the ring of stages: which stage, and which turn of its barriers.
 struct StageCursor {
   uint32_t stage = 0;
@@ -79,15 +81,12 @@ __device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char*
     const uint32_t boxes = ceil_div(task.tile.rows, kBoxRows);  // a bit a box of 16 << bit rows
     const uint32_t bytes = kStageBytesWeights + boxes * kBoxRows * kRowBytes;
     const uint32_t blocks = task.blocks, turns = task.turns;
-#ifdef EVICT
-    // Weights that no other pair will ask for leave L2 to the rows.
+    // Where tiles are low all is weights, used once: L2 need not keep them.  Of higher tiles they are
+    // better kept, though used once too: measured.
+    const uint32_t uses =
+        ceil_div(expert_row_tiles(sh.tables, sh.shape, task.tile.expert), shared ? 2 : 1);
     const uint64_t policy =
-        expert_row_tiles(sh.tables, sh.shape, task.tile.expert) <= (shared ? 2 : 1)
-            ? ptx::policy_evict_first()
-            : ptx::policy_normal();
-#else
-    const uint64_t policy = ptx::policy_normal();
-#endif
+        task.tile.rows <= kLowTile && uses == 1 ? ptx::policy_evict_first() : ptx::policy_normal();
     for (uint32_t i = 0; i < turns; ++i, cursor.next()) {
       uint64_t* full = &sh.full[cursor.stage];
       if (!ptx::mbarrier_test(&sh.empty[cursor.stage], cursor.turn ^ 1)) {

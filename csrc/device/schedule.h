@@ -91,6 +91,23 @@ __device__ inline void tell_left(Shared<kTraced>& sh, const Place& place) {
   }
 }
 
+// Fills in where the rows of a GEMM2 tile go.
+template <bool kTraced>
+__device__ __forceinline__ void find_returns(const Shared<kTraced>& sh, const Tile& tile,
+                                             ReturnPath (&returns)[kMaxRanks]) {
+  const Shape& shape = sh.shape;
+  const uint64_t row_bytes = 2ull * shape.hidden;
+  uint32_t n = 0;
+  for (uint32_t s = 0; s < shape.world; ++s) {
+    const uint32_t start = source_start(sh.tables, shape, s, tile.expert);
+    const uint32_t end = start + source_rows(sh.tables, shape, s, tile.expert);
+    if (end <= tile.row0 || start >= tile.row0 + tile.rows) continue;
+    char* ret = sh.heaps[s].template at<char>(sh.layout.ret);
+    const uint64_t first = return_row(sh.tables, shape, s, tile.expert, 0);
+    returns[n++] = {ret + (first - start) * row_bytes, end};
+  }
+}
+
 // What both schedulers of a pair do: tiles handed over, tiles published.  One lane.
 template <bool kTraced>
 struct TaskRing {
@@ -142,6 +159,7 @@ struct TaskRing {
     task.blocks = tile.rows == 0 ? 0 : ceil_div(depth_of(sh.shape, tile.gemm), kTileK);
     task.turns = turns;
     task.shared = shared;
+    if (tile.gemm == 2 && tile.rows != 0) find_returns(sh, tile, task.returns);
     if constexpr (kTraced) {
       task.wait_kind = static_cast<uint32_t>(wait.wait_kind_lacking);
       task.wait_lacking = static_cast<uint32_t>(wait.wait_kind_lacking >> 32);

@@ -55,33 +55,27 @@ struct HiddenRows {
 };
 
 // Where result rows go: a tile's rows of one source are consecutive rows of its return buffer.  A
-// lane's tokens are kStep apart.
-template <class T, uint32_t kStep, bool kTraced>
+// lane's tokens are kStep apart.  The way to the next source is short on purpose: it stands in the code
+// once a store, and code that is skipped is fetched all the same.
+template <class T, uint32_t kStep>
 struct ReturnRows {
-  const Shared<kTraced>& sh;
-  const Tile& tile;
-  uint32_t column;
-  uint32_t row;      // within the expert, of the next token
-  uint32_t end = 0;  // first row within the expert that is not of `source`
-  uint32_t source = 0xffffffffu;
-  T* at = nullptr;
+  const ReturnPath* path;
+  uint32_t row_bytes;
+  uint32_t column_bytes;
+  uint32_t row;  // within the expert, of the next token
+  uint32_t end = 0;
+  char* at = nullptr;
 
   __device__ __forceinline__ T* next() {
-    if (row >= end) find();
-    T* now = at;
-    at += kStep * sh.shape.hidden;
+    while (row >= end) {
+      end = path->end;
+      at = path->base + static_cast<uint64_t>(row) * row_bytes + column_bytes;
+      ++path;
+    }
+    T* now = reinterpret_cast<T*>(at);
+    at += kStep * row_bytes;
     row += kStep;
     return now;
-  }
-  __device__ __forceinline__ void find() {
-    uint32_t begin = 0;
-    while (row >= end && source + 1 < sh.shape.world) {
-      ++source;
-      begin = source_start(sh.tables, sh.shape, source, tile.expert);
-      end = begin + source_rows(sh.tables, sh.shape, source, tile.expert);
-    }
-    const uint64_t to = return_row(sh.tables, sh.shape, source, tile.expert, row - begin);
-    at = sh.heaps[source].template at<T>(sh.layout.ret) + to * sh.shape.hidden + column;
   }
 };
 
@@ -179,15 +173,16 @@ __device__ __forceinline__ void store_hidden(const Shared<kTraced>& sh, const Pl
 
 // GEMM2: rounding, and each row into the return buffer of the rank it came from.
 template <class T, uint32_t kN, bool kTraced>
-__device__ __forceinline__ void store_returns(const Shared<kTraced>& sh, const Tile& tile,
+__device__ __forceinline__ void store_returns(const Shared<kTraced>& sh, const Task& task,
                                               uint32_t warp, char* buffer,
                                               const float (&sums)[2][kN / 2]) {
   constexpr uint32_t kUnits = 4;
-  const uint32_t lane = threadIdx.x % 32;
+  const Tile& tile = task.tile;
+  const uint32_t lane = threadIdx.x % 32, hidden = sh.shape.hidden;
   const uint32_t column = tile.col_tile * kTileWeights + warp * 32 + lane % kUnits * 8;
-  ReturnRows<T, 32 / kUnits, kTraced> goal{sh, tile, column, tile.row0 + lane / kUnits};
+  ReturnRows<T, 32 / kUnits> goal{task.returns, hidden * 2, column * 2, tile.row0 + lane / kUnits};
   store_transposed<kN, kUnits>(
-      buffer, tile.rows, column < sh.shape.hidden,
+      buffer, tile.rows, column < hidden,
       [&](uint32_t j, uint32_t m) {
         const uint32_t at = 4 * j + m / 2 * 2;
         return pack<T>(sums[m % 2][at], sums[m % 2][at + 1]);

@@ -139,7 +139,7 @@ __device__ __forceinline__ void run_tile(Shared<kTraced>& sh, const Place& place
     stamp_products();
   } else {
     stamp_products();
-    store_returns<T, kN>(sh, tile, warp, buffer, sums);
+    store_returns<T, kN>(sh, task, warp, buffer, sums);
   }
 }
 

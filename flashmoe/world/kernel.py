@@ -34,7 +34,7 @@ ROW_BOXES = (16, 32, 64, 128)
 
 MAX_RANKS = 8
 MAX_EXPERTS = 1024
-WAVES = 8
+WAVES = 4
 """Waves of experts per owner: the order of tiles, not their arithmetic."""
 
 
