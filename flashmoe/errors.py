@@ -6,6 +6,12 @@ EXIT_NO_GPU = 5
 """A GPU was asked for and none is usable."""
 
 
+def one_line(exc: BaseException) -> str:
+    """Somebody else's exception as a reason within a sentence: its kind and its first line."""
+    text = str(exc).strip()
+    return f"{type(exc).__name__}: {text.splitlines()[0]}" if text else type(exc).__name__
+
+
 class FlashmoeError(Exception):
     """A failure with a remedy: one line of what went wrong, one line of what to do about it.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ def bench(given: dict[str, Any]) -> tuple[dict[str, Any], int]:
     from flashmoe.bench.machine import gpu_machine, require_gpu
     from flashmoe.bench.pairs import PairOptions
     from flashmoe.bench.peers import PeerOptions, chosen
-    from flashmoe.bench.report import any_failed, pair_report, speed_report
+    from flashmoe.bench.report import Bench, any_failed, run_bench
     from flashmoe.bench.speed import SpeedOptions
     from flashmoe.build_info import require_runner
     from flashmoe_cli.progress import Progress
@@ -42,28 +43,30 @@ def bench(given: dict[str, Any]) -> tuple[dict[str, Any], int]:
     _refuse(given)
     peers = tuple(chosen(given["peers"] or "all")) if mode == "speed" else ()
     limit = None if given["fail_over"] is None else parse_limit(given["fail_over"])
-    earlier = None if given["compare"] is None else read_report(given["compare"])
+    compared = None if given["compare"] is None else read_report(given["compare"], mode)
+    resume: Path | None = given["resume"]
+    earlier = read_report(resume, mode) if resume is not None and resume.exists() else None
+    output: Path | None = given["output"] or resume
     pairs = given["pairs"] or _PAIRS[mode]
     require_runner()
     require_gpu(given["device"])
-    command = command_words(sys.argv)
+    options: SpeedOptions | PairOptions
+    if mode == "speed":
+        options = SpeedOptions(pairs, peers, PeerOptions(given["sglang_wheel"]), given["seed"])
+    else:
+        options = PairOptions(pairs, given["ranks"] or _RANKS, given["seed"])
 
     def save(report: dict[str, Any]) -> None:
-        if given["output"] is not None:
-            _write(given["output"], report)
+        if output is not None:
+            _write(output, report)
 
     with Progress(given["quiet"]) as progress:
-        progress("measuring the copy rate")
-        machine = gpu_machine(given["device"])
-        if mode == "speed":
-            options = SpeedOptions(pairs, peers, PeerOptions(given["sglang_wheel"]), given["seed"])
-            report = speed_report(shapes, machine, options, command, progress, save)
-        else:
-            pair_options = PairOptions(pairs, given["ranks"] or _RANKS, given["seed"])
-            report = pair_report(mode, shapes, machine, pair_options, command, progress, save)
+        whole = Bench(mode, shapes, options, tuple(command_words(sys.argv)))
+        opened = functools.partial(gpu_machine, given["device"])
+        report = run_bench(whole, opened, progress, save, earlier)
     exit_code = EXIT_FAILED if any_failed(report) else 0
-    if earlier is not None:
-        report["comparison"] = compare(report, earlier, str(given["compare"]))
+    if compared is not None:
+        report["comparison"] = compare(report, compared, str(given["compare"]))
         exit_code = exit_code or _judge(report["comparison"], limit)
     save(report)
     return report, exit_code
@@ -96,8 +99,11 @@ def _refuse(given: dict[str, Any]) -> None:
     if given["ranks"] is not None and mode != "ranks":
         raise usage("--ranks without --mode ranks", "bench times one rank; add --mode ranks")
     output: Path | None = given["output"]
+    if output is not None and given["resume"] is not None:
+        raise usage("--output beside --resume", "leave --output out: --resume writes its file")
     if output is not None and output.exists() and not given["force"]:
-        raise usage(f"{output} exists", "choose another name, or pass --force")
+        raise usage(f"{output} exists", "add to it with --resume, or pass --force")
+    output = output or given["resume"]
     if output is not None and not output.parent.is_dir():
         raise usage(f"no folder {output.parent}", "make it, or choose another place")
 

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from flashmoe.bench.report import SCHEMA
+from flashmoe.bench.shapes import shape_key
 from flashmoe.errors import FlashmoeError
 
-_SHAPE = ("preset", "T", "H", "I", "E", "k", "activation", "dtype", "routing")
 
+def read_report(path: Path, mode: str) -> dict[str, Any]:
+    """An object that ``flashmoe bench --json --mode MODE`` wrote.
 
-def read_report(path: Path) -> dict[str, Any]:
-    """An object that ``flashmoe bench --json`` wrote.
-
-    Raises FlashmoeError (exit code 2) where the file is none, is of another mode than speed, or of
-    a newer version than this one reads.
+    Raises FlashmoeError (exit code 2) where the file is none, is of another mode, or of a newer
+    version than this one reads.
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
@@ -39,9 +38,11 @@ def read_report(path: Path) -> dict[str, Any]:
             "read it with the flashmoe that wrote it, or a newer one",
             2,
         )
-    if report.get("mode") != "speed":
+    if report.get("mode") != mode:
         raise FlashmoeError(
-            f"{path} holds the mode {report.get('mode')}", "compare results of --mode speed", 2
+            f"{path} holds the mode {report.get('mode')}, and this is {mode}",
+            "name a file of the same mode",
+            2,
         )
     return report
 
@@ -54,10 +55,10 @@ def compare(now: dict[str, Any], before: dict[str, Any], path: str) -> dict[str,
     two ranges of quartiles lie apart.  ``dense_ratio`` is the same ratio of the dense GEMMs: what
     the machine itself changed.
     """
-    earlier = {_key(result): result for result in before["results"]}
+    earlier = {shape_key(result): result for result in before["results"]}
     lines = []
     for result in now["results"]:
-        other = earlier.get(_key(result))
+        other = earlier.get(shape_key(result))
         if other is not None and other["ours_ms"]:
             lines.append(_line(result, other))
     same_gpu = now["environment"].get("gpu") == before["environment"].get("gpu")
@@ -75,10 +76,6 @@ def regressions(comparison: dict[str, Any], limit: float) -> list[dict[str, Any]
     return [
         line for line in comparison["results"] if line["ratio"] is None or line["ratio"] > 1 + limit
     ]
-
-
-def _key(result: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(result.get(name) for name in _SHAPE)
 
 
 def _line(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:

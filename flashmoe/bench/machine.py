@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
+import hashlib
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -46,15 +46,6 @@ class Machine:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def clear(self) -> None:
-        """Gives memory back and forgets what was compiled, between shapes."""
-        gc.collect()  # graphs hold memory, and stand in cycles with what they captured
-        if self.device.type == "cuda":
-            torch.compiler.reset()
-            # A capture that failed may leave torch's allocator unwilling; that breaks nothing.
-            with contextlib.suppress(RuntimeError):
-                torch.cuda.empty_cache()
-
 
 def require_gpu(device: int) -> None:
     """Raises FlashmoeError (exit code 5) where no GPU here runs the kernel, with a remedy."""
@@ -87,12 +78,12 @@ def gpu_machine(device: int) -> Machine:
         copy_bytes_per_s=rate,
         build=LocalEngine,
         snapshot=lambda: gpu.snapshot(device),
-        environment=environment(place, rate),
+        environment=environment(place),
     )
 
 
-def environment(device: torch.device, copy_bytes_per_s: float) -> dict[str, Any]:
-    """What a result must be read with: GPU, driver, versions, clocks before, copy rate."""
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a result must be read with: the GPU, and the versions of all that runs on it."""
     from flashmoe.build_info import build_info
 
     info = build_info()
@@ -112,14 +103,19 @@ def environment(device: torch.device, copy_bytes_per_s: float) -> dict[str, Any]
         "driver": seen.get("driver"),
         "max_sm_clock_mhz": seen.get("max_sm_clock_mhz"),
         "power_limit_w": seen.get("power_limit_w"),
-        "copy_gb_per_s": copy_bytes_per_s / 1e9,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": triton_version,
         "python": platform.python_version(),
         "flashmoe": info.version,
         "commit": info.revision,
+        "kernels": {cubin.file: _digest(cubin.path) for cubin in info.cubins},
     }
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file: tells kernels of one commit apart, where its tree was changed."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 class Clocks:

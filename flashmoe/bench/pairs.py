@@ -11,11 +11,11 @@ import torch
 
 from flashmoe.bench.machine import Clocks, Machine
 from flashmoe.bench.ours import Ours, ok
+from flashmoe.bench.phases import Phases, Progress
 from flashmoe.bench.shapes import Shape
-from flashmoe.bench.speed import Progress, described
 from flashmoe.bench.statistics import Spread, bootstrap_ratio
 from flashmoe.config import MoEConfig, MoEWeights, Routing
-from flashmoe.errors import FlashmoeError
+from flashmoe.errors import FlashmoeError, one_line
 from flashmoe.tokens import random_tokens
 from flashmoe.verdict import experts_of_rank
 from flashmoe.weights import random_weights
@@ -30,50 +30,51 @@ class PairOptions:
     seed: int = 0
 
 
-Runner = Callable[[Shape, Machine, PairOptions], dict[str, Any]]
+Runner = Callable[[Shape, Machine, PairOptions, Phases], dict[str, Any]]
 
 
 def bench_pair(
     kind: str, shape: Shape, machine: Machine, options: PairOptions, progress: Progress
 ) -> dict[str, Any]:
-    """Times one shape in the way that ``KINDS`` calls ``kind``; ``failure`` says why it could not.
+    """Times one shape in the way that ``KINDS`` calls ``kind``; ``error`` says why it could not.
 
     The result holds ``first_ms`` and ``second_ms`` (medians), their quartiles, ``ratio`` (of the
     medians, second over first; over ranks scaled, see ``scale``) and its 95 % interval.
     """
-    progress(f"{shape.label}: {kind}", 0, 0)
-    empty = dict.fromkeys(("first_ms", "second_ms", "ratio", "low", "high"))
+    phase = Phases(shape.label, progress)
     try:
         with torch.no_grad():
-            figures = KINDS[kind](shape, machine, options)
-        return {**described(shape), **empty, "failure": None, **figures}
+            figures = KINDS[kind](shape, machine, options, phase)
+        return {**failed_pair(shape, None), **figures, "seconds": phase.seconds()}
     except FlashmoeError as exc:
-        return {**described(shape), **empty, "failure": exc.message}
+        return failed_pair(shape, exc.message)
     except torch.OutOfMemoryError:
-        failure = "the GPU's memory does not hold it"
-        return {**described(shape), **empty, "failure": failure}
-    except RuntimeError as exc:  # a context that is broken fails the shapes that follow too
-        failure = f"{type(exc).__name__}: {str(exc).strip().partition(chr(10))[0]}"
-        return {**described(shape), **empty, "failure": failure}
-    finally:
-        machine.clear()
+        return failed_pair(shape, "the GPU's memory does not hold it")
+    except RuntimeError as exc:
+        return failed_pair(shape, one_line(exc))
 
 
-def _tracing(shape: Shape, machine: Machine, options: PairOptions) -> dict[str, Any]:
+def failed_pair(shape: Shape, why: str | None) -> dict[str, Any]:
+    """The result of a shape without any figure."""
+    empty = dict.fromkeys(("first_ms", "second_ms", "ratio", "low", "high"))
+    return {**shape.described(), **empty, "error": why, "seconds": {}}
+
+
+def _tracing(shape: Shape, machine: Machine, options: PairOptions, phase: Phases) -> dict[str, Any]:
     """Untraced, then traced.  Rings keep the last records: a full one would cost nothing more."""
-    weights, x = _inputs(shape, machine, options)
+    weights, x = _inputs(shape, machine, options, phase)
     first = Ours.build(machine, shape.config, weights, [x])
     second = Ours.build(machine, shape.config, weights, [x], traced=True, ring_mode="keep-last")
-    return _in_turn(first, second, shape.config, weights, machine, options)
+    return _in_turn(first, second, shape.config, weights, machine, options, phase)
 
 
-def _ranks(shape: Shape, machine: Machine, options: PairOptions) -> dict[str, Any]:
+def _ranks(shape: Shape, machine: Machine, options: PairOptions, phase: Phases) -> dict[str, Any]:
     """One rank on all SMs, then several that share them, with the same tokens in all.
 
     ``scale`` is what the same work may take longer on the SMs that the ranks use, at the pace of
     the fullest: SMs / SMs used x rows of the fullest rank / mean rows of a rank.
     """
-    weights, x = _inputs(shape, machine, options)
+    weights, x = _inputs(shape, machine, options, phase)
     first = Ours.build(machine, shape.config, weights, [x])
     second = Ours.build(machine, shape.config, weights, list(x.chunk(options.ranks)))
     rows = torch.bincount(second.ids.flatten().long(), minlength=shape.config.experts)
@@ -90,10 +91,10 @@ def _ranks(shape: Shape, machine: Machine, options: PairOptions) -> dict[str, An
         "fullest_over_mean": fullest,
         "scale": scale,
     }
-    return more | _in_turn(first, second, shape.config, weights, machine, options, scale)
+    return more | _in_turn(first, second, shape.config, weights, machine, options, phase, scale)
 
 
-def _skew(shape: Shape, machine: Machine, options: PairOptions) -> dict[str, Any]:
+def _skew(shape: Shape, machine: Machine, options: PairOptions, phase: Phases) -> dict[str, Any]:
     """Balanced, then one expert that every token chooses; ids from outside, the same rows in all.
 
     Balanced: token t chooses experts t k to t k + k - 1, modulo E.  Skewed: expert 0, and k - 1 of
@@ -102,14 +103,14 @@ def _skew(shape: Shape, machine: Machine, options: PairOptions) -> dict[str, Any
     config = dataclasses.replace(shape.config, routing=Routing("external"))
     if config.top_k == config.experts:
         raise FlashmoeError("every token has every expert: nothing can be skewed", exit_code=2)
-    weights, x = _inputs(dataclasses.replace(shape, config=config), machine, options)
+    weights, x = _inputs(dataclasses.replace(shape, config=config), machine, options, phase)
     balanced, skewed = routed_ids(shape.tokens, config)
     share = torch.full(balanced.shape, 1 / config.top_k, device=machine.device)
     runs = [
         Ours.build(machine, config, weights, [x], ([ids.to(machine.device)], [share]))
         for ids in (balanced, skewed)
     ]
-    return _in_turn(runs[0], runs[1], config, weights, machine, options)
+    return _in_turn(runs[0], runs[1], config, weights, machine, options, phase)
 
 
 KINDS: dict[str, Runner] = {"tracing": _tracing, "ranks": _ranks, "skew": _skew}
@@ -127,11 +128,16 @@ def routed_ids(tokens: int, config: MoEConfig) -> tuple[torch.Tensor, torch.Tens
 
 
 def _inputs(
-    shape: Shape, machine: Machine, options: PairOptions
+    shape: Shape, machine: Machine, options: PairOptions, phase: Phases
 ) -> tuple[MoEWeights, torch.Tensor]:
+    """Weights and tokens on the device; leaves the phase of the first launches begun."""
+    phase("weights")
     weights = random_weights(shape.config, options.seed, machine.device)
     (x,) = random_tokens([shape.tokens], shape.config, options.seed)
-    return weights, x.to(machine.device)
+    x = x.to(machine.device)
+    machine.settle()
+    phase("first launches")
+    return weights, x
 
 
 def _in_turn(
@@ -141,16 +147,21 @@ def _in_turn(
     weights: MoEWeights,
     machine: Machine,
     options: PairOptions,
+    phase: Phases,
     scale: float = 1.0,
 ) -> dict[str, Any]:
     """Times and verdicts of two engines; ``ratio`` and its interval are divided by ``scale``."""
     try:
+        phase("check")
         verdicts = [run.check(config, weights) for run in (first, second)]
+        phase("graphs")
         works = [run.prepare(machine) for run in (first, second)]
+        phase("timing")
         clocks = Clocks(machine.snapshot)
         times = machine.stopwatch.rounds(works, options.pairs, clocks)
+        phase("check again")
         wrong = None if all(map(ok, verdicts)) else "wrong result"
-        failure = first.check_again(machine) or second.check_again(machine) or wrong
+        error = first.check_again(machine) or second.check_again(machine) or wrong
     finally:
         first.engine.close()
         second.engine.close()
@@ -166,7 +177,7 @@ def _in_turn(
         "low": interval.low / scale,
         "high": interval.high / scale,
         "graph": [work.graph for work in works],
-        "error": [v["output"]["max_ratio"] for v in verdicts],
+        "of_bound": [v["output"]["max_ratio"] for v in verdicts],
         "clocks": clocks.summary(),
-        "failure": failure,
+        "error": error,
     }

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from flashmoe.bench.apart import Lost, apart
 from flashmoe.bench.machine import Machine
-from flashmoe.bench.pairs import PairOptions, bench_pair
-from flashmoe.bench.shapes import Shape
-from flashmoe.bench.speed import (
-    PEER_RATIO,
-    DeviceLost,
-    Progress,
-    SpeedOptions,
-    bench_shape,
-    failed,
-)
+from flashmoe.bench.pairs import PairOptions, bench_pair, failed_pair
+from flashmoe.bench.phases import Progress
+from flashmoe.bench.resume import check_same, take_over
+from flashmoe.bench.shapes import Shape, shape_key
+from flashmoe.bench.speed import PEER_RATIO, DeviceLost, SpeedOptions, bench_shape, failed
 from flashmoe.bench.statistics import CONFIDENCE, RESAMPLES
 from flashmoe.bench.stopwatch import METHOD
 
@@ -27,85 +26,120 @@ SCHEMA = 1
 SoFar = Callable[[dict[str, Any]], None]
 """Called with the report after each shape, so that a run that is cut short leaves what it had."""
 
+OpenMachine = Callable[[], Machine]
+"""Opens the machine in the process that is to time on it; picklable (see ``apart``)."""
 
-def _nobody(report: dict[str, Any]) -> None:
-    pass
+
+@dataclass(frozen=True)
+class Bench:
+    """What a bench times, and how.
+
+    ``mode`` is ``speed``, with SpeedOptions, or one of ``pairs.KINDS``, with PairOptions.
+    ``command`` is what a person typed.
+    """
+
+    mode: str
+    shapes: tuple[Shape, ...]
+    options: SpeedOptions | PairOptions
+    command: tuple[str, ...] = ("flashmoe", "bench")
+
+    def method(self) -> dict[str, Any]:
+        """How times are taken: with another method, figures do not belong into one report."""
+        method = {"times": METHOD, "rounds": self.options.pairs, "seed": self.options.seed}
+        if isinstance(self.options, PairOptions):
+            interval = f"percentile bootstrap over rounds, {RESAMPLES} resamples"
+            method |= {"interval": interval, "confidence": CONFIDENCE}
+            return method | ({"ranks": self.options.ranks} if self.mode == "ranks" else {})
+        wheel = self.options.peer_options.sglang_wheel
+        return method | {
+            "peers": [peer.name for peer in self.options.peers],
+            "peers_may_be_off_by": PEER_RATIO,
+            "sglang_wheel": None if wheel is None else wheel.name,
+        }
+
+    def time(self, shape: Shape, machine: Machine, progress: Progress) -> dict[str, Any]:
+        """The result of one shape.  Raises DeviceLost."""
+        if isinstance(self.options, PairOptions):
+            return bench_pair(self.mode, shape, machine, self.options, progress)
+        return bench_shape(shape, machine, self.options, progress)
+
+    def failed(self, shape: Shape, why: str) -> dict[str, Any]:
+        """The result of a shape that was not timed."""
+        if isinstance(self.options, PairOptions):
+            return failed_pair(shape, why)
+        return failed(shape, self.options, why)
 
 
-def speed_report(
-    shapes: Sequence[Shape],
-    machine: Machine,
-    options: SpeedOptions,
-    command: Sequence[str],
+def run_bench(
+    bench: Bench,
+    open_machine: OpenMachine,
     progress: Progress,
-    so_far: SoFar = _nobody,
+    so_far: SoFar = lambda report: None,
+    earlier: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Ours beside ceilings and peers, a result a shape."""
-    method = {
-        "times": METHOD,
-        "rounds": options.pairs,
-        "peers_may_be_off_by": PEER_RATIO,
-        "seed": options.seed,
-    }
-    report = _whole("speed", machine, command, method)
-    lost = ""
-    for shape in shapes:
-        if lost:
-            result = failed(shape, options, f"not run: {lost}")
-        else:
-            try:
-                result = bench_shape(shape, machine, options, progress)
-            except DeviceLost as exc:
-                lost = str(exc)
-                result = failed(shape, options, lost)
-        report["results"].append(result)
-        so_far(report)
-    return report
+    """Every shape in a process of its own, a result each; what fails is said in its ``error``.
 
-
-def pair_report(
-    kind: str,
-    shapes: Sequence[Shape],
-    machine: Machine,
-    options: PairOptions,
-    command: Sequence[str],
-    progress: Progress,
-    so_far: SoFar = _nobody,
-) -> dict[str, Any]:
-    """Our kernel against itself, a result a shape; ``kind`` is one of ``KINDS``."""
-    method = {
-        "times": METHOD,
-        "rounds": options.pairs,
-        "interval": f"percentile bootstrap over rounds, {RESAMPLES} resamples",
-        "confidence": CONFIDENCE,
-        "seed": options.seed,
-    }
-    report = _whole(kind, machine, command, method)
-    for shape in shapes:
-        report["results"].append(bench_pair(kind, shape, machine, options, progress))
-        so_far(report)
-    return report
-
-
-def _whole(
-    mode: str,
-    machine: Machine,
-    command: Sequence[str],
-    method: dict[str, Any],
-    now: Callable[[], datetime] = lambda: datetime.now(UTC),
-) -> dict[str, Any]:
-    return {
+    ``earlier`` is a report to go on with: its results stay, but for those with an ``error``, whose
+    shapes are timed again if they are asked for.  Raises FlashmoeError where the machine cannot be
+    opened, or where ``earlier`` was measured on another or in another way.
+    """
+    progress("looking at the GPU", 0, 0)
+    report: dict[str, Any] = {
         "schema": SCHEMA,
         "verb": "bench",
-        "mode": mode,
-        "command": shlex.join(command),
-        "time": now().isoformat(timespec="seconds"),
-        "environment": machine.environment,
-        "method": method,
+        "mode": bench.mode,
+        "command": shlex.join(bench.command),
+        "time": _now(),
+        "environment": apart(functools.partial(_environment, open_machine), progress),
+        "method": bench.method(),
         "results": [],
     }
+    shapes = list(bench.shapes)
+    if earlier is not None:
+        check_same(report, earlier)
+        report["results"], shapes = take_over(earlier["results"], shapes)
+    place = {shape_key(result): i for i, result in enumerate(report["results"])}
+    for shape in shapes:
+        result = _time(bench, shape, open_machine, progress)
+        # In the place of the one that failed, so that a report keeps its order.
+        at = place.get(shape_key(result), len(report["results"]))
+        report["results"][at : at + 1] = [result]
+        so_far(report)
+    return report
+
+
+def _time(
+    bench: Bench, shape: Shape, open_machine: OpenMachine, progress: Progress
+) -> dict[str, Any]:
+    began = time.monotonic()
+    work = functools.partial(_time_here, bench, shape, open_machine, began)
+    try:
+        result = apart(work, progress)
+    except (Lost, DeviceLost) as exc:
+        result = bench.failed(shape, str(exc))
+    result["seconds"]["whole"] = time.monotonic() - began
+    return result | {"time": _now()}
+
+
+def _time_here(
+    bench: Bench, shape: Shape, open_machine: OpenMachine, began: float, progress: Progress
+) -> dict[str, Any]:
+    """One shape, in the process that this is called in, which was asked for at ``began``."""
+    progress(f"{shape.label}: starting", 0, 0)
+    machine = open_machine()
+    start = time.monotonic() - began
+    result = bench.time(shape, machine, progress)
+    return result | {"seconds": {"start": start, **result["seconds"]}}
+
+
+def _environment(open_machine: OpenMachine, progress: Progress) -> dict[str, Any]:
+    return open_machine().environment
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def any_failed(report: dict[str, Any]) -> bool:
     """Whether some shape of ours was wrong or did not run.  Peers that fail do not count."""
-    return any(result["failure"] for result in report["results"])
+    return any(result["error"] for result in report["results"])

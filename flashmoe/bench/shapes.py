@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from flashmoe.config import MoEConfig
 from flashmoe.errors import FlashmoeError
@@ -26,6 +28,29 @@ class Shape:
     def rows(self) -> int:
         """Rows that all experts compute together: T k."""
         return self.tokens * self.config.top_k
+
+    def described(self) -> dict[str, Any]:
+        """What the shape is: the first fields of its result."""
+        config = self.config
+        return {
+            "preset": self.preset,
+            "T": self.tokens,
+            "H": config.hidden,
+            "I": config.intermediate,
+            "E": config.experts,
+            "k": config.top_k,
+            "activation": config.activation,
+            "dtype": config.dtype,
+            "routing": config.routing.kind,
+        }
+
+
+_KEY = ("preset", "T", "H", "I", "E", "k", "activation", "dtype", "routing")
+
+
+def shape_key(result: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What two results, or a result and ``Shape.described()``, share if they are of one shape."""
+    return tuple(result.get(name) for name in _KEY)
 
 
 SMALL = MoEConfig(hidden=512, intermediate=256, experts=8, top_k=2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,11 +12,12 @@ from flashmoe.bench.gate import Gate, compiled, gate_of
 from flashmoe.bench.machine import Clocks, Machine
 from flashmoe.bench.ours import Ours, ok
 from flashmoe.bench.peers import Case, Peer, PeerOptions, Unavailable
+from flashmoe.bench.phases import Phases, Progress
 from flashmoe.bench.shapes import Shape
 from flashmoe.bench.statistics import Spread
 from flashmoe.bench.stopwatch import Prepared
 from flashmoe.config import MoEConfig, MoEWeights
-from flashmoe.errors import FlashmoeError
+from flashmoe.errors import FlashmoeError, one_line
 from flashmoe.numerics import check_output
 from flashmoe.tokens import random_tokens
 from flashmoe.weights import random_weights
@@ -26,8 +26,6 @@ PEER_RATIO = 4.0
 """A peer's result may be so many times our bound away from the reference: peers round gate and up
 projections, weighted rows and logits to the dtype too, which the bound leaves no room for.  A row
 that is lost or swapped is tens of times beyond it."""
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -44,30 +42,15 @@ class DeviceLost(Exception):
     """A kernel of somebody's has broken the CUDA context: nothing more can run in this process."""
 
 
-def described(shape: Shape) -> dict[str, Any]:
-    """What a shape is, as the first fields of its result."""
-    config = shape.config
-    return {
-        "preset": shape.preset,
-        "T": shape.tokens,
-        "H": config.hidden,
-        "I": config.intermediate,
-        "E": config.experts,
-        "k": config.top_k,
-        "activation": config.activation,
-        "dtype": config.dtype,
-        "routing": config.routing.kind,
-    }
-
-
 def _empty(shape: Shape, options: SpeedOptions) -> dict[str, Any]:
     names = ("ours", "dense", "floor", "gate")
     ratios = ("dense_over_ours", "floor_over_ours", "over_floor_us", "best_peer_over_ours")
     return {
-        **described(shape),
+        **shape.described(),
         **{f"{name}_ms": None for name in names},
         "peers": {peer.name: None for peer in options.peers},
         "error": None,
+        "of_bound": None,
         **dict.fromkeys(ratios),
         "best_peer": None,
         "gate_not_compiled": None,
@@ -76,13 +59,14 @@ def _empty(shape: Shape, options: SpeedOptions) -> dict[str, Any]:
         "spread": {},
         "peer_details": {},
         "clocks": None,
-        "failure": None,
+        "copy_gb_per_s": None,
+        "seconds": {},
     }
 
 
 def failed(shape: Shape, options: SpeedOptions, why: str) -> dict[str, Any]:
     """The result of a shape that was not timed."""
-    return {**_empty(shape, options), "failure": why}
+    return {**_empty(shape, options), "error": why}
 
 
 def bench_shape(
@@ -94,31 +78,32 @@ def bench_shape(
     """
     try:
         with torch.no_grad():
-            result = _timed(shape, machine, options, progress)
+            result = _timed(shape, machine, options, Phases(shape.label, progress))
     except FlashmoeError as exc:
         result = failed(shape, options, exc.message)
     except torch.OutOfMemoryError:
         result = failed(shape, options, "the GPU's memory does not hold it")
     except RuntimeError as exc:
-        result = failed(shape, options, _first_line(exc))
-        _settle(machine, result["failure"])
-    machine.clear()
+        result = failed(shape, options, one_line(exc))
+        _settle(machine, result["error"])
     return result
 
 
-def _timed(
-    shape: Shape, machine: Machine, options: SpeedOptions, progress: Progress
-) -> dict[str, Any]:
+def _timed(shape: Shape, machine: Machine, options: SpeedOptions, phase: Phases) -> dict[str, Any]:
     result, config = _empty(shape, options), shape.config
-    progress(f"{shape.label}: weights, and our first launch", 0, 0)
+    phase("weights")
     weights = random_weights(config, options.seed, machine.device)
     (x,) = (t.to(machine.device) for t in random_tokens([shape.tokens], config, options.seed))
+    machine.settle()
+    phase("first launch")
     ours = Ours.build(machine, config, weights, [x])
     try:
-        progress(f"{shape.label}: checking against the float32 reference", 0, 0)
+        phase("check")
         verdicts = ours.check(config, weights)
-        result["check"], result["error"] = verdicts, verdicts["output"]["max_ratio"]
+        result["check"], result["of_bound"] = verdicts, verdicts["output"]["max_ratio"]
+        phase("gate")
         gate, result["gate_not_compiled"] = _gate(config, weights, x)
+        phase("graphs")
         works: dict[str, Prepared] = {
             "ours": ours.prepare(machine),
             "dense": machine.stopwatch.prepare(DensePair(config, shape.rows, machine.device)),
@@ -126,17 +111,19 @@ def _timed(
         }
         case = Case(config, weights, x, gate)
         for peer in options.peers:
-            progress(f"{shape.label}: preparing {peer.name}", 0, 0)
+            phase(peer.name)
             details, prepared = _prepared(peer, case, machine, options)
             result["peer_details"][peer.name] = details
             if prepared is not None:
                 works[f"peer {peer.name}"] = prepared
-        progress(f"{shape.label}: timing", 0, 0)
+        phase("timing")
         clocks = Clocks(machine.snapshot)
         times = machine.stopwatch.rounds(list(works.values()), options.pairs, clocks)
         result["clocks"] = clocks.summary()
         _put_times(result, works, times, shape, machine, ours)
-        result["failure"] = ours.check_again(machine) or (None if ok(verdicts) else "wrong result")
+        phase("check again")
+        result["error"] = ours.check_again(machine) or (None if ok(verdicts) else "wrong result")
+        result["seconds"] = phase.seconds()
         return result
     finally:
         ours.engine.close()
@@ -149,7 +136,7 @@ def _gate(config: MoEConfig, weights: MoEWeights, x: torch.Tensor) -> tuple[Gate
     try:
         fast(x)
     except Exception as exc:  # no C compiler here, say; ours can be timed without
-        return gate, _first_line(exc)
+        return gate, one_line(exc)
     return fast, None
 
 
@@ -159,7 +146,7 @@ def _prepared(
     """A peer built, warmed up, captured and checked: its details, and the work if it is right."""
     details: dict[str, Any] = {
         "state": "failed", "reason": "", "version": None, "note": "", "settings": {},
-        "graph": None, "why_eager": "", "error": None, "relative_rms": None,
+        "graph": None, "why_eager": "", "of_bound": None, "relative_rms": None,
     }  # fmt: skip
     try:
         work = peer.build(case, options.peer_options)
@@ -167,22 +154,17 @@ def _prepared(
         prepared = machine.stopwatch.prepare(work.forward, work.why_eager)
         details |= {"graph": prepared.graph, "why_eager": prepared.why_eager}
         check = checked(case, case.weights, prepared.output)
-        details |= {"error": check["max_ratio"], "relative_rms": check["relative_rms"]}
+        details |= {"of_bound": check["max_ratio"], "relative_rms": check["relative_rms"]}
         if check["not_finite"] or check["max_ratio"] > PEER_RATIO:
             return details | {"state": "wrong", "reason": _how_wrong(check)}, None
         return details | {"state": "ok"}, prepared
     except Unavailable as exc:
         return details | {"state": "unavailable", "reason": str(exc)}, None
     except Exception as exc:  # somebody else's code may do anything; it must not end the run
-        reason = _first_line(exc)
+        reason = one_line(exc)
         details |= {"reason": reason}
     _settle(machine, f"the peer {peer.name} broke the CUDA context: {reason}")
     return details, None
-
-
-def _first_line(exc: Exception) -> str:
-    text = str(exc).strip().splitlines()
-    return f"{type(exc).__name__}: {text[0]}" if text else type(exc).__name__
 
 
 def _settle(machine: Machine, what: str) -> None:
@@ -230,6 +212,7 @@ def _put_times(
     hit = int(ours.ids.unique().numel())
     floor = floor_ms(shape.config, hit, machine.copy_bytes_per_s)
     result |= {"experts_hit": hit, "floor_ms": floor}
+    result["copy_gb_per_s"] = machine.copy_bytes_per_s / 1e9
     result |= ratios(result)
     dense = result["dense_ms"]
     result["spread"]["dense"]["tflops"] = flop(shape.config, shape.rows) / dense / 1e9

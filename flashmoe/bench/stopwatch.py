@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
+from flashmoe.errors import one_line
+
 FLUSH_BYTES = 256 << 20
 """More than any GPU's L2 holds (50 MB on Hopper)."""
 
@@ -88,7 +90,7 @@ class CudaStopwatch:
         except Exception as exc:  # whatever a peer does that no graph can hold
             gc.collect()
             torch.cuda.synchronize(self.device)
-            why = f"cannot be captured: {_first_line(exc)}"
+            why = f"cannot be captured: {one_line(exc)}"
             return Prepared(work, work, work(), False, why)
         graph.replay()
         torch.cuda.synchronize(self.device)
@@ -128,8 +130,3 @@ def in_turn(works: int, turn: int) -> list[int]:
     order = list(range(works))
     random.Random(turn).shuffle(order)
     return order
-
-
-def _first_line(exc: BaseException) -> str:
-    text = str(exc).strip()
-    return text.splitlines()[0] if text else type(exc).__name__

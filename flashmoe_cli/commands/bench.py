@@ -157,8 +157,20 @@ def bench(
             help="Write the object of --json to a file too, anew after each shape.",
         ),
     ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            "--resume",
+            metavar="FILE",
+            rich_help_panel="Result",
+            show_default=False,
+            help="Go on with a file of --output: keep its shapes but for those that failed, add "
+            "the others, and write it anew after each. Of the same GPU, build and options alone.",
+        ),
+    ] = None,
     force: o.Force = False,
     as_json: o.Json = False,
+    verbose: o.Verbose = False,
     quiet: o.Quiet = False,
 ) -> None:
     """Times the kernel beside its ceilings and other MoE kernels, in one run on this GPU.
@@ -174,6 +186,6 @@ def bench(
     if as_json:
         emit(report)
     else:
-        emit(bench_lines(report, terminal()))
+        emit(bench_lines(report, terminal(), verbose))
     if exit_code:
         raise typer.Exit(exit_code)

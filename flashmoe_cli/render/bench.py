@@ -11,8 +11,8 @@ from flashmoe_cli.render.text import clip, paint, percent, table
 _NONE = "-"
 
 
-def bench_lines(report: dict[str, Any], where: Terminal) -> list[str]:
-    """The report of ``flashmoe bench``, of any mode."""
+def bench_lines(report: dict[str, Any], where: Terminal, verbose: bool = False) -> list[str]:
+    """The report of ``flashmoe bench``, of any mode; ``verbose``: also what took how long."""
     lines = [*_about(report), ""]
     if report["mode"] == "speed":
         lines += _speed(report, where)
@@ -20,6 +20,8 @@ def bench_lines(report: dict[str, Any], where: Terminal) -> list[str]:
         lines += _pairs(report, where)
     if "comparison" in report:
         lines += ["", *_comparison(report["comparison"], where)]
+    if verbose:
+        lines += ["", *_seconds(report["results"], where)]
     return [clip(line, where.width) for line in lines]
 
 
@@ -28,7 +30,11 @@ def _about(report: dict[str, Any]) -> list[str]:
     versions = [f"{name} {about[name]}" for name in ("driver", "torch", "triton") if about[name]]
     first = f"{about['gpu']}, {', '.join(versions)}, flashmoe {about['commit']}"
     rounds = f"median of {report['method']['rounds']} rounds in turn, L2 flushed before each"
-    return [first, f"{rounds}; copies at {about['copy_gb_per_s']:.0f} GB/s"]
+    rates = [r["copy_gb_per_s"] for r in report["results"] if r.get("copy_gb_per_s")]
+    if rates:
+        low, high = f"{min(rates):.0f}", f"{max(rates):.0f}"
+        rounds += f"; copies at {low if low == high else f'{low} to {high}'} GB/s"
+    return [first, rounds]
 
 
 def _speed(report: dict[str, Any], where: Terminal) -> list[str]:
@@ -85,7 +91,7 @@ def _ratios(result: dict[str, Any]) -> tuple[str, ...]:
         _x(result["floor_over_ours"]),
         _x(result["best_peer_over_ours"]),
         _NONE if over is None else f"{over:.1f} us",
-        _x(result["error"]),
+        _x(result["of_bound"]),
     )
 
 
@@ -151,10 +157,29 @@ def _clocks(results: list[dict[str, Any]], where: Terminal) -> list[str]:
 def _failures(results: list[dict[str, Any]], where: Terminal) -> list[str]:
     lines = []
     for result in results:
-        if result["failure"]:
-            text = f"  FAILED {result['preset']} {result['T']}: {result['failure']}"
+        if result["error"]:
+            text = f"  FAILED {result['preset']} {result['T']}: {result['error']}"
             lines.append(paint(text, "31", where.colour))
     return ["", *lines] if lines else []
+
+
+def _seconds(results: list[dict[str, Any]], where: Terminal) -> list[str]:
+    """What the bench itself spent its time on, a line a phase: in all, and the slowest."""
+    names = list(dict.fromkeys(name for result in results for name in result["seconds"]))
+    names.sort(key=lambda name: name == "whole")
+    totals = {n: sum(result["seconds"].get(n, 0.0) for result in results) for n in names}
+    rows = [
+        (name, f"{totals[name]:.1f}", f"{slowest:.1f}", f"{result['preset']} {result['T']}")
+        for name in names
+        for slowest, result in [_slowest(results, name)]
+    ]
+    head = ("what the bench took", "s in all", "at most", "for")
+    return table(head, rows, (False, True, True, False), where.width, "  ")
+
+
+def _slowest(results: list[dict[str, Any]], name: str) -> tuple[float, dict[str, Any]]:
+    slowest = max(results, key=lambda result: result["seconds"].get(name, 0.0))
+    return slowest["seconds"].get(name, 0.0), slowest
 
 
 _WORDS = {

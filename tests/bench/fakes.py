@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import torch
 
 from flashmoe.bench.machine import Machine
+from flashmoe.bench.peers import Case, Peer, PeerOptions, PeerWork, Unavailable
 from flashmoe.bench.stopwatch import Prepared, in_turn
 from flashmoe.config import MoEConfig, MoEWeights
 from flashmoe.reference import moe, route
@@ -19,7 +23,6 @@ ENVIRONMENT = {
     "driver": None,
     "torch": torch.__version__,
     "triton": None,
-    "copy_gb_per_s": 10.0,
     "commit": "unknown",
 }
 
@@ -110,9 +113,48 @@ def seen(sm_clock_mhz: int = 1700, throttle: tuple[str, ...] = ()) -> dict[str, 
     }
 
 
+class FakeMachine(Machine):
+    """A machine whose context a peer can break."""
+
+    broken = False
+
+    def settle(self) -> None:
+        if self.broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+class FakePeer(Peer):
+    """Behaves as its name says."""
+
+    def build(self, case: Case, options: PeerOptions) -> PeerWork:
+        if self.name == "absent":
+            raise Unavailable("not installed")
+        if self.name == "breaks-at-build":
+            raise RuntimeError("no such kernel\nand more")
+
+        def forward() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            if self.name == "breaks-the-context":
+                FakeMachine.broken = True
+            if self.name.startswith("breaks"):
+                raise ValueError("shapes do not fit")
+            ids, weights = case.gate(case.x)
+            y = moe(case.x, case.weights, case.config, ids, weights).to(case.x.dtype)
+            if self.name == "loses-a-row":
+                y[3] = 0
+            if self.name == "not-finite":
+                y[0, 0] = torch.nan
+            return y, ids, weights
+
+        return PeerWork(forward, "fake 1.0", note="a fake", settings={"block": 3})
+
+
+def peers(*names: str) -> tuple[Peer, ...]:
+    return tuple(FakePeer(name, name, "") for name in names)
+
+
 def machine() -> Machine:
     """The machine, copying 10 GB/s by its own account."""
-    return Machine(
+    return FakeMachine(
         device=torch.device("cpu"),
         stopwatch=HostStopwatch(),
         copy_bytes_per_s=1e10,
@@ -120,6 +162,40 @@ def machine() -> Machine:
         snapshot=seen,
         environment=dict(ENVIRONMENT),
     )
+
+
+# What a bench opens in a process of its own, found there by name.
+
+
+def opened() -> Machine:
+    """The machine, with one thread: processes of their own inherit no setting of torch's."""
+    torch.set_num_threads(1)
+    return machine()
+
+
+def opened_gpu(device: int) -> Machine:
+    """The machine in the place of ``gpu_machine``."""
+    return opened()
+
+
+def spoilt_gpu(device: int) -> Machine:
+    """The same, but our results are wrong."""
+    TorchEngine.spoil = "wrong"
+    return opened()
+
+
+class Dying(TorchEngine):
+    """An engine whose process is killed in the first launch of 13 tokens."""
+
+    def launch(self) -> Launch:
+        if len(self.x[0]) == 13:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().launch()
+
+
+def dying_gpu(device: int = 0) -> Machine:
+    """The machine, where shapes with T = 13 kill their process."""
+    return dataclasses.replace(opened(), build=Dying)
 
 
 def quiet(phase: str, done: int, total: int) -> None:

@@ -83,14 +83,14 @@ def test_files_that_are_none_are_refused(tmp_path: Path, text: str, says: str) -
     path = tmp_path / "old.json"
     path.write_text(text)
     with pytest.raises(FlashmoeError, match=says) as caught:
-        read_report(path)
+        read_report(path, "speed")
     assert caught.value.exit_code == 2
     assert caught.value.hint
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FlashmoeError, match="can't be read"):
-        read_report(tmp_path / "absent.json")
+        read_report(tmp_path / "absent.json", "speed")
 
 
 @pytest.mark.parametrize(("text", "limit"), [("5%", 0.05), ("0.05", 0.05), ("0", 0.0)])

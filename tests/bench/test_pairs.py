@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from flashmoe.bench.pairs import KINDS, PairOptions, bench_pair, routed_ids
-from flashmoe.bench.report import any_failed, pair_report
 from flashmoe.bench.shapes import Shape
 from flashmoe.config import MoEConfig
 from flashmoe.presets import PRESETS
@@ -21,15 +20,15 @@ TINY = Shape("tiny", PRESETS["tiny"].config, 24)
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_gives_a_ratio_and_its_interval(kind: str) -> None:
     options = PairOptions(pairs=5, ranks=2)
-    report = pair_report(kind, [TINY], machine(), options, ["flashmoe", "bench"], quiet)
-    (result,) = report["results"]
-    assert result["failure"] is None
+    result = bench_pair(kind, TINY, machine(), options, quiet)
+    assert result["error"] is None
     assert result["low"] <= result["ratio"] <= result["high"]
     assert result["pairs"] == 5
     scale = result.get("scale", 1.0)
     assert result["ratio"] * scale == pytest.approx(result["second_ms"] / result["first_ms"])
-    assert report["mode"] == kind
-    json.dumps(report, allow_nan=False)
+    phases = ["weights", "first launches", "check", "graphs", "timing", "check again"]
+    assert list(result["seconds"]) == phases
+    json.dumps(result, allow_nan=False)
 
 
 def test_the_scale_over_ranks_is_sms_and_the_fullest_rank() -> None:
@@ -58,12 +57,11 @@ def test_balanced_and_skewed_ids(config: MoEConfig) -> None:
 def test_skew_needs_an_expert_to_leave_out() -> None:
     every = Shape("all", MoEConfig(64, 64, 2, 2), 8)
     result = bench_pair("skew", every, machine(), PairOptions(2), quiet)
-    assert "nothing can be skewed" in result["failure"]
+    assert "nothing can be skewed" in result["error"]
     assert result["ratio"] is None
 
 
 def test_a_wrong_result_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TorchEngine, "spoil", "wrong")
-    report = pair_report("tracing", [TINY], machine(), PairOptions(2), ["flashmoe"], quiet)
-    assert report["results"][0]["failure"] == "wrong result"
-    assert any_failed(report)
+    result = bench_pair("tracing", TINY, machine(), PairOptions(2), quiet)
+    assert result["error"] == "wrong result"

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flashmoe.bench.machine import Machine
-from flashmoe.bench.report import pair_report, speed_report
+from flashmoe.bench.pairs import PairOptions
+from flashmoe.bench.report import Bench, run_bench
+from flashmoe.bench.shapes import Shape
+from flashmoe.bench.speed import SpeedOptions
 from flashmoe.errors import FlashmoeError
+from flashmoe.presets import PRESETS
 from flashmoe_cli import benching
 from flashmoe_cli.output import Terminal
 from flashmoe_cli.render.bench import bench_lines
 
-from .fakes import machine
+from .fakes import dying_gpu, opened, opened_gpu, quiet, spoilt_gpu
 
 WIDE = Terminal(100, False, True)
 
@@ -27,7 +32,7 @@ def result(preset: str, tokens: int, **more: Any) -> dict[str, Any]:
     missing = {"state": "unavailable", "graph": None, "reason": "not installed"}
     return {
         "preset": preset, "T": tokens,
-        "ours_ms": 1.0, "dense_ms": 0.9, "floor_ms": 0.25, "gate_ms": 0.05, "error": 0.4,
+        "ours_ms": 1.0, "dense_ms": 0.9, "floor_ms": 0.25, "gate_ms": 0.05, "of_bound": 0.4,
         "peers": {"grouped-mm": 2.5, "vllm-triton": 1.5, "liger": None},
         "peer_details": {
             "grouped-mm": {**ok, "graph": False}, "vllm-triton": ok, "liger": missing,
@@ -39,7 +44,8 @@ def result(preset: str, tokens: int, **more: Any) -> dict[str, Any]:
             "sm_clock_mhz": 1755, "memory_clock_mhz": 3201, "power_w": 690.0,
             "temperature_c": 61, "throttle": ["software power cap"],
         },
-        "gate_not_compiled": None, "failure": None, **more,
+        "gate_not_compiled": None, "error": None, "copy_gb_per_s": 4300.0,
+        "seconds": {"start": 2.0, "check": tokens / 64, "whole": 12.5}, **more,
     }  # fmt: skip
 
 
@@ -48,7 +54,7 @@ def report(*results: dict[str, Any], mode: str = "speed", **more: Any) -> dict[s
         "mode": mode,
         "environment": {
             "gpu": "NVIDIA H200", "driver": "580.1", "torch": "2.11", "triton": "3.6.0",
-            "copy_gb_per_s": 4300.0, "commit": "abc",
+            "commit": "abc",
         },
         "method": {"rounds": 50},
         "results": list(results),
@@ -84,7 +90,7 @@ clocks while timing: SM 1755 to 1755 MHz, up to 690 W, 61 C, held down by softwa
 
 def test_the_tables_of_speed() -> None:
     broken = result("paper", 128) | dict.fromkeys(
-        ("ours_ms", "dense_ms", "floor_ms", "gate_ms", "error", "best_peer", "clocks"),
+        ("ours_ms", "dense_ms", "floor_ms", "gate_ms", "of_bound", "best_peer", "clocks"),
     )
     broken |= dict.fromkeys(
         ("dense_over_ours", "floor_over_ours", "best_peer_over_ours", "over_floor_us")
@@ -93,10 +99,28 @@ def test_the_tables_of_speed() -> None:
         "peers": {"grouped-mm": None, "vllm-triton": None, "liger": None},
         "peer_details": {},
         "spread": {},
-        "failure": "our launch ended with HANG",
+        "error": "our launch ended with HANG",
+        "copy_gb_per_s": None,
     }
     lines = bench_lines(report(result("mixtral", 64), broken), WIDE)
     assert "\n".join(lines) == EXPECTED
+
+
+def test_what_the_bench_took_is_said_where_asked() -> None:
+    lines = bench_lines(report(result("mixtral", 64), result("paper", 128)), WIDE, verbose=True)
+    assert (
+        "\n".join(lines[-4:])
+        == """\
+  what the bench took  s in all  at most  for
+  start                     4.0      2.0  mixtral 64
+  check                     3.0      2.0  paper 128
+  whole                    25.0     12.5  mixtral 64"""
+    )
+
+
+def test_copy_rates_of_several_shapes() -> None:
+    two = report(result("mixtral", 64), result("paper", 64, copy_gb_per_s=4200.0))
+    assert bench_lines(two, WIDE)[1].endswith("; copies at 4200 to 4300 GB/s")
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 200])
@@ -109,7 +133,7 @@ def test_tables_keep_to_the_terminal(width: int) -> None:
 def test_the_tables_of_pairs(mode: str) -> None:
     line = {
         "preset": "mixtral", "T": 64, "first_ms": 1.0, "second_ms": 1.005, "ratio": 1.005,
-        "low": 1.004, "high": 1.0061, "failure": None,
+        "low": 1.004, "high": 1.0061, "error": None,
     }  # fmt: skip
     if mode == "ranks":
         line |= {"ranks": 8, "sms": 132, "sms_used": 128, "scale": 1.1, "fullest_over_mean": 1.07}
@@ -143,11 +167,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from flashmoe import build_info
     from flashmoe.bench import machine as module
 
-    def fake(device: int) -> Machine:
-        return machine()
-
     monkeypatch.setattr(module, "require_gpu", lambda device: None)
-    monkeypatch.setattr(module, "gpu_machine", fake)
+    monkeypatch.setattr(module, "gpu_machine", opened_gpu)
     monkeypatch.setattr(build_info, "require_runner", lambda: None)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -170,24 +191,6 @@ def test_json_is_the_object_that_o_writes(here: Path) -> None:
     assert printed["results"][0]["peers"] == {}
 
 
-def test_a_run_that_is_cut_short_leaves_the_shapes_it_had(
-    here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from flashmoe.bench import report as module
-
-    whole = module.bench_shape
-
-    def cut_short(shape: Any, *rest: Any) -> Any:
-        if shape.tokens == 16:
-            raise KeyboardInterrupt
-        return whole(shape, *rest)
-
-    monkeypatch.setattr(module, "bench_shape", cut_short)
-    args = ("tiny", "-T", "8,16", "-n", "2", "--peers", "none", "-o", "a.json")
-    assert run(*args).exit_code == 130
-    assert [r["T"] for r in json.loads((here / "a.json").read_text())["results"]] == [8]
-
-
 def test_compare_ends_with_3_where_something_is_slower(here: Path) -> None:
     assert run("tiny", "-T", "8", "-n", "2", "--peers", "none", "-o", "a.json").exit_code == 0
     earlier = json.loads((here / "a.json").read_text())
@@ -201,13 +204,38 @@ def test_compare_ends_with_3_where_something_is_slower(here: Path) -> None:
     assert run(*args, "--fail-over", "99999999%").exit_code == 0
 
 
-def test_a_wrong_result_ends_with_1(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from .fakes import TorchEngine
+def use(monkeypatch: pytest.MonkeyPatch, opened: Callable[[int], Machine]) -> None:
+    """``opened`` in the place of a GPU."""
+    from flashmoe.bench import machine as module
 
-    monkeypatch.setattr(TorchEngine, "spoil", "wrong")
-    done = run("tiny", "-T", "8", "-n", "1", "--peers", "none")
+    monkeypatch.setattr(module, "gpu_machine", opened)
+
+
+def test_a_wrong_result_ends_with_1(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, spoilt_gpu)
+    done = run("tiny", "-T", "8", "-n", "1", "--peers", "none", "-v")
     assert done.exit_code == 1
     assert "FAILED tiny 8: wrong result" in done.stdout
+    assert "what the bench took" in done.stdout
+
+
+def test_a_file_is_gone_on_with(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ("tiny", "-n", "1", "--peers", "none", "--resume", "a.json")
+    use(monkeypatch, dying_gpu)
+    first = run(*args, "-T", "8,13", "--json")
+    assert first.exit_code == 1
+    before = json.loads((here / "a.json").read_text())
+    assert json.loads(first.stdout) == before
+    assert [bool(r["error"]) for r in before["results"]] == [False, True]
+    use(monkeypatch, opened_gpu)
+    assert run(*args, "-T", "8,13,16").exit_code == 0
+    after = json.loads((here / "a.json").read_text())
+    assert [(r["T"], r["error"]) for r in after["results"]] == [(8, None), (13, None), (16, None)]
+    assert after["results"][0] == before["results"][0]
+    other = run(*args, "-T", "8", "--seed", "3")
+    assert other.exit_code == 2
+    assert "seed 0 then, 3 now" in other.stderr
+    assert json.loads((here / "a.json").read_text()) == after
 
 
 @pytest.mark.parametrize(
@@ -221,6 +249,8 @@ def test_a_wrong_result_ends_with_1(here: Path, monkeypatch: pytest.MonkeyPatch)
         (("tiny", "-T", "none"), "-T none is not a number"),
         (("tiny", "-T", "0"), "-T 0 is not a number"),
         (("mixtrl",), "no preset 'mixtrl'"),
+        (("tiny", "--resume", "a.json", "-o", "b.json"), "--output beside --resume"),
+        (("tiny", "--resume", "nowhere/a.json"), "no folder nowhere"),
         (("tiny", "--peers", "vllm"), "no peer 'vllm'"),
         (("tiny", "-o", "nowhere/a.json"), "no folder nowhere"),
     ],
@@ -290,15 +320,8 @@ def test_without_a_gpu_it_is_5_and_one_line(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_both_reports_can_be_drawn_as_they_are(here: Path) -> None:
-    from flashmoe.bench.pairs import PairOptions
-    from flashmoe.bench.shapes import Shape
-    from flashmoe.bench.speed import SpeedOptions
-    from flashmoe.presets import PRESETS
-
-    from .fakes import quiet
-
     shape = Shape("tiny", PRESETS["tiny"].config, 8)
-    speed = speed_report([shape], machine(), SpeedOptions(1), ["flashmoe"], quiet)
-    ranks = pair_report("ranks", [shape], machine(), PairOptions(2, 2), ["flashmoe"], quiet)
-    assert any("tiny" in line for line in bench_lines(speed, WIDE))
-    assert any("tiny x 2" in line for line in bench_lines(ranks, WIDE))
+    speed = run_bench(Bench("speed", (shape,), SpeedOptions(1)), opened, quiet)
+    ranks = run_bench(Bench("ranks", (shape,), PairOptions(2, 2)), opened, quiet)
+    assert any("tiny" in line for line in bench_lines(speed, WIDE, verbose=True))
+    assert any("tiny x 2" in line for line in bench_lines(ranks, WIDE, verbose=True))

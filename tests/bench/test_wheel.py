@@ -110,7 +110,20 @@ def test_modules_load_with_stand_ins_and_leave_none_behind(
     assert sys.modules["vllm"] is real
     left = set(sys.modules) - before
     assert not any(name.split(".")[0] in ("sglang", "sgl_kernel", "vllm") for name in left)
-    assert Path(module.__file__ or "").read_text() == KERNELS  # Triton reads the source
+    assert not Path(module.__file__ or "").exists()
+
+
+def test_triton_needs_the_source_of_a_module_no_longer(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    path = tmp_path / "kernels.zip"
+    text = "import triton\n@triton.jit\ndef kernel(x):\n    other(x)\n"
+    text += "@triton.jit\ndef other(x):\n    pass\n"
+    with zipfile.ZipFile(path, "w") as made:
+        made.writestr("sglang/kernels.py", text)
+    module = wheel.load(wheel.Source(path), "sglang/kernels.py")
+    assert not Path(module.__file__ or "").exists()
+    assert "other(x)" in module.kernel.src
+    assert module.kernel.cache_key  # goes through what it calls
 
 
 def test_a_module_that_does_not_run_is_unavailable(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from flashmoe.bench.peers.base import Unavailable
+from flashmoe.errors import one_line
 
 VARIABLE = "FLASHMOE_SGLANG_WHEEL"
 _STOOD_IN = ("sglang", "sgl_kernel", "vllm", "aiter")
@@ -236,8 +238,7 @@ def _standing_in(wanted: Mapping[str, set[str]], given: Mapping[str, Any]) -> It
                 sys.modules[name] = module_before
 
 
-# Triton reads the source of what it compiles: these folders live as long as the process.
-_folders: list[tempfile.TemporaryDirectory[str]] = []
+_loaded = itertools.count(1)
 
 
 def load(source: Source, name: str, given: Mapping[str, Any] | None = None) -> types.ModuleType:
@@ -246,19 +247,19 @@ def load(source: Source, name: str, given: Mapping[str, Any] | None = None) -> t
     Raises Unavailable where it cannot be executed here.
     """
     text = source.read(name)
-    folder = tempfile.TemporaryDirectory(prefix="flashmoe-bench-")
-    _folders.append(folder)
-    file = Path(folder.name, name.rpartition("/")[2])
-    file.write_text(text, encoding="utf-8")
-    own_name = f"flashmoe_bench_peer_{len(_folders)}_{file.stem}"
-    spec = importlib.util.spec_from_file_location(own_name, file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[own_name] = module
-    try:
-        with _standing_in(_imports(text), given or {}):
-            spec.loader.exec_module(module)
-    except Exception as exc:
-        del sys.modules[own_name]
-        raise Unavailable(f"{name} does not load here: {type(exc).__name__}: {exc}") from exc
+    # Triton reads a kernel's source from its file when it is declared, and never again.
+    with tempfile.TemporaryDirectory(prefix="flashmoe-bench-") as folder:
+        file = Path(folder, name.rpartition("/")[2])
+        file.write_text(text, encoding="utf-8")
+        own_name = f"flashmoe_bench_peer_{next(_loaded)}_{file.stem}"
+        spec = importlib.util.spec_from_file_location(own_name, file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[own_name] = module
+        try:
+            with _standing_in(_imports(text), given or {}):
+                spec.loader.exec_module(module)
+        except Exception as exc:
+            del sys.modules[own_name]
+            raise Unavailable(f"{name} does not load here: {one_line(exc)}") from exc
     return module
