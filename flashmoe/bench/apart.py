@@ -12,7 +12,6 @@ import ctypes
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
@@ -46,7 +45,7 @@ def apart(work: Work[T], progress: Progress, patience_s: float = PATIENCE_S) -> 
     # torch alone: the server may stand in a folder that holds another flashmoe than this one.
     context.set_forkserver_preload(["torch"])
     ours, its = context.Pipe(duplex=False)
-    process = context.Process(target=_do, args=(its, work), daemon=True)
+    process = context.Process(target=_do, args=(its, work))
     process.start()
     its.close()
     phase, answered = "starting", False
@@ -103,6 +102,3 @@ def _do(end: Connection, work: Work[Any]) -> None:
         answer = ("raised", exc)
     with contextlib.suppress(BrokenPipeError):
         end.send(answer)
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(0)  # a context that is broken does not survive being tidied up
