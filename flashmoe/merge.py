@@ -297,7 +297,8 @@ def conclude(request: Request, outcome: Outcome, why_world: str, progress: Progr
                             report["exit_code"])  # fmt: skip
     else:
         _judge(merged, result, progress)
-    _save(merged, result, progress)
+    with result.keeping():
+        _save(merged, result, progress)
     return result
 
 
@@ -312,7 +313,8 @@ def _judge(merged: Merged, result: Result, progress: Progress) -> None:
         result.message = "ok, not checked"
     if request.save_output is not None:
         progress("writing the output", 0, 0)
-        result.saved_output = _save_output(merged, request.save_output)
+        with result.keeping():
+            result.saved_output = _save_output(merged, request.save_output)
 
 
 def _save_output(merged: Merged, path: Path) -> Path:

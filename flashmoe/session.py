@@ -92,7 +92,8 @@ class Result:
 
     ``check`` holds the verdicts on output and routing (None: not checked), ``device`` what NVML
     said after the last launch (None: no GPU), ``why_world`` why ``auto`` chose as it did.
-    ``message`` says in a few words how it ended.  ``processes`` tells of ranks that are processes:
+    ``message`` says in a few words how it ended, ``unsaved`` why the output or the run that was
+    asked for is not there.  ``processes`` tells of ranks that are processes:
     see ``world.processes`` in docs/trace-format.md.
     """
 
@@ -118,6 +119,17 @@ class Result:
     exit_code: int = 0
     message: str = "ok"
     processes: dict[str, Any] | None = None
+    unsaved: FlashmoeError | None = None
+
+    @contextlib.contextmanager
+    def keeping(self) -> Iterator[None]:
+        """What cannot be written inside is said in ``unsaved``: a full disk costs no verdict."""
+        try:
+            yield
+        except FlashmoeError as exc:
+            self.unsaved = self.unsaved or exc
+            if not self.exit_code:
+                self.exit_code, self.message = exc.exit_code, exc.message
 
 
 def choose_world(asked: str, device: int) -> tuple[str, str]:
@@ -264,7 +276,7 @@ def run(request: Request, progress: Progress, say: Say = print) -> Result:
             raise
         out = request.out or (request.hang_out if result.hang is not None else None)
         if out is not None:
-            with _phase(progress, "writing the run"):
+            with _phase(progress, "writing the run"), result.keeping():
                 result.path = saving.save_run(out, request, engine, inputs, record, result)
         return result
     finally:
@@ -338,7 +350,7 @@ def _judge(
     else:
         result.message = "ok, not checked"
     if request.save_output is not None:
-        with _phase(progress, "writing the output"):
+        with _phase(progress, "writing the output"), result.keeping():
             result.saved_output = verdict.save_output(request, inputs, outputs)
 
 

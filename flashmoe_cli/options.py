@@ -274,7 +274,8 @@ Output = Annotated[
         "-o",
         "--output",
         metavar="NAME.fmoe",
-        help="The run directory; by default PRESET-DATE-TIME.fmoe in $FLASHMOE_RUNS or here.",
+        help="The run directory, with or without .fmoe; by default PRESET-DATE-TIME.fmoe in "
+        "$FLASHMOE_RUNS or here.",
         panel=SAVED,
     ),
 ]

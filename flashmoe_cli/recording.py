@@ -18,10 +18,10 @@ import typer
 
 from flashmoe.config import MoEConfig
 from flashmoe.session import Request, Result, run
-from flashmoe.trace.place import SUFFIX, runs_folder
+from flashmoe.trace.place import SUFFIX, run_path, runs_folder
 from flashmoe.world.rendezvous import Place, find_place
 from flashmoe_cli import request as parse
-from flashmoe_cli.output import SCHEMA, emit, note
+from flashmoe_cli.output import SCHEMA, emit, note, show_error
 from flashmoe_cli.progress import Progress
 
 
@@ -90,13 +90,17 @@ def make_request(options: dict[str, Any], *, traced: bool, place: Place | None =
         dtype=overrides["dtype"],
         tokens_file=get("tokens_file"),
         save_output=get("save_output"),
-        out=get("output") or (default if traced else None),
+        out=_named(get("output")) or (default if traced else None),
         hang_out=default,
         force=options["force"],
         faults=parse.faults(get("fault"), ranks, processes["processes"]),
         command=shlex.join(["flashmoe", *sys.argv[1:]]),
         **processes,
     )
+
+
+def _named(output: Path | None) -> Path | None:
+    return None if output is None else run_path(output)
 
 
 def record(options: dict[str, Any], *, traced: bool) -> Result:
@@ -182,9 +186,19 @@ def result_json(verb: str, result: Result) -> dict[str, Any]:
         "processes": result.processes,
         "run": None if result.path is None else str(result.path),
         "saved_output": None if result.saved_output is None else str(result.saved_output),
+        "unsaved": None if result.unsaved is None else result.unsaved.message,
         "hang": None if result.hang is None else result.hang.as_dict(),
         "status": {"code": result.exit_code, "message": result.message},
     }
+
+
+def end(result: Result, as_json: bool) -> None:
+    """Ends a verb whose result has been printed: says what is not saved, and with which code."""
+    unsaved = result.unsaved
+    if unsaved is not None and not as_json:
+        show_error(unsaved.message, unsaved.hint, unsaved.exit_code, as_json=False)
+    if result.exit_code:
+        raise typer.Exit(result.exit_code)
 
 
 def time_source(world: str) -> str:

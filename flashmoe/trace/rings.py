@@ -98,16 +98,17 @@ def write_rings(file: BinaryIO, rings: Rings) -> int:
     return total
 
 
-def read_rings(path: Path) -> Rings:
+def read_rings(path: Path, whole: bool = True) -> Rings:
     """Reads rings.bin at ``path``; the records stay in the file's mapping.
 
+    ``whole`` brings all of the file into memory now, which is quicker where all records are wanted.
     Raises FlashmoeError where the file is not one of ours, is newer, or ends early.
     """
     with path.open("rb") as file:
         size = file.seek(0, 2)
         if size < FILE_HEADER.itemsize:
             raise _truncated(path)
-        populate = getattr(mmap, "MAP_POPULATE", 0)
+        populate = getattr(mmap, "MAP_POPULATE", 0) if whole else 0
         if populate:
             mapping = mmap.mmap(
                 file.fileno(), 0, flags=mmap.MAP_PRIVATE | populate, prot=mmap.PROT_READ

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from flashmoe.errors import FlashmoeError
 from flashmoe.trace import schema
 from flashmoe.trace.decode import EVENTS, decode, require_known
-from flashmoe.trace.place import LATEST, SUFFIX, runs_folder
+from flashmoe.trace.place import LATEST, NO_NAMES, SUFFIX, runs_folder
 from flashmoe.trace.rings import Dump, Rings, dropped, from_dump, held, read_rings, write_rings
 
 SCHEMA = 1  # of run.json
@@ -74,7 +74,7 @@ def refuse_existing(path: Path, force: bool) -> None:
 
     That is where something is there, unless ``force`` is set and it is a run or an empty directory.
     """
-    if path.name in ("", LATEST):
+    if path.name in NO_NAMES:
         raise FlashmoeError(
             f"a run cannot be called {str(path)!r}", f"name it, e.g. mine{SUFFIX}", 2
         )
@@ -340,6 +340,18 @@ class Run:
             raise _missing(path)
         return read_rings(path)
 
+    def check_files(self) -> None:
+        """Raises FlashmoeError where a file that is there is not whole.
+
+        Looks at headers and footers alone: a change within the data goes unnoticed.
+        """
+        if (self.path / "rings.bin").exists():
+            read_rings(self.path / "rings.bin", whole=False)
+        for name in ("events.parquet", "plan.parquet", "counts.parquet"):
+            if (self.path / name).exists():
+                with _damaged(self.path / name):
+                    pq.read_metadata(self.path / name)
+
     @cached_property
     def flight(self) -> np.ndarray | None:
         """The flight recorder's slots [n] of a run that hung, else None."""
@@ -363,12 +375,8 @@ class Run:
         path = self.path / name
         if not path.exists():
             raise _missing(path)
-        try:
+        with _damaged(path):
             table = pq.read_table(path)
-        except (pa.ArrowException, OSError) as error:
-            raise FlashmoeError(
-                f"{path} is damaged or truncated", "copy the run again, or trace again"
-            ) from error
         lacking = [n for n in of.names if n not in table.column_names and n != without]
         if lacking:
             raise FlashmoeError(
@@ -426,9 +434,11 @@ def find_run(path: str | os.PathLike[str] | None) -> Path:
             )
         return max(runs, key=lambda run: run.stat().st_mtime)
     given = Path(path)
-    for candidate in (given, Path(f"{given}{SUFFIX}"), folder / given, folder / f"{given}{SUFFIX}"):
-        if candidate.is_dir():
-            return candidate
+    places = (given, Path(f"{given}{SUFFIX}"), folder / given, folder / f"{given}{SUFFIX}")
+    found = [place for place in places if place.is_dir()]
+    if found:
+        # A run called NAME may lie beside a folder NAME that is none.
+        return next((place for place in found if (place / "run.json").exists()), found[0])
     if given.exists():
         raise FlashmoeError(f"{given} is a file, not a run directory", "give a NAME.fmoe", 2)
     names = {run.name.removesuffix(SUFFIX): run.name for run in list_runs()}
@@ -440,6 +450,17 @@ def find_run(path: str | os.PathLike[str] | None) -> Path:
 def list_runs() -> list[Path]:
     """The runs in the runs' folder, by name."""
     return sorted(p for p in runs_folder().glob(f"*{SUFFIX}") if (p / "run.json").exists())
+
+
+@contextmanager
+def _damaged(path: Path) -> Iterator[None]:
+    """Turns what a reader of Parquet finds wrong into one sentence with a remedy."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise FlashmoeError(
+            f"{path} is damaged or truncated", "copy the run again, or trace again"
+        ) from error
 
 
 def _missing(path: Path) -> FlashmoeError:

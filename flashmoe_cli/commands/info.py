@@ -15,6 +15,7 @@ def info(run: RunPath = None, as_json: Json = False, verbose: Verbose = False) -
     from flashmoe_cli.render.info import info_lines
 
     source = open_described(run)
+    source.check_files()
     if as_json:
         emit({"schema": SCHEMA, "verb": "info", "run": str(source.path), "meta": source.meta})
     else:

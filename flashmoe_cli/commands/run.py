@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import typer
-
 from flashmoe_cli import options as o
 from flashmoe_cli.output import emit, terminal
 
@@ -50,7 +48,7 @@ def run(
     else on the host engine, and says which.
     """
     given = dict(locals())
-    from flashmoe_cli.recording import record, result_json
+    from flashmoe_cli.recording import end, record, result_json
     from flashmoe_cli.render.result import result_lines
 
     result = record(given, traced=False)
@@ -58,5 +56,4 @@ def run(
         emit(result_json("run", result))
     else:
         emit(result_lines(result, terminal(), verbose=verbose))
-    if result.exit_code:
-        raise typer.Exit(result.exit_code)
+    end(result, as_json)

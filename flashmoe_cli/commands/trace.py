@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import typer
-
 from flashmoe_cli import options as o
 from flashmoe_cli.output import emit, terminal
 
@@ -53,22 +51,22 @@ def trace(
     """
     given = dict(locals())
     from flashmoe_cli.reading import open_traced, timeline_json, timeline_text
-    from flashmoe_cli.recording import record, result_json
+    from flashmoe_cli.recording import end, record, result_json
     from flashmoe_cli.render.result import next_lines, result_lines
 
     result = record(given, traced=True)
     where = terminal()
+    drawn = result.hang is None and result.path is not None
     if as_json:
         whole = result_json("trace", result)
-        if result.hang is None:
+        if drawn:
             whole["timeline"] = timeline_json(open_traced(result.path))
         emit(whole)
     else:
         lines = result_lines(result, where, verbose=verbose)
-        if result.hang is None:
+        if drawn:
             lines += ["", *timeline_text(open_traced(result.path), where)]
-        if not quiet:
+        if not quiet and result.path is not None:
             lines += ["", *next_lines(result)]
         emit(lines)
-    if result.exit_code:
-        raise typer.Exit(result.exit_code)
+    end(result, as_json)

@@ -154,6 +154,19 @@ def test_a_truncated_run_is_refused_with_a_sentence(made_up: Any, cli: Any) -> N
     assert "damaged or truncated" in done.stderr
 
 
+@pytest.mark.parametrize("name", ["rings.bin", "events.parquet", "plan.parquet", "counts.parquet"])
+@pytest.mark.parametrize("lost", [1, 100])
+def test_info_notices_a_file_that_was_cut_short(
+    made_up: Any, cli: Any, name: str, lost: int
+) -> None:
+    file = made_up() / name
+    file.write_bytes(file.read_bytes()[:-lost])
+    done = cli("info")
+    assert done.exit_code == 1
+    assert f"{name} is " in done.stderr
+    assert "truncated" in done.stderr
+
+
 @pytest.mark.parametrize("verb", ["info", "timeline", "traffic"])
 def test_a_run_that_does_not_say_what_ran_is_refused_with_a_sentence(
     made_up: Any, cli: Any, verb: str

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -129,12 +131,12 @@ def test_what_cannot_be_replaced_is_said_before_the_work(
         raise AssertionError("it has run")
 
     monkeypatch.setattr(session, "build_engine", too_late)
-    Path("kept").mkdir()
-    Path("kept/letter.txt").write_text("mine")
-    done = cli("trace", "tiny", *HOST, flag, "kept", "-f")
+    Path("kept.fmoe").mkdir()
+    Path("kept.fmoe/letter.txt").write_text("mine")
+    done = cli("trace", "tiny", *HOST, flag, "kept.fmoe", "-f")
     assert done.exit_code == 2, done.output
     assert "kept" in done.stderr
-    assert Path("kept/letter.txt").read_text() == "mine"
+    assert Path("kept.fmoe/letter.txt").read_text() == "mine"
 
 
 def test_save_output_writes_all_ranks_in_order(runs: Path, cli: Any, torch_engine: Any) -> None:
@@ -145,6 +147,69 @@ def test_save_output_writes_all_ranks_in_order(runs: Path, cli: Any, torch_engin
         assert tensors.get_tensor("ids").shape == (7, 2)
         assert tensors.get_tensor("weights").shape == (7, 2)
     assert cli("run", "tiny", *HOST, "--save-output", "y.safetensors").exit_code == 2
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_costs_the_output_and_not_the_verdict(
+    runs: Path, cli: Any, torch_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors.torch
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    args = ("run", "tiny", *HOST, "--save-output", "y.safetensors")
+    done = cli(*args)
+    assert done.exit_code == 1
+    assert "check    ok" in done.stdout
+    assert "output" not in done.stdout
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert error.startswith("error: y.safetensors can't be written:")
+    assert "No space left on device" in error
+    assert not Path("y.safetensors").exists()
+    said = json.loads(cli(*args, "--json").stdout)
+    assert said["check"]["ok"]
+    assert "y.safetensors can't be written" in said["unsaved"]
+    assert said["status"]["code"] == 1
+    torch_engine.spoil = "hang"  # whose exit code says more
+    assert cli(*args).exit_code == 124
+
+
+def test_a_full_disk_costs_the_run_and_not_the_verdict(
+    runs: Path, cli: Any, torch_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flashmoe.trace import rundir
+
+    monkeypatch.setattr(rundir, "write_rings", full)
+    done = cli("trace", "tiny", *HOST, "--save-output", "y.safetensors")
+    assert done.exit_code == 1
+    assert "check    ok" in done.stdout
+    assert "output   y.safetensors" in done.stdout
+    assert "saved" not in done.stdout
+    assert "error: no space left to write" in done.stderr
+    said = json.loads(cli("trace", "tiny", *HOST, "--json").stdout)
+    assert said["check"]["ok"]
+    assert said["run"] is None
+    assert "no space left" in said["unsaved"]
+
+
+@pytest.mark.parametrize("verb", ["run", "trace"])
+def test_a_run_is_called_fmoe_however_it_is_named(
+    runs: Path, cli: Any, torch_engine: Any, verb: str
+) -> None:
+    Path("a").mkdir()  # which is nobody's run
+    for name in ("a", "b.fmoe", "c.d"):
+        assert cli(verb, "tiny", *HOST, "-o", name).exit_code == 0
+    assert {p.name for p in Path.cwd().glob("*.fmoe")} == {"a.fmoe", "b.fmoe", "c.d.fmoe"}
+    assert not list(Path("a").iterdir())
+    for name in ("a", "a.fmoe", "b", "c.d"):
+        done = cli("info", name)
+        assert done.exit_code == 0, done.output
+        assert f"{name.removesuffix('.fmoe')}.fmoe" in done.stdout
+    assert cli(verb, "tiny", *HOST, "-o", "a").exit_code == 2  # it exists
+    assert cli(verb, "tiny", *HOST, "-o", "latest").exit_code == 2
+    assert cli(verb, "tiny", *HOST, "-o", "..").exit_code == 2
 
 
 def test_tokens_from_a_file_are_shared_out(runs: Path, cli: Any, torch_engine: Any) -> None:
