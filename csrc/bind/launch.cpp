@@ -17,6 +17,7 @@
 
 #include "bind/shape_from_dict.h"
 #include "core/args.h"
+#include "core/flight.h"
 #include "core/heap.h"
 #include "core/plan.h"
 #include "core/records.h"

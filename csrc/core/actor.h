@@ -1,4 +1,5 @@
-// An actor: what one lane of one SM is, its trace ring, its flight-recorder slot, and the one wait.
+// An actor: what one lane of one SM is, its flight-recorder slot, the one wait, and, where it is traced,
+// its ring (trace_state.h).
 //
 // How to record (device and host alike):
 //   1. begin(...) when the actor enters a launch; it starts the clock of the first span;
@@ -15,8 +16,9 @@
 #include <cstdint>
 
 #include "core/events.h"
+#include "core/flight.h"
 #include "core/heap.h"
-#include "core/records.h"
+#include "core/trace_state.h"
 
 namespace flashmoe {
 
@@ -46,22 +48,12 @@ FLASHMOE_HD uint64_t as_count(uint64_t word, Until until, uint64_t target) {
 }
 
 template <class P, bool kTraced>
-struct Actor {
-  FlightSlot* slot;  // pinned host memory on a GPU
-  RingHeader* ring;  // null when not traced
-  Record* records;
+struct Actor : TraceState<P, kTraced> {
+  FlightSlot* slot;            // pinned host memory on a GPU
   const uint64_t* abort_word;  // of the actor's own rank
   uint64_t deadline_ns;        // length of the longest allowed wait
-  uint64_t count;              // records written, kept here between writes of the header
-  uint64_t last_ns;            // end of the span before
-  uint64_t begin_ns;
-  uint64_t begin_cycles;
-  uint32_t capacity;
   uint32_t epoch;
-  uint16_t iter;
-  uint8_t iter_flags;
   uint8_t lane;
-  uint8_t keep_last;
   uint8_t cut_short;  // a wait did not end well: the slot keeps saying which
   uint16_t rank;
   uint16_t sm;
@@ -70,37 +62,13 @@ struct Actor {
   FLASHMOE_HD void begin(uint32_t launch_epoch, uint32_t iteration) {
     epoch = launch_epoch;
     cut_short = 0;
-    iter = static_cast<uint16_t>(iteration < 0xffffu ? iteration : 0xffffu);
-    iter_flags = iteration < 0xffffu ? 0 : kFlagIterWrapped;
     note(ActorState::kRunning, {EventKind::k_launch, kNoPeer, kNoExpert, kNoTile}, 0, 0,
          P::now_ns());
-    if constexpr (kTraced) {
-      count = ring->count;
-      begin_ns = last_ns = P::now_ns();
-      begin_cycles = P::cycles();
-      ring->begin_ns = begin_ns;
-      ring->end_ns = 0;
-      ring->begin_cycles = begin_cycles;
-      ring->capacity = capacity;
-      ring->rank = rank;
-      ring->sm = sm;
-      ring->cta = cta;
-      ring->lane = lane;
-      ring->mode = keep_last;
-      ring->magic = kRingMagic;
-    }
+    if constexpr (kTraced) this->begin_ring(iteration, rank, sm, cta, lane);
   }
 
   FLASHMOE_HD void end(ActorState state) {
-    if constexpr (kTraced) {
-      const uint64_t now = P::now_ns();
-      const uint64_t cycles = P::cycles();
-      write(EventKind::k_launch, 0, begin_ns, now - begin_ns, kNoPeer, kNoExpert, kNoTile,
-            saturate(cycles - begin_cycles), 0);
-      ring->end_ns = now;
-      ring->end_cycles = cycles;
-      ring->count = count;
-    }
+    if constexpr (kTraced) this->end_ring();
     if (!cut_short) {
       note(state, {EventKind::k_launch, kNoPeer, kNoExpert, kNoTile}, 0, 0, P::now_ns());
     }
@@ -111,8 +79,9 @@ struct Actor {
                         uint32_t stall_cycles = 0) {
     if constexpr (kTraced) {
       const uint64_t now = P::now_ns();
-      write(kind, 0, last_ns, now - last_ns, peer, expert, tile, saturate(aux), stall_cycles);
-      last_ns = now;
+      this->write(kind, 0, this->last_ns, now - this->last_ns, peer, expert, tile,
+                  saturate_u32(aux), stall_cycles);
+      this->last_ns = now;
     }
   }
 
@@ -121,19 +90,21 @@ struct Actor {
                            uint16_t expert, uint32_t tile, uint64_t aux,
                            uint32_t stall_cycles = 0) {
     if constexpr (kTraced) {
-      write(kind, 0, from, to - from, peer, expert, tile, saturate(aux), stall_cycles);
-      last_ns = to;
+      this->write(kind, 0, from, to - from, peer, expert, tile, saturate_u32(aux), stall_cycles);
+      this->last_ns = to;
     }
   }
 
   FLASHMOE_HD void instant(EventKind kind, uint16_t peer, uint16_t expert, uint32_t tile,
                            uint64_t aux) {
-    if constexpr (kTraced) write(kind, 0, last_ns, 0, peer, expert, tile, saturate(aux), 0);
+    if constexpr (kTraced) {
+      this->write(kind, 0, this->last_ns, 0, peer, expert, tile, saturate_u32(aux), 0);
+    }
   }
 
   // The time since the last span belongs to nothing: it is idle.
   FLASHMOE_HD void skip() {
-    if constexpr (kTraced) last_ns = P::now_ns();
+    if constexpr (kTraced) this->last_ns = P::now_ns();
   }
 
   // Says in the flight recorder what the actor now does.
@@ -160,8 +131,7 @@ struct Actor {
                                  ? static_cast<uint32_t>(due - as_count(seen, until, target))
                                  : 0;
     if constexpr (kTraced) {
-      write(what.kind, kFlagOpen, from, 0, what.peer, what.expert, what.tile, lacking, 0);
-      ring->count = count;
+      this->open_wait(what.kind, from, what.peer, what.expert, what.tile, lacking);
     }
     note(ActorState::kWaiting, what, due, as_count(seen, until, target), from);
     Status status = Status::kOk;
@@ -189,9 +159,9 @@ struct Actor {
     }
     if constexpr (kTraced) {
       const uint64_t now = P::now_ns();
-      write(what.kind, status == Status::kOk ? 0 : kFlagGaveUp, from, now - from, what.peer,
-            what.expert, what.tile, lacking, 0);
-      last_ns = now;
+      this->write(what.kind, status == Status::kOk ? 0 : kFlagGaveUp, from, now - from, what.peer,
+                  what.expert, what.tile, lacking, 0);
+      this->last_ns = now;
     }
     if (status == Status::kOk) {
       note(ActorState::kRunning, {EventKind::kNone, kNoPeer, kNoExpert, kNoTile}, 0, 0, from);
@@ -203,43 +173,15 @@ struct Actor {
   FLASHMOE_HD void waited(const Awaited& what, uint64_t from, uint64_t to, uint32_t lacking,
                           Status status) {
     if constexpr (kTraced) {
-      if (from < last_ns) from = last_ns;
+      if (from < this->last_ns) from = this->last_ns;
       if (to <= from) return;
-      write(what.kind, status == Status::kOk ? 0 : kFlagGaveUp, from, to - from, what.peer,
-            what.expert, what.tile, lacking, 0);
-      last_ns = to;
+      this->write(what.kind, status == Status::kOk ? 0 : kFlagGaveUp, from, to - from, what.peer,
+                  what.expert, what.tile, lacking, 0);
+      this->last_ns = to;
     }
-  }
-
-  FLASHMOE_HD static uint32_t saturate(uint64_t value) {
-    return value > 0xffffffffull ? 0xffffffffu : static_cast<uint32_t>(value);
   }
 
  private:
-  FLASHMOE_HD void write(EventKind kind, uint8_t flags, uint64_t t0, uint64_t duration,
-                         uint16_t peer, uint16_t expert, uint32_t tile, uint32_t aux,
-                         uint32_t stall_cycles) {
-    const uint64_t index = count++;
-    uint64_t place = index;
-    if (index >= capacity) {
-      if (!keep_last || capacity == 0) return;
-      place = index % capacity;
-    }
-    Record r;
-    r.t0_ns = t0;
-    r.dur_ns = saturate(duration);
-    r.kind = static_cast<uint8_t>(kind);
-    r.flags =
-        static_cast<uint8_t>(flags | iter_flags | (duration >= 0xffffffffull ? kFlagSaturated : 0));
-    r.peer = peer;
-    r.expert = expert;
-    r.iter = iter;
-    r.tile = tile;
-    r.aux = aux;
-    r.stall_cycles = stall_cycles;
-    P::put_record(records + place, r);
-  }
-
   FLASHMOE_HD void note(ActorState state, const Awaited& what, uint64_t expected, uint64_t seen,
                         uint64_t since) {
     FlightSlot s{};

@@ -3,11 +3,14 @@
 
 #include <cstdint>
 
+#include "core/flight.h"
 #include "core/heap.h"
-#include "core/records.h"
 #include "core/shape.h"
 
 namespace flashmoe {
+
+struct Record;
+struct RingHeader;
 
 inline constexpr uint32_t kMaxRanks = 8;
 inline constexpr uint32_t kRowBoxes = 4;

@@ -1,4 +1,4 @@
-// The bytes of a trace: one Record an event, one RingHeader an actor, one FlightSlot an actor.
+// The bytes of a trace: one Record an event, one RingHeader an actor.
 //
 // flashmoe/trace/schema.py mirrors these structs field for field; a test holds it to them through
 // the engine's `layout()`.  All fields are little-endian and whole: nothing is bit-packed.
@@ -46,24 +46,5 @@ static_assert(sizeof(RingHeader) == 128, "RingHeader is 128 bytes in the file fo
 
 enum class RingMode : uint8_t { kKeepFirst = 0, kKeepLast = 1 };
 inline constexpr uint32_t kRingMagic = 0x524d4f46u;  // "FOMR"
-
-// Where an actor is now, readable while the kernel runs.
-struct alignas(64) FlightSlot {
-  uint64_t since_ns;  // when this state began
-  uint32_t epoch;     // launch the actor is in, from 1
-  uint8_t state;      // ActorState
-  uint8_t kind;       // EventKind: what it does, or waits for
-  uint16_t peer;
-  uint16_t expert;
-  uint16_t rank;
-  uint32_t tile;
-  uint64_t expected;  // of a wait: the value awaited
-  uint64_t seen;      // of a wait: the value last read
-  uint16_t sm;
-  uint16_t cta;
-  uint8_t lane;
-  uint8_t reserved[19];
-};
-static_assert(sizeof(FlightSlot) == 64, "FlightSlot is 64 bytes in the file format");
 
 }  // namespace flashmoe

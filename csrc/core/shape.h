@@ -46,6 +46,9 @@ FLASHMOE_HD uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; 
 FLASHMOE_HD uint64_t align_up(uint64_t a, uint64_t b) { return (a + b - 1) / b * b; }
 FLASHMOE_HD uint32_t min_u32(uint32_t a, uint32_t b) { return a < b ? a : b; }
 FLASHMOE_HD uint32_t max_u32(uint32_t a, uint32_t b) { return a > b ? a : b; }
+FLASHMOE_HD uint32_t saturate_u32(uint64_t a) {
+  return a > 0xffffffffull ? 0xffffffffu : static_cast<uint32_t>(a);
+}
 
 // Rank r owns experts [floor(rE/W), floor((r+1)E/W)).
 FLASHMOE_HD uint32_t first_expert(const Shape& s, uint32_t rank) {

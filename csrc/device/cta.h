@@ -146,8 +146,10 @@ struct Place {
 
 inline constexpr uint32_t kSharedBudget = 232448;
 inline constexpr uint32_t kSharedState = 3072 + 4 * kTableWords;
+#ifndef FLASHMOE_NO_TRACE
 static_assert(sizeof(Shared<true>) <= kSharedState,
               "barriers, tasks, actors and tables must fit their part");
+#endif
 inline constexpr uint32_t kSharedBytes =
     kStages * kStageBytes + kEpilogueBytes + kCommBytes + kSharedState + 1024;
 static_assert(kSharedBytes <= kSharedBudget, "a block of sm_90 has 232,448 bytes of shared memory");

@@ -69,13 +69,10 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
     GpuActor<kTraced>& a = sh.actors[lane];
     a.slot = args.slots + index;
     if constexpr (kTraced) {
-      a.ring = args.rings + index;
-      a.records = args.records + index * args.ring_capacity;
+      a.record_into(args.rings, args.records, index, args.ring_capacity, args.keep_last != 0);
     }
     a.abort_word = place.heap.at<uint64_t>(args.layout.abort_word);
     a.deadline_ns = place.epoch == 1 ? args.first_deadline_ns : args.deadline_ns;
-    a.capacity = args.ring_capacity;
-    a.keep_last = static_cast<uint8_t>(args.keep_last);
     a.lane = static_cast<uint8_t>(lane);
     a.rank = static_cast<uint16_t>(place.rank);
     a.sm = static_cast<uint16_t>(ptx::smid());

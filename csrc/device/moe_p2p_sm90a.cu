@@ -35,10 +35,10 @@ extern "C" __global__ void flashmoe_clock_probe(uint64_t* out, char* scratch,
   const uint64_t never = 0;
   GpuActor<true> actor{};
   actor.slot = slot;
-  actor.ring = reinterpret_cast<RingHeader*>(scratch);
-  actor.records = reinterpret_cast<Record*>(scratch + sizeof(RingHeader) * 2);
+  actor.record_into(reinterpret_cast<RingHeader*>(scratch),
+                    reinterpret_cast<Record*>(scratch + sizeof(RingHeader) * 2), 0, kRecords,
+                    false);
   actor.abort_word = &never;
-  actor.capacity = kRecords;
   actor.begin(1, 0);
   actor.count = 0;
   const uint64_t begin_ns = ptx::globaltimer(), begin_cycles = clock64();

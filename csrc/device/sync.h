@@ -4,13 +4,14 @@
 #include <cstdint>
 
 #include "core/actor.h"
-#include "core/records.h"
 #include "device/ptx.h"
 
 namespace flashmoe {
 
 inline constexpr uint32_t kThreads = 384;
 inline constexpr uint32_t kWarps = kThreads / 32;
+
+struct Record;
 
 struct GpuPlatform {
   static __device__ __forceinline__ uint64_t load(const uint64_t* word) {

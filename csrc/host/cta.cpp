@@ -36,14 +36,12 @@ void Cta<kTraced>::run(Lane lane) {
   LaneActor a{};
   a.slot = &m_.slots[actor];
   if constexpr (kTraced) {
-    a.ring = &m_.rings[actor];
-    a.records = &m_.records[static_cast<uint64_t>(actor) * m_.config.ring_capacity];
+    a.record_into(m_.rings.get(), m_.records.get(), actor, m_.config.ring_capacity,
+                  m_.config.keep_last);
   }
   a.abort_word = heap_.at<uint64_t>(l_.abort_word);
   a.deadline_ns = epoch_ == 1 ? m_.config.first_deadline_ns : m_.config.deadline_ns;
-  a.capacity = m_.config.ring_capacity;
   a.lane = static_cast<uint8_t>(lane);
-  a.keep_last = m_.config.keep_last ? 1 : 0;
   a.rank = static_cast<uint16_t>(rank_);
   a.sm = static_cast<uint16_t>(rank_ * s_.chunks + cta_);
   a.cta = static_cast<uint16_t>(cta_);

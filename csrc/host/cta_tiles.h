@@ -131,7 +131,7 @@ Status Cta<kTraced>::load_lane(LaneActor& a) {
       stages_->publish();
     }
     a.span(EventKind::k_load, kNoPeer, static_cast<uint16_t>(task.tile.expert), task.tile.index,
-           HostPlatform::cycles() - from, LaneActor::saturate(stall));
+           HostPlatform::cycles() - from, saturate_u32(stall));
   }
 }
 
@@ -179,7 +179,7 @@ Status Cta<kTraced>::math_lane(LaneActor& a, uint32_t half) {
     // A lane whose half is empty only passed the stages on: that is no work.
     if (rows > 0) {
       a.span(kind, kNoPeer, static_cast<uint16_t>(tile.expert), tile.index,
-             HostPlatform::cycles() - from, LaneActor::saturate(stall));
+             HostPlatform::cycles() - from, saturate_u32(stall));
     }
     if (tile.gemm == 2) give_back(a, tile, row0, rows, sums.data());
   }

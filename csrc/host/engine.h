@@ -12,6 +12,7 @@
 
 #include "core/args.h"
 #include "core/events.h"
+#include "core/flight.h"
 #include "core/heap.h"
 #include "core/records.h"
 #include "core/shape.h"

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 
+#include "core/flight.h"
 #include "core/records.h"
 
 namespace flashmoe {

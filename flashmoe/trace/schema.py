@@ -1,4 +1,4 @@
-"""The bytes and the words of a trace: a mirror of csrc/core/records.h and csrc/core/events.h.
+"""The bytes and the words of a trace: a mirror of csrc/core's records.h, flight.h and events.h.
 
 The C headers are the truth; ``tests/trace/test_schema.py`` parses them and holds this module to
 them.  Everything that reads or writes a trace takes its layouts, names and classes from here.

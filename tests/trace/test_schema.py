@@ -1,4 +1,4 @@
-"""Holds flashmoe/trace/schema.py to csrc/core/events.h and csrc/core/records.h, by parsing them."""
+"""Holds flashmoe/trace/schema.py to csrc/core: events.h, records.h and flight.h, parsed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flashmoe.trace import schema
 
 CORE = Path(__file__).resolve().parents[2] / "csrc" / "core"
 EVENTS = (CORE / "events.h").read_text()
-RECORDS = (CORE / "records.h").read_text()
+STRUCTS = (CORE / "records.h").read_text() + (CORE / "flight.h").read_text()
 C_TYPES = {"uint64_t": 8, "uint32_t": 4, "uint16_t": 2, "uint8_t": 1}
 
 
@@ -39,7 +39,7 @@ def snake(name: str) -> str:
 
 def c_struct(name: str) -> tuple[list[tuple[str, int, int]], int]:
     """Fields as (name, bytes of one element, elements), and the struct's alignment."""
-    found = re.search(rf"struct alignas\((\d+)\) {name} {{(.*?)\n}};", RECORDS, re.DOTALL)
+    found = re.search(rf"struct alignas\((\d+)\) {name} {{(.*?)\n}};", STRUCTS, re.DOTALL)
     assert found is not None
     fields = [
         (field, C_TYPES[ctype], int(count or 1))
@@ -93,13 +93,13 @@ def test_enums_are_those_of_the_header(c_name: str, mirror: type, prefix: str) -
 
 
 def test_ring_modes_and_sentinels_are_those_of_the_header() -> None:
-    found = re.search(r"enum class RingMode[^{]*{([^}]*)}", RECORDS)
+    found = re.search(r"enum class RingMode[^{]*{([^}]*)}", STRUCTS)
     assert found is not None
     header = {snake(n): int(v) for n, v in re.findall(r"k(\w+) = (\d+)", found.group(1))}
     assert header == {name: int(v) for name, v in schema.RingMode.__members__.items()}
     words = {
         name: int(value, 16)
-        for name, value in re.findall(r"k(\w+) = (0x[0-9a-f]+)u?;", EVENTS + RECORDS)
+        for name, value in re.findall(r"k(\w+) = (0x[0-9a-f]+)u?;", EVENTS + STRUCTS)
     }
     assert words == {
         "NoPeer": schema.NO_PEER,
@@ -130,7 +130,7 @@ def test_structs_are_those_of_the_header(c_name: str, dtype: np.dtype) -> None:
     assert dtype.itemsize == -(-offset // alignment) * alignment
     names = set(dtype.names or ()) - {"padding"}
     assert names == {name for name, _, _ in fields}
-    assert f"static_assert(sizeof({c_name}) == {dtype.itemsize}," in RECORDS
+    assert f"static_assert(sizeof({c_name}) == {dtype.itemsize}," in STRUCTS
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH")
@@ -140,7 +140,8 @@ def test_offsets_are_those_the_compiler_gives(tmp_path: Path) -> None:
         "RingHeader": schema.RING_HEADER,
         "FlightSlot": schema.FLIGHT_SLOT,
     }
-    lines = ['#include "core/records.h"', "using namespace flashmoe;"]
+    headers = ['#include "core/records.h"', '#include "core/flight.h"']
+    lines = [*headers, "using namespace flashmoe;"]
     for name, dtype in structs.items():
         lines.append(f"static_assert(sizeof({name}) == {dtype.itemsize});")
         for field in dtype.names or ():

@@ -1,0 +1,125 @@
+// What only a traced actor has: its ring, and how records get into it.
+//
+// Nothing of a trace's bytes is known beyond this header: an untraced actor has no part of it, and a
+// build with FLASHMOE_NO_TRACE compiles none of it and can make no traced actor.  A test holds the
+// machine code of an untraced kernel to that of such a build (tests/device/test_zero_when_off.py).
+#pragma once
+
+#include <cstdint>
+
+#include "core/events.h"
+#include "core/shape.h"
+
+namespace flashmoe {
+
+template <class P, bool kTraced>
+struct TraceState;
+
+template <class P>
+struct TraceState<P, false> {};
+
+}  // namespace flashmoe
+
+#ifndef FLASHMOE_NO_TRACE
+
+#include "core/records.h"
+
+namespace flashmoe {
+
+template <class P>
+struct TraceState<P, true> {
+  RingHeader* ring;
+  Record* records;
+  uint64_t count;    // records written, kept here between writes of the header
+  uint64_t last_ns;  // end of the span before
+  uint64_t begin_ns;
+  uint64_t begin_cycles;
+  uint32_t capacity;
+  uint16_t iter;
+  uint8_t iter_flags;
+  uint8_t keep_last;
+
+  // Before begin(): the actor's ring is the one at `index`, of `ring_capacity` records.
+  FLASHMOE_HD void record_into(RingHeader* rings, Record* all, uint64_t index,
+                               uint32_t ring_capacity, bool keeps_last) {
+    ring = rings + index;
+    records = all + index * ring_capacity;
+    capacity = ring_capacity;
+    keep_last = keeps_last ? 1 : 0;
+  }
+
+  FLASHMOE_HD void begin_ring(uint32_t iteration, uint16_t rank, uint16_t sm, uint16_t cta,
+                              uint8_t lane) {
+    iter = static_cast<uint16_t>(iteration < 0xffffu ? iteration : 0xffffu);
+    iter_flags = iteration < 0xffffu ? 0 : kFlagIterWrapped;
+    count = ring->count;
+    begin_ns = last_ns = P::now_ns();
+    begin_cycles = P::cycles();
+    ring->begin_ns = begin_ns;
+    ring->end_ns = 0;
+    ring->begin_cycles = begin_cycles;
+    ring->capacity = capacity;
+    ring->rank = rank;
+    ring->sm = sm;
+    ring->cta = cta;
+    ring->lane = lane;
+    ring->mode = keep_last;
+    ring->magic = kRingMagic;
+  }
+
+  FLASHMOE_HD void end_ring() {
+    const uint64_t now = P::now_ns();
+    const uint64_t cycles = P::cycles();
+    write(EventKind::k_launch, 0, begin_ns, now - begin_ns, kNoPeer, kNoExpert, kNoTile,
+          saturate_u32(cycles - begin_cycles), 0);
+    ring->end_ns = now;
+    ring->end_cycles = cycles;
+    ring->count = count;
+  }
+
+  // A wait begins that may never end: its record, and the count that makes a reader see it.
+  FLASHMOE_HD void open_wait(EventKind kind, uint64_t from, uint16_t peer, uint16_t expert,
+                             uint32_t tile, uint32_t lacking) {
+    write(kind, kFlagOpen, from, 0, peer, expert, tile, lacking, 0);
+    ring->count = count;
+  }
+
+  FLASHMOE_HD void write(EventKind kind, uint8_t flags, uint64_t t0, uint64_t duration,
+                         uint16_t peer, uint16_t expert, uint32_t tile, uint32_t aux,
+                         uint32_t stall_cycles) {
+    const uint64_t index = count++;
+    uint64_t place = index;
+    if (index >= capacity) {
+      if (!keep_last || capacity == 0) return;
+      place = index % capacity;
+    }
+    Record r;
+    r.t0_ns = t0;
+    r.dur_ns = saturate_u32(duration);
+    r.kind = static_cast<uint8_t>(kind);
+    r.flags =
+        static_cast<uint8_t>(flags | iter_flags | (duration >= 0xffffffffull ? kFlagSaturated : 0));
+    r.peer = peer;
+    r.expert = expert;
+    r.iter = iter;
+    r.tile = tile;
+    r.aux = aux;
+    r.stall_cycles = stall_cycles;
+    P::put_record(records + place, r);
+  }
+};
+
+}  // namespace flashmoe
+
+#else
+
+namespace flashmoe {
+
+template <class P>
+struct TraceState<P, true> {
+  static_assert(sizeof(P) == 0, "built with FLASHMOE_NO_TRACE: no actor can be traced");
+};
+
+}  // namespace flashmoe
+
+#endif
