@@ -69,8 +69,35 @@ def built() -> str:
     return now.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def cubin_entry(name: str) -> dict[str, str]:
-    """``moe_sm90a`` or ``moe_nvshmem_sm90a`` -> its file, kernel, architecture and flavour."""
+#: What ptxas -v says of a kernel: its name, then its stack and spills, then its registers.
+KERNEL = re.compile(
+    r"Compiling entry function '(?P<name>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+
+def kernels(report: str) -> list[dict[str, str | int]]:
+    """ptxas's figures of each kernel in its report, by name."""
+    found = [
+        {
+            "name": match["name"],
+            "registers": int(match["registers"]),
+            "stack_bytes": int(match["stack"]),
+            "spill_store_bytes": int(match["stores"]),
+            "spill_load_bytes": int(match["loads"]),
+        }
+        for match in KERNEL.finditer(report)
+    ]
+    return sorted(found, key=lambda kernel: kernel["name"])
+
+
+def cubin_entry(path: Path) -> dict[str, object]:
+    """``moe_sm90a`` or ``moe_nvshmem_sm90a`` -> its file, kernel, architecture, flavour and what
+    the report beside it (cmake/compile_cubin.cmake) says of its kernels."""
+    name = path.stem
+    report = Path(f"{path}.ptxas.txt")
     stem, _, arch = name.rpartition("_sm")
     kernel, nvshmem = stem.removesuffix("_nvshmem"), stem.endswith("_nvshmem")
     return {
@@ -78,6 +105,7 @@ def cubin_entry(name: str) -> dict[str, str]:
         "kernel": kernel.removesuffix("_p2p"),
         "arch": f"sm_{arch}",
         "flavour": "nvshmem" if nvshmem else "p2p",
+        "kernels": kernels(report.read_text(encoding="utf-8")) if report.is_file() else [],
     }
 
 
@@ -103,7 +131,7 @@ def main() -> None:
         "cxx": options.cxx.strip() or None,
         "nvcc": options.nvcc or None,
         "why_no_host_engine": options.why_no_host_engine or None,
-        "cubins": [cubin_entry(path.stem) for path in options.cubins],
+        "cubins": [cubin_entry(path) for path in options.cubins],
         "why_no_cubins": options.why_no_cubins or None,
     }
     options.output.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")

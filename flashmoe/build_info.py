@@ -26,17 +26,30 @@ def _located(*parts: str) -> Path:
 
 
 @dataclass(frozen=True)
+class Kernel:
+    """What the compiler said of one entry point of a cubin: registers a thread, bytes a thread."""
+
+    name: str
+    registers: int
+    stack_bytes: int
+    spill_store_bytes: int
+    spill_load_bytes: int
+
+
+@dataclass(frozen=True)
 class Cubin:
     """One compiled kernel file.
 
     ``kernel`` is its name without flavour and architecture, ``arch`` as nvcc spells it (sm_90a),
-    ``flavour`` the transport it was linked for (``p2p`` or ``nvshmem``).
+    ``flavour`` the transport it was linked for (``p2p`` or ``nvshmem``), ``kernels`` its entry
+    points by name.
     """
 
     file: str
     kernel: str
     arch: str
     flavour: str
+    kernels: tuple[Kernel, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -109,7 +122,10 @@ def parse(text: str) -> BuildInfo:
             cxx=raw["cxx"],
             nvcc=raw["nvcc"],
             why_no_host_engine=raw["why_no_host_engine"] or "",
-            cubins=tuple(Cubin(**entry) for entry in raw["cubins"]),
+            cubins=tuple(
+                Cubin(**{**entry, "kernels": tuple(Kernel(**k) for k in entry["kernels"])})
+                for entry in raw["cubins"]
+            ),
             why_no_cubins=raw["why_no_cubins"] or "",
         )
     except (ValueError, KeyError, TypeError) as exc:

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 import flashmoe
-from flashmoe.build_info import BuildInfo, Cubin, build_info, parse
+from flashmoe.build_info import BuildInfo, Cubin, Kernel, build_info, parse
 from flashmoe.errors import FlashmoeError
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +26,21 @@ def writer() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+REPORT = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'probe' for 'sm_90a'
+ptxas info    : Function properties for probe
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 30 registers, used 0 barriers
+ptxas info    : Compile time = 17.801 ms
+ptxas info    : Compiling entry function 'moe_one' for 'sm_90a'
+ptxas info    : Function properties for moe_one
+    80 bytes stack frame, 152 bytes spill stores, 208 bytes spill loads
+ptxas info    : Used 168 registers, used 16 barriers, 80 bytes cumulative stack size
+ptxas info    : Compile time = 22239.184 ms
+"""
 
 
 def git(at: Path, *arguments: str) -> str:
@@ -73,6 +88,8 @@ def test_a_tree_inside_another_repository_is_not_of_that_repository(
 
 def test_written_file_reads_back(writer: ModuleType, repository: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.json"
+    cubin = tmp_path / "moe_sm90a.cubin"
+    Path(f"{cubin}.ptxas.txt").write_text(REPORT)
     command = [
         sys.executable,
         str(ROOT / "cmake" / "build_info.py"),
@@ -83,7 +100,7 @@ def test_written_file_reads_back(writer: ModuleType, repository: Path, tmp_path:
         "--nvcc=13.0.88",
         "--why-no-host-engine=",
         "--why-no-cubins=",
-        "build/moe_sm90a.cubin",
+        str(cubin),
         "build/moe_traced_nvshmem_sm100a.cubin",
     ]
     environment = {"SOURCE_DATE_EPOCH": "86400", "PATH": "/usr/bin:/bin"}
@@ -95,7 +112,13 @@ def test_written_file_reads_back(writer: ModuleType, repository: Path, tmp_path:
     assert (info.cxx, info.nvcc) == ("GNU 14.1", "13.0.88")
     assert (info.why_no_host_engine, info.why_no_cubins) == ("", "")
     assert info.cubins == (
-        Cubin("moe_sm90a.cubin", "moe", "sm_90a", "p2p"),
+        Cubin(
+            "moe_sm90a.cubin",
+            "moe",
+            "sm_90a",
+            "p2p",
+            (Kernel("moe_one", 168, 80, 152, 208), Kernel("probe", 30, 0, 0, 0)),
+        ),
         Cubin("moe_traced_nvshmem_sm100a.cubin", "moe_traced", "sm_100a", "nvshmem"),
     )
     assert [c.compute_capability for c in info.cubins] == [(9, 0), (10, 0)]
