@@ -81,6 +81,7 @@ def metadata_of(
             "row_bytes": config.row_bytes,
             "topology": topology(result.world, request.ranks, per_gpu),
             "processes": result.processes,
+            "tiling": result.tiling,
         },
         "device": result.device,
         "clock": result.clock,

@@ -94,7 +94,7 @@ class Result:
     said after the last launch (None: no GPU), ``why_world`` why ``auto`` chose as it did.
     ``message`` says in a few words how it ended, ``unsaved`` why the output or the run that was
     asked for is not there.  ``processes`` tells of ranks that are processes:
-    see ``world.processes`` in docs/trace-format.md.
+    see ``world.processes`` in docs/trace-format.md, and there ``world.tiling``.
     """
 
     name: str
@@ -119,6 +119,7 @@ class Result:
     exit_code: int = 0
     message: str = "ok"
     processes: dict[str, Any] | None = None
+    tiling: dict[str, Any] | None = None
     unsaved: FlashmoeError | None = None
 
     @contextlib.contextmanager
@@ -305,6 +306,7 @@ def _begun(
         remarks=list(inputs.remarks),
         device=describe_device(request.device) if engine.world != "host" else None,
         clock=asdict(engine.clock()) if request.traced else None,
+        tiling=engine.tiling,
     )
 
 

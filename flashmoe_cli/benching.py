@@ -131,11 +131,12 @@ def shapes_of(given: dict[str, Any]) -> tuple[Shape, ...]:
     shapes = []
     for name in names or [None]:
         label, config, default = shape(name, overrides)
-        shapes += [Shape(label, config, t) for t in _tokens(given["tokens"], default)]
+        shapes += [Shape(label, config, t) for t in tokens_of(given["tokens"], default)]
     return tuple(shapes)
 
 
-def _tokens(text: str | None, default: int) -> list[int]:
+def tokens_of(text: str | None, default: int) -> list[int]:
+    """The numbers of ``-T``, or ``default`` alone.  Raises FlashmoeError (2) for anything else."""
     if text is None:
         return [default]
     parts = [part.strip() for part in text.split(",")]

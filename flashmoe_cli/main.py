@@ -16,6 +16,7 @@ from flashmoe_cli.commands import (
     timeline,
     trace,
     traffic,
+    tune,
 )
 from flashmoe_cli.output import emit
 from flashmoe_cli.root import Root, Verb
@@ -34,6 +35,7 @@ for _verb, _panel in (
     (run.run, "Record"),
     (trace.trace, "Record"),
     (bench.bench, "Measure"),
+    (tune.tune, "Measure"),
     (timeline.timeline, "Read a recorded run"),
     (traffic.traffic, "Read a recorded run"),
     (export.export, "Read a recorded run"),

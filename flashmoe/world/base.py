@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
     from flashmoe.config import MoEConfig
+    from flashmoe.tuning import Tiling
 
 RingMode = Literal["keep-first", "keep-last"]
 WorldKind = Literal["host", "local", "nvshmem"]
@@ -54,7 +55,8 @@ class EngineOptions:
     bounds every wait; ``first_deadline_s`` replaces it in the first launch (None: 4 times the
     former).  ``ring_capacity`` is in records an actor; None derives it from the plan's worst case.
     With ``no_pointers`` every other rank counts as beyond the reach of pointers: rows and signals
-    go by put-with-signal (host engine).
+    go by put-with-signal (host engine).  ``tiling`` None: as the tuning table has it, or untuned
+    (GPU).
     """
 
     ranks: int = 1
@@ -67,6 +69,7 @@ class EngineOptions:
     device: int = 0
     no_pointers: bool = False
     faults: tuple[Fault, ...] = ()
+    tiling: Tiling | None = None
 
 
 @dataclass
@@ -163,6 +166,8 @@ class Engine(Runner, Protocol):
     options: EngineOptions
     tokens: tuple[int, ...]
     ring_capacity: int
+    tiling: dict[str, Any] | None
+    """How its tiles are cut, as run.json says it; None where there is nothing to tune."""
 
     def routing(self) -> Routing:
         """Counts and tile plan of the last launch."""

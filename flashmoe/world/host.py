@@ -113,6 +113,9 @@ class HostEngine:
         self.options = self._with_time_for_arithmetic()
         self._grows = pool_rows is None
         self._shape = self._make_shape(pool_rows)
+        self.tiling: dict[str, Any] | None = (
+            None  # its tiles are of one height, and orders cost it nothing
+        )
         self.ring_capacity = options.ring_capacity or self._default_ring_capacity()
         settings = self._settings()
         # Other ranks' processes take as much of the same memory.

@@ -11,6 +11,7 @@ import torch
 from flashmoe import kernels
 from flashmoe.errors import FlashmoeError
 from flashmoe.trace import schema
+from flashmoe.tuning import Tiling, tiling_of
 
 if TYPE_CHECKING:
     from flashmoe.config import MoEConfig
@@ -34,8 +35,9 @@ ROW_BOXES = (16, 32, 64, 128)
 
 MAX_RANKS = 8
 MAX_EXPERTS = 1024
-WAVES = 4
-"""Waves of experts per owner: the order of tiles, not their arithmetic."""
+ARCH = "sm_90a"
+UNTUNED = Tiling(TILE_ROWS, waves=4)
+"""The cut of tiles where no tuning says otherwise."""
 
 
 def even_share(sms: int) -> int:
@@ -64,7 +66,17 @@ def check_experts(config: MoEConfig) -> None:
         )
 
 
-def launch_shape(config: MoEConfig, ranks: int, chunks: int, max_tokens: int) -> dict[str, Any]:
+def tiling(config: MoEConfig) -> Tiling:
+    """How the layer's tiles are cut on this machine: as tuned, or as ever.
+
+    Raises FlashmoeError where the tuning table is damaged.
+    """
+    return tiling_of(config, ARCH, UNTUNED, TILE_ROWS_STEP[config.dtype])
+
+
+def launch_shape(
+    config: MoEConfig, ranks: int, chunks: int, max_tokens: int, cut: Tiling
+) -> dict[str, Any]:
     """The fields of csrc/core/shape.h by name, for ``ranks`` ranks of ``chunks`` CTAs.
 
     ``pool_rows`` is 0: the layout says what the worst case is.
@@ -80,11 +92,11 @@ def launch_shape(config: MoEConfig, ranks: int, chunks: int, max_tokens: int) ->
         "max_tokens": max_tokens,
         "pool_rows": 0,
         "chunks": chunks,
-        "tile_m": TILE_ROWS,
+        "tile_m": cut.tile_rows,
         "tile_step": TILE_ROWS_STEP[config.dtype],
         "tile_n1": TILE_WEIGHT_ROWS // 2 if config.gated else TILE_WEIGHT_ROWS,
         "tile_n2": TILE_WEIGHT_ROWS,
-        "wave_experts": -(-owned // WAVES),
+        "wave_experts": -(-owned // cut.waves),
         "activation": config.activation,
         "routing": routing.kind,
         "renormalize": routing.renormalize,

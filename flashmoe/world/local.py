@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from flashmoe import tuning
 from flashmoe.errors import FlashmoeError
 from flashmoe.trace import schema
 from flashmoe.world import arguments
@@ -22,15 +23,16 @@ from flashmoe.world.base import (
     WorldKind,
 )
 from flashmoe.world.kernel import (
+    ARCH,
     FAMILY,
     LANES,
     MAX_RANKS,
-    TILE_ROWS,
-    WAVES,
+    UNTUNED,
     Kernel,
     check_experts,
     even_share,
     launch_shape,
+    tiling,
 )
 from flashmoe.world.tiles import extension, tile_plan
 
@@ -84,6 +86,8 @@ class LocalEngine:
                 "give fewer ranks, or fewer SMs a rank",
                 2,
             )
+        self._cut = options.tiling or tiling(config)
+        self.tiling: dict[str, Any] | None = tuning.described(config, ARCH, self._cut, UNTUNED)
         self._fixed_pool = pool_rows is not None
         self._shape = self._make_shape(pool_rows, properties.total_memory)
         self._layout = extension().heap_layout(self._shape)
@@ -99,7 +103,9 @@ class LocalEngine:
     # -- construction ---------------------------------------------------------------------------
 
     def _make_shape(self, pool_rows: int | None, memory: int) -> dict[str, Any]:
-        shape = launch_shape(self.config, self.options.ranks, self.sms_per_rank, max(self.tokens))
+        shape = launch_shape(
+            self.config, self.options.ranks, self.sms_per_rank, max(self.tokens), self._cut
+        )
         if pool_rows is None:
             # The worst case while the arenas then take less than a quarter of the memory, else
             # twice the mean; launch() grows the pools should that overflow.
@@ -115,13 +121,13 @@ class LocalEngine:
         """Records an actor may write in LAUNCHES_PER_RING launches, were all rows of one rank."""
         shape, config = self._shape, self.config
         rows = sum(self.tokens) * config.top_k
-        row_tiles = rows // TILE_ROWS + config.experts
+        row_tiles = rows // self._cut.tile_rows + config.experts
         columns = -(-config.intermediate // shape["tile_n1"]) + -(
             -config.hidden // shape["tile_n2"]
         )
         tiles = 2 * row_tiles * columns // self.sms_per_rank
         own = -(-max(self.tokens) // self.sms_per_rank)
-        records = 64 + 2 * WAVES * self.options.ranks + (3 + self.options.ranks) * tiles
+        records = 64 + 2 * self._cut.waves * self.options.ranks + (3 + self.options.ranks) * tiles
         records += 2 * min(own * config.top_k, 512)
         return int(min(records * LAUNCHES_PER_RING, 1 << 16))
 

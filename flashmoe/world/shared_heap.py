@@ -28,6 +28,7 @@ from flashmoe.world.kernel import (
     check_experts,
     even_share,
     launch_shape,
+    tiling,
 )
 from flashmoe.world.tiles import extension
 
@@ -151,7 +152,9 @@ class SharedHeap:
                 f"({bytes_} bytes) on the GPU",
                 "use a smaller max_tokens",
             )
-        shape = launch_shape(config, ranks=1, chunks=self.chunks, max_tokens=max_tokens)
+        shape = launch_shape(
+            config, ranks=1, chunks=self.chunks, max_tokens=max_tokens, cut=tiling(config)
+        )
         return {**shape, "pool_rows": max(8, extension().heap_layout(shape)["worst_pool_rows"])}
 
     def _check_memory(self, grown: int, needed: int, max_tokens: int) -> None:

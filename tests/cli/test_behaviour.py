@@ -118,7 +118,7 @@ def test_every_verb_has_help_that_names_its_options(cli: Any) -> None:
 
     verbs = {c.callback.__name__ for c in app.registered_commands if c.callback}
     reading = {"timeline", "traffic", "export", "info"}
-    assert verbs == {"run", "trace", "bench", "doctor", "presets"} | reading
+    assert verbs == {"run", "trace", "bench", "tune", "doctor", "presets"} | reading
     for verb in verbs:
         done = cli(verb, "--help")
         assert done.exit_code == 0

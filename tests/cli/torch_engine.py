@@ -48,6 +48,7 @@ class TorchEngine:
     world: WorldKind = "host"
     sms_per_rank = _SMS
     ring_capacity = 16
+    tiling = None
 
     def __init__(
         self, config: MoEConfig, weights: MoEWeights, tokens: list[int], options: EngineOptions

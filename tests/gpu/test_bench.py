@@ -53,6 +53,30 @@ def test_what_a_graph_works_on_lives_as_long_as_it() -> None:
     assert (kept.y == 2).all()
 
 
+def test_a_cut_that_was_tuned_is_what_later_runs_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flashmoe import tuning
+    from flashmoe.bench.tune import TuneOptions, tune_layer
+    from flashmoe.session import Request, run
+    from flashmoe.world.kernel import ARCH, UNTUNED
+
+    monkeypatch.setenv(tuning.VARIABLE, str(tmp_path / "tuning.json"))
+    found = tune_layer(TINY.config, [TINY], gpu_machine(0), TuneOptions(UNTUNED, 16, 3), quiet)
+    assert len(found["scores"]) >= 5 + 3
+    cut = {"tile_rows": 32, "waves": 2}  # whatever was chosen: one that is told from the untuned
+    tuning.put({**tuning.key_of(TINY.config, ARCH), **cut, "measured": {}})
+    out = tmp_path / "a.fmoe"
+    config = PRESETS["tiny"].config
+    result = run(Request("tiny", "tiny", config, (200,), 2, "local", traced=True, out=out), quiet)
+    assert result.exit_code == 0
+    meta = json.loads((out / "run.json").read_text())["world"]["tiling"]
+    assert (meta["tile_rows"], meta["waves"], len(meta["tuned"])) == (32, 2, 64)
+    from flashmoe.trace.rundir import open_run
+
+    assert max(open_run(out).plan["height"].to_pylist()) == 32
+
+
 def test_bench_tiny_from_the_command_line(tmp_path: Path) -> None:
     place = str(Path(flashmoe.__file__).parents[1])
     script = (
