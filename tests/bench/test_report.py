@@ -215,3 +215,20 @@ def test_another_environment_or_method_is_refused(part: str, name: str, then: An
     with pytest.raises(FlashmoeError, match=f"{name} .* then, .* now") as caught:
         check_same(now, was)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("commit", "same"), [("abc", True), ("abc+dirty", False), ("unknown", False)]
+)
+def test_other_kernels_are_refused_where_the_commit_does_not_tell_them(
+    commit: str, same: bool
+) -> None:
+    def report(digest: str) -> dict[str, Any]:
+        kernels = {"moe_p2p_sm90a.cubin": digest}
+        return {"environment": {"commit": commit, "kernels": kernels}, "method": {}}
+
+    if same:
+        check_same(report("a"), report("b"))
+        return
+    with pytest.raises(FlashmoeError, match=r"kernels .* then, .* now"):
+        check_same(report("a"), report("b"))
