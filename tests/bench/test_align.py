@@ -55,4 +55,6 @@ def test_rows_are_sorted_by_expert_and_padded_to_blocks(case: tuple[int, ...], o
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True
     )
+    if "only 0-dimensional arrays can be converted" in done.stderr:
+        pytest.skip("Triton's interpreter does not work with NumPy 2.4 and newer")
     assert done.returncode == 0, done.stderr
