@@ -53,8 +53,8 @@ nb::dict heap_layout_dict(const nb::dict& shape) {
   FLASHMOE_OFFSET(weights);
   FLASHMOE_OFFSET(slots);
   FLASHMOE_OFFSET(sorted);
-  FLASHMOE_OFFSET(histogram);
   FLASHMOE_OFFSET(order);
+  FLASHMOE_OFFSET(histogram);
   FLASHMOE_OFFSET(chunk_rows);
   FLASHMOE_OFFSET(tables);
   FLASHMOE_OFFSET(bytes);
