@@ -51,6 +51,7 @@ _BY_STAGE = np.array(
 )
 # Handing out tiles says least of what an SM does: it stands for a cell only where nothing else can.
 _TELLING = _DOING[_DOING != EventKind.SCHEDULE]
+_ARITHMETIC = np.array([s for s in _TELLING if STATE_CLASS[s] == "busy"])
 _REST = np.array([State.IDLE, State.UNRECORDED, State.OUTSIDE, EventKind.SCHEDULE])
 _RECORDED = np.concatenate([_DOING, _WAITING])
 
@@ -105,8 +106,9 @@ def timeline_cells(
     ``rank`` choose actors, None all; ``split_lanes`` gives each lane a row of its own.
 
     In a row of one lane a cell shows the state that took most of its time.  In a row of several it
-    shows the largest of busy and communication (handing out tiles apart) if these together fill at
-    least half of the SMs' time, else the wait of the earliest stage that does (what holds the SMs
+    shows the largest of busy (handing out tiles apart) if these together fill at least half of the
+    SMs' time, so that communication shows where nothing hides it; else the largest of busy and
+    communication if all these do, else the wait of the earliest stage that does (what holds the SMs
     up: the later waits, such as those for returned rows, follow from it), else the largest wait if
     all together do, else whether it was idle.  Raises FlashmoeError where nothing is chosen.
     """
@@ -279,10 +281,14 @@ def _dominant(
         return states[np.argmax(time[:, states], axis=1)]
 
     half = (sms / 2)[:, None]
-    doing, waiting = (time[:, of].sum(axis=1) >= half for of in (_TELLING, _WAITING))
+    arithmetic, doing, waiting = (
+        time[:, of].sum(axis=1) >= half for of in (_ARITHMETIC, _TELLING, _WAITING)
+    )
     early = time[:, _BY_STAGE] >= half[:, None]
     held_up = np.where(early.any(axis=1), _BY_STAGE[early.argmax(axis=1)], largest(_WAITING))
-    several = np.where(doing, largest(_TELLING), np.where(waiting, held_up, largest(_REST)))
+    at_rest = np.where(waiting, held_up, largest(_REST))
+    at_work = np.where(arithmetic, largest(_ARITHMETIC), largest(_TELLING))
+    several = np.where(doing, at_work, at_rest)
     single = np.argmax(time, axis=1)
     states = np.where((actors == sms)[:, None], single, several).astype(np.uint8)
     share = np.take_along_axis(time, states[:, None, :].astype(np.int64), axis=1)[:, 0]

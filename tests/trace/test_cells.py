@@ -28,31 +28,60 @@ def test_every_state_has_a_name_and_a_class() -> None:
     assert not {int(s) for s in State} & {int(k) for k in EventKind if k}
 
 
-def test_one_actors_row_shows_the_state_that_took_most(run: Run) -> None:
+def shares(run: Run, lane: Lane, begin: int, size: int, columns: int) -> np.ndarray:
+    """What each state took of the lane of rank 0's SM 1 in launch 1: [256, columns]."""
     events = Events.of(run.events)
-    columns = 40
-    got = timeline_cells(run, 1, columns, lanes=["load"], sm=[1], iteration=1, rank=0)
-    mine = (events.rank == 0) & (events.sm == 1) & (events.lane == Lane.LOAD) & (events.iter == 1)
-    rows = np.flatnonzero(mine & (events.kind != EventKind.LAUNCH))
-    size = got.end_ns - got.begin_ns
+    mine = (events.rank == 0) & (events.sm == 1) & (events.lane == lane) & (events.iter == 1)
     share = np.zeros((256, size))
-    for i in rows:
-        a = int(events.t0_ns[i]) - got.start_ns
+    reasons = {"operands": State.WAIT_OPERANDS, "stage": State.WAIT_STAGE}
+    for i in np.flatnonzero(mine & (events.kind != EventKind.LAUNCH)):
+        kind, a = int(events.kind[i]), int(events.t0_ns[i]) - begin
         stalled = events.stall_ns[i] / max(1, events.dur_ns[i])
-        share[events.kind[i], a : a + events.dur_ns[i]] += 1 - stalled
+        share[kind, a : a + events.dur_ns[i]] += 1 - stalled
         if stalled:
-            share[State.WAIT_STAGE, a : a + events.dur_ns[i]] += stalled
+            share[reasons[schema.STALL_REASON[kind]], a : a + events.dur_ns[i]] += stalled
     share[State.IDLE] = 1 - share.sum(axis=0)
     edges = np.linspace(0, size, columns + 1)
     until = np.concatenate([np.zeros((256, 1)), np.cumsum(share, axis=1)], axis=1)
     at = np.array([[np.interp(e, np.arange(size + 1), u) for e in edges] for u in until])
-    want = np.diff(at, axis=1) / got.bin_ns
+    return np.diff(at, axis=1) * columns / size
+
+
+def test_one_actors_row_shows_the_state_that_took_most(run: Run) -> None:
+    columns = 40
+    got = timeline_cells(run, 1, columns, lanes=["load"], sm=[1], iteration=1, rank=0)
+    want = shares(run, Lane.LOAD, got.start_ns, got.end_ns - got.begin_ns, columns)
     inside = want.max(axis=0) > 0
     assert inside.all()
     top = np.take_along_axis(want, got.states.astype(int), axis=0)[0]
     # The last column reaches past the rank's end, where the other rank still runs.
     assert top[:-1] == pytest.approx(want.max(axis=0)[:-1], abs=2e-3)
     assert got.share[0, :-1] == pytest.approx(top[:-1], abs=2e-3)
+
+
+def test_a_whole_sm_shows_work_before_movement_and_movement_before_waiting(run: Run) -> None:
+    columns = 120
+    got = timeline_cells(run, 1, columns, sm=[1], iteration=1, rank=0)
+    size = got.end_ns - got.begin_ns
+    want = sum(shares(run, lane, got.start_ns, size, columns) for lane in Lane)
+    kinds = {
+        of: [s for s, c in STATE_CLASS.items() if c in of.split() and s != EventKind.SCHEDULE]
+        for of in ("busy", "busy comm", "wait")
+    }
+    seen = set()
+    for column in range(columns - 1):
+        spent, state = want[:, column], int(got.states[0, column])
+        filled = {of: spent[states].sum() for of, states in kinds.items()}
+        if any(abs(part - 0.5) < 0.01 for part in filled.values()):
+            continue  # too near to tell
+        of = next((of for of, part in filled.items() if part > 0.5), "none")
+        seen.add(of)
+        if of.startswith("busy"):
+            assert spent[state] == pytest.approx(spent[kinds[of]].max(), abs=5e-3)
+            assert state in kinds[of]
+        elif of == "wait":
+            assert state in kinds[of]
+    assert {"busy", "busy comm"} <= seen
 
 
 def test_time_between_launches_is_outside(run: Run) -> None:
