@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from flashmoe.errors import EXIT_NO_GPU, FlashmoeError
 from flashmoe.world.base import Engine
+from flashmoe.world.mps import private_mps
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,15 +88,13 @@ def choose_transport(asked: str, world: str) -> tuple[str, str]:
 def surroundings(transport: str, request: Request, keeper: Keeper) -> Iterator[dict[str, str]]:
     """What must be there while the PEs run, and their extra environment variables.
 
-    A world's module may have a context manager ``surroundings(request, keeper)`` for it, such as
-    one that starts a private MPS and ends it; what it starts it also tells the keeper how to end.
+    Several PEs of one GPU run under an MPS of their own.  What is started is also told the keeper,
+    which ends it should this process be killed.
     """
-    around = None if transport == "host" else importlib.import_module(MODULES[transport])
-    make = getattr(around, "surroundings", None)
-    if make is None:
+    if transport == "host" or request.ranks_per_gpu == 1:
         yield {}
         return
-    with make(request, keeper) as environment:
+    with private_mps(request.ranks_per_gpu, keeper) as environment:
         yield environment
 
 

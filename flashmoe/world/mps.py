@@ -1,0 +1,143 @@
+"""A private CUDA MPS, under which the processes of one GPU make progress together.
+
+Without one a GPU gives each process a slice of time to itself, and what one rank waits for in the
+other's kernel comes slices later, or never where both wait.  The control daemon is started for one
+job, in a directory of its own, and ends with it; other daemons on the machine are not touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flashmoe.errors import EXIT_NO_GPU, FlashmoeError
+
+if TYPE_CHECKING:
+    from flashmoe.keeper import Keeper
+
+CONTROL = "nvidia-cuda-mps-control"
+
+FOLDERS = ("/usr/bin", "/usr/local/nvidia/bin", "/usr/local/cuda/bin", "/usr/lib/nvidia/bin")
+"""Where drivers put it when it is not on PATH; that of nvidia-smi is looked at first."""
+
+_START_S = 10.0
+_END_S = 5.0
+
+
+def find_control(folders: tuple[str, ...] = FOLDERS) -> Path:
+    """MPS's control program.
+
+    Raises FlashmoeError (exit code 5) that says where it was looked for.
+    """
+    on_path = shutil.which(CONTROL)
+    if on_path is not None:
+        return Path(on_path)
+    smi = shutil.which("nvidia-smi")
+    places = dict.fromkeys([*([os.path.dirname(os.path.realpath(smi))] if smi else []), *folders])
+    for place in places:
+        found = Path(place, CONTROL)
+        if os.access(found, os.X_OK):
+            return found
+    raise FlashmoeError(
+        f"several ranks on one GPU need CUDA MPS, and {CONTROL} is neither on PATH nor in "
+        f"{', '.join(places)}",
+        "install the driver's MPS programs; or virtual ranks in one process: --world local "
+        "--ranks N",
+        EXIT_NO_GPU,
+    )
+
+
+@contextlib.contextmanager
+def private_mps(processes: int, keeper: Keeper) -> Iterator[dict[str, str]]:
+    """A control daemon for ``processes`` processes a GPU; gives its clients' environment.
+
+    Each process gets its equal share of the SMs.  When the block is left, however that is, daemon
+    and directory are gone; should this process be killed first, ``keeper`` sees to it.  Raises
+    FlashmoeError where there is no MPS, or it does not start.
+    """
+    control = find_control()
+    folder = Path(tempfile.mkdtemp(prefix="flashmoe-mps-"))
+    daemon = {
+        "CUDA_MPS_PIPE_DIRECTORY": str(folder / "pipe"),
+        "CUDA_MPS_LOG_DIRECTORY": str(folder / "log"),
+    }
+    # In this order, and before there is a daemon: to end none does no harm.
+    keeper.order(run=["sh", "-c", f"echo quit | '{control}'"], env=daemon)
+    keeper.order(remove=str(folder))
+    try:
+        for name in daemon.values():
+            Path(name).mkdir()
+        _start(control, daemon)
+        try:
+            yield {**daemon, "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": f"{100 / processes:g}"}
+        finally:
+            _end(control, daemon)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(control: Path, daemon: dict[str, str]) -> None:
+    try:
+        # Its children keep what it writes to open, so nothing here waits for their end.
+        done = subprocess.run(
+            [control, "-d"],
+            env=os.environ | daemon,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=_START_S,
+            check=False,
+        )
+        why = "" if done.returncode == 0 else f"exit code {done.returncode}"
+    except (OSError, subprocess.TimeoutExpired) as exc:
+        why = str(exc)
+    if why:
+        log = Path(daemon["CUDA_MPS_LOG_DIRECTORY"], "control.log")
+        said = log.read_text(errors="replace").strip() if log.is_file() else ""
+        last = said.splitlines()[-1] if said else "its log is empty"
+        raise FlashmoeError(
+            f"CUDA MPS does not start ({why}): {last}",
+            "see `flashmoe doctor`; or virtual ranks in one process: --world local --ranks N",
+        )
+
+
+def _end(control: Path, daemon: dict[str, str]) -> None:
+    """Tells the daemon to quit, and waits until it has; kills it where it does not."""
+    pid = _pid(daemon)
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        subprocess.run(
+            [control],
+            input=b"quit\n",
+            env=os.environ | daemon,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=_END_S,
+            check=False,
+        )
+    if pid is None:
+        return
+    until = time.monotonic() + _END_S
+    while time.monotonic() < until:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.02)
+    with contextlib.suppress(OSError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _pid(daemon: dict[str, str]) -> int | None:
+    """The daemon's process, as it says itself in its pipe directory."""
+    try:
+        return int(Path(daemon["CUDA_MPS_PIPE_DIRECTORY"], f"{CONTROL}.pid").read_text())
+    except (OSError, ValueError):
+        return None
