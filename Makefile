@@ -75,8 +75,8 @@ sdist-check: ## Build sdist -> wheel -> a fresh environment, and check what arri
 	.ci/sdist-check $(PYTHON_PATH)
 
 .PHONY: ci
-ci: ## Everything that CI runs
-	bash .ci/run
+ci: ## Everything that CI runs; FULL=1 the slow tests too
+	bash .ci/run $(if $(FULL),--full)
 
 .PHONY: clean
 clean: ## Remove what builds left in this tree
