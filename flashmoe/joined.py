@@ -44,7 +44,9 @@ def join(request: Request, place: Place, progress: Progress) -> tuple[Result | N
     Raises FlashmoeError at rank 0 for what went wrong, at whatever rank.
     """
     world, why_world = choose_world(request.world, request.device)
-    transport, why_transport = choose_transport(request.transport, world)
+    transport, why_transport = choose_transport(
+        request.transport, world, no_pointers=request.no_pointers, nodes=place.nodes
+    )
     strike(request, place.rank, "start")
     job = rendezvous(place)
     board = Board.make(place.world, shared=False)

@@ -1,7 +1,8 @@
 """Starts a job's PEs as direct children, watches them, and makes one run of what they leave.
 
-Nothing it uses has a name in a file system (the board, the parts, the heaps), and a keeper tidies
-up should it be killed itself: whoever dies when, nothing is left behind.
+Nothing it uses has a name in a file system (the board, the parts, the heaps), but for the folder of
+a private MPS, and a keeper tidies up should it be killed itself: whoever dies when, nothing is left
+behind.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import flashmoe
 from flashmoe.child import Task
 from flashmoe.errors import FlashmoeError
 from flashmoe.keeper import Keeper
+from flashmoe.kernels import select
 from flashmoe.merge import Outcome, conclude
 from flashmoe.part import read_part
 from flashmoe.session import (
@@ -68,7 +70,11 @@ def run(request: Request, progress: Progress, say: Say) -> Result:
             "on CPUs: --world host --processes --ranks N",
             exit_code=5,
         )
-    transport, why_transport = choose_transport(request.transport, world)
+    transport, why_transport = choose_transport(
+        request.transport, world, no_pointers=request.no_pointers
+    )
+    if world != "host":
+        require_gpus(-(-request.ranks // request.ranks_per_gpu))
     launch = Launch(request, transport, progress, say)
     try:
         outcome = launch.outcome()
@@ -76,6 +82,19 @@ def run(request: Request, progress: Progress, say: Say) -> Result:
         return conclude(request, outcome, why_world, progress)
     finally:
         launch.close()
+
+
+def require_gpus(count: int) -> None:
+    """Raises FlashmoeError (exit code 5) where the ranks' ``count`` GPUs are not there."""
+    for gpu in range(count):
+        try:
+            select(gpu)
+        except FlashmoeError as exc:
+            raise FlashmoeError(
+                f"these ranks need {count} GPUs: {exc.message}",
+                "several ranks share one with --gpus 1 --ranks-per-gpu N",
+                exc.exit_code,
+            ) from exc
 
 
 class Child:
@@ -108,6 +127,7 @@ class Child:
         self.writing = False
         self.whole = False
         self.stopped_since: float | None = None  # by SIGSTOP
+        self.sent: set[int] = set()  # signals of ours
         self._rest = {"line": b"", "out": b""}
 
     @property
@@ -145,6 +165,7 @@ class Child:
             self.line.sendall(b"stop\n")
 
     def signal(self, number: int) -> None:
+        self.sent.add(number)
         with contextlib.suppress(OSError):
             signal.pidfd_send_signal(self.pidfd, number)
 
@@ -358,9 +379,13 @@ class Launch:
         while (lines := child.read("line")) is not None:
             for text in lines:
                 child.take(json.loads(text))
+        assert child.code is not None
         if child.code == 0 or self.stopped:
             return
-        ours = self._term_at != float("inf") or self._kill_at != float("inf")
+        # One that a signal ended which we did not send was gone before we told it anything: a PE
+        # on a GPU takes its time to go, and its neighbours under MPS may be quicker.
+        told = self._term_at != float("inf") or self._kill_at != float("inf")
+        ours = -child.code in child.sent if child.code < 0 else told
         # Killed or not, one that has handed over its part has done all that was wanted of it.
         died = child.code not in (EXIT_STOPPED, EXIT_HANG) and child.error is None
         died = died and not ours and not child.whole

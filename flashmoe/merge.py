@@ -212,6 +212,7 @@ class Merged:
             device=next((r["device"] for r in self.reports.values() if "device" in r), None),
             clock=self.clock() if self.request.traced else None,
             processes=self.describe(),
+            tiling=engine.get("tiling"),
         )
 
     def clock(self) -> dict[str, Any] | None:

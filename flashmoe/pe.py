@@ -28,7 +28,7 @@ from flashmoe.session import (
     describe_device,
     status_error,
 )
-from flashmoe.world.base import EngineOptions, Launch, Status
+from flashmoe.world.base import DeviceLost, EngineOptions, Launch, Status
 from flashmoe.world.rendezvous import JobFailed
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Pe:
     def _add_engine(
         self, engine: PeEngine, report: dict[str, Any], arrays: dict[str, np.ndarray]
     ) -> None:
-        options = engine.options
+        options, readable = engine.options, not (self.exit_code and engine.lost)
         first = options.first_deadline_s or FIRST_DEADLINE * options.deadline_s
         report["engine"] = {
             "world": engine.world,
@@ -102,11 +102,14 @@ class Pe:
             "first_deadline_s": first,
             "shape": engine.shape,
             "family": engine.family,
+            "tiling": engine.tiling,
             "clock": asdict(engine.clock()) if self.request.traced else None,
         }
         if engine.world != "host":
             report["device"] = describe_device(options.device)
         arrays["flight"] = engine.flight()
+        if not readable:
+            return
         if self.status is Status.HANG or self.exit_code:
             arrays["counts_seen"] = engine.counts_seen()
             arrays["chunk_counts"] = engine.chunk_counts()
@@ -138,6 +141,12 @@ def run_pe(request: Request, job: Job, board: Board, progress: Progress, transpo
         _tell(pe, exc)
         raise Ended(pe, exc) from exc
     except Exception as exc:
+        if pe.engine is not None and pe.engine.lost:
+            # Whatever it was at: the first who asked the GPU for something was told.
+            lost = DeviceLost(exc)
+            pe.exit_code, pe.message = lost.exit_code, lost.message
+            _tell(pe, lost)
+            raise Ended(pe, lost) from exc
         pe.exit_code, pe.message = EXIT_WRONG, f"{type(exc).__name__}: {exc}"
         _tell(pe, exc)
         raise Ended(pe, exc) from exc
@@ -162,13 +171,17 @@ def _tell(pe: Pe, exc: Exception) -> None:
 
 def _run(pe: Pe, board: Board, progress: Progress, transport: str) -> None:
     from flashmoe.inputs import prepare
+    from flashmoe.world.peers import Peers
     from flashmoe.world.processes import builder
-    from flashmoe.world.shared import SharedPeers
 
     request, job = pe.request, pe.job
     progress("preparing weights and tokens", 0, 0)
     gpu = job.place.local_rank // max(request.ranks_per_gpu, 1)
     device = "cpu" if transport == "host" else f"cuda:{gpu}"
+    if transport != "host":
+        from flashmoe.world.gpu_pe import require_device
+
+        require_device(gpu)
     sharing = job.place.local_world if device == "cpu" else request.ranks_per_gpu
     pe.inputs = inputs = prepare(request, device=device, sharing=sharing)
     strike(request, job.rank, "joined")
@@ -185,9 +198,8 @@ def _run(pe: Pe, board: Board, progress: Progress, transport: str) -> None:
         no_pointers=request.no_pointers,
         faults=tuple(f for f in request.faults if f.kind not in PROCESS_FAULTS),
     )
-    peers = SharedPeers(job, board)
     pe.engine = engine = builder(transport)(
-        inputs.config, inputs.weights, list(inputs.tokens), options, peers
+        inputs.config, inputs.weights, list(inputs.tokens), options, Peers(job, board)
     )
     engine.load([inputs.x[job.rank]])
     _compare_clocks(pe, board)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from flashmoe.errors import FlashmoeError
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from flashmoe.tuning import Tiling
 
 RingMode = Literal["keep-first", "keep-last"]
-WorldKind = Literal["host", "local", "nvshmem"]
+WorldKind = Literal["host", "local", "ipc", "nvshmem"]
 
 
 class Status(IntEnum):
@@ -25,6 +27,18 @@ class Status(IntEnum):
     OVERFLOW = 2
     BAD_IDS = 3
     HOST_ABORT = 4
+
+
+class DeviceLost(FlashmoeError):
+    """The context of a rank's GPU is broken: of its memory nothing can be read any more."""
+
+    def __init__(self, why: Exception) -> None:
+        first = str(why).strip().partition("\n")[0]
+        super().__init__(
+            f"its GPU context is broken: {first}",
+            "one rank killed inside its kernel takes along the others on its GPU: see all ranks' "
+            "lines; else compute-sanitizer tells more",
+        )
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from flashmoe.config import MoEConfig, MoEWeights
+    from flashmoe.world import peers as processes
 
 DEFAULT_SMS = 2
 """CTAs of a rank where none are asked for: six threads each."""
@@ -89,6 +90,7 @@ class HostEngine:
     """
 
     world: WorldKind = "host"
+    lost = False  # what lies in memory can always be read
 
     def __init__(
         self,
@@ -424,10 +426,12 @@ def pe_engine(
     weights: MoEWeights,
     tokens: Sequence[int],
     options: EngineOptions,
-    peers: Peers,
+    peers: processes.Peers,
 ) -> HostEngine:
     """The engine of one rank among processes; see :mod:`flashmoe.world.processes`."""
-    return HostEngine(config, weights, tokens, options, peers=peers)
+    from flashmoe.world.shared import SharedPeers
+
+    return HostEngine(config, weights, tokens, options, peers=SharedPeers(peers))
 
 
 def _array(tensor: torch.Tensor, dtype: torch.dtype) -> np.ndarray:

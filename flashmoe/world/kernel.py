@@ -107,8 +107,8 @@ def launch_shape(
 
 
 @functools.cache
-def _code(device: int) -> Any:
-    return kernels.load(device)
+def _code(device: int, flavour: str) -> Any:
+    return kernels.load(device, flavour)
 
 
 class Kernel:
@@ -117,8 +117,10 @@ class Kernel:
     Raises FlashmoeError (exit code 5) as :func:`flashmoe.kernels.load` does.
     """
 
-    def __init__(self, device: torch.device, name: str, shared_bytes: int = 0) -> None:
-        code = _code(device.index)
+    def __init__(
+        self, device: torch.device, name: str, shared_bytes: int = 0, flavour: str = "p2p"
+    ) -> None:
+        code = _code(device.index, flavour)
         from cuda.bindings import driver
 
         self.device = device
@@ -134,11 +136,13 @@ class Kernel:
             )
 
     @classmethod
-    def moe(cls, device: torch.device, config: MoEConfig, traced: bool) -> Kernel:
+    def moe(
+        cls, device: torch.device, config: MoEConfig, traced: bool, flavour: str = "p2p"
+    ) -> Kernel:
         """The forward of a layer: see :meth:`launch_moe`."""
         kind = "gated" if config.gated else "plain"
         how = "traced" if traced else "untraced"
-        return cls(device, f"moe_{config.dtype}_{kind}_{how}", SHARED_BYTES)
+        return cls(device, f"moe_{config.dtype}_{kind}_{how}", SHARED_BYTES, flavour)
 
     def launch_moe(self, ranks: int, chunks: int, args: ctypes.Array[ctypes.c_char]) -> None:
         """One launch of ``ranks`` ranks of ``chunks`` CTAs on torch's current stream; no wait.
@@ -176,9 +180,8 @@ class Kernel:
 
         stream = torch.cuda.current_stream(self.device).cuda_stream
         grid, block = (blocks, 1, 1), (threads, 1, 1)
-        check(
-            driver.cuLaunchKernel(
+        with torch.cuda.device(self.device):
+            launched = driver.cuLaunchKernel(
                 self.function, *grid, *block, self.shared_bytes, stream, (values, types), 0
-            ),
-            "launching a kernel",
-        )
+            )
+        check(launched, "launching a kernel")

@@ -4,10 +4,11 @@ A world is a module with a function
 
     pe_engine(config, weights, tokens, options, peers) -> PeEngine
 
-that builds the engine of rank ``peers.rank``: it makes this rank's heap, exchanges what the others
-need to reach it (``peers.job.gather``), fills its table of peers, and puts its flight-recorder
-slots where ``peers.slots(actors)`` says, so that the launcher can read them when the process is
-gone.
+that builds the engine of rank ``peers.rank`` (``peers`` is a :class:`flashmoe.world.peers.Peers`):
+it makes this rank's heap, exchanges what the others need to reach it (``peers.job.gather``), fills
+its table of peers, and puts its flight-recorder slots where ``peers.slots(actors)`` says, so that
+the launcher can read them when the process is gone.  On GPUs all but the heaps is
+:class:`flashmoe.world.gpu_pe.GpuPeEngine`'s.
 """
 
 from __future__ import annotations
@@ -43,8 +44,20 @@ class PeEngine(Engine, Protocol):
     ``launch`` is collective, and each rank may see another status of a launch that failed.
     """
 
-    shape: dict[str, Any]  # and the tile family: what ``tile_plan`` makes the tiles of
-    family: str
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The fields of csrc/core/shape.h by name, as ``tile_plan`` takes them."""
+
+    @property
+    def family(self) -> str:
+        """The tile family's name."""
+
+    @property
+    def lost(self) -> bool:
+        """Whether what a launch left in the device's memory cannot be read any more.
+
+        Then only ``options``, ``shape``, ``family``, ``clock`` and ``flight`` still answer.
+        """
 
     def chunk_counts(self) -> np.ndarray:
         """uint32 [1, chunks, E]: rows of each of this rank's chunks in the last launch."""
@@ -56,11 +69,13 @@ class PeEngine(Engine, Protocol):
         """Raises abort on every rank that is within reach; from any thread."""
 
 
-def choose_transport(asked: str, world: str) -> tuple[str, str]:
+def choose_transport(
+    asked: str, world: str, *, no_pointers: bool = False, nodes: int = 1
+) -> tuple[str, str]:
     """The transport for a world of processes, and why that one.
 
-    ``asked``: auto, ipc or nvshmem.  Raises FlashmoeError where it does not go with ``world``, or
-    this installation lacks it.
+    ``asked``: auto, ipc or nvshmem.  Raises FlashmoeError where it does not go with ``world``, with
+    ``no_pointers`` or with so many ``nodes``, or this installation lacks it.
     """
     if world == "host":
         if asked != "auto":
@@ -70,18 +85,33 @@ def choose_transport(asked: str, world: str) -> tuple[str, str]:
                 exit_code=2,
             )
         return "host", "the host engine's ranks share memory"
+    refusals: list[FlashmoeError] = []
     for name in ("ipc", "nvshmem") if asked == "auto" else (asked,):
-        if importlib.util.find_spec(MODULES[name]) is not None:
-            why = "asked for" if asked != "auto" else "all ranks are on one node"
-            return name, why
-    raise FlashmoeError(
-        "several GPUs need the ipc or the nvshmem transport, and this version has neither"
-        if asked == "auto"
-        else f"this version has no {asked} transport",
-        "several virtual ranks on one GPU: --world local --ranks N; processes of the host engine: "
-        "--world host --processes",
-        exit_code=EXIT_NO_GPU,
-    )
+        refused = _refusal(name, no_pointers, nodes)
+        if refused is None:
+            if asked != "auto":
+                return name, "asked for"
+            return name, "; ".join(r.message for r in refusals) or "all ranks are on one node"
+        refusals.append(refused)
+    raise refusals[-1]
+
+
+def _refusal(name: str, no_pointers: bool, nodes: int) -> FlashmoeError | None:
+    """Why a transport cannot be had here."""
+    if name == "ipc":
+        from flashmoe.world import ipc
+
+        if no_pointers:
+            return ipc.no_pointers_error()
+        return ipc.several_nodes_error(nodes) if nodes > 1 else None
+    if importlib.util.find_spec(MODULES[name]) is None:
+        return FlashmoeError(
+            f"this version has no {name} transport",
+            "several GPUs of one node: --transport ipc; processes of the host engine: --world host "
+            "--processes",
+            exit_code=EXIT_NO_GPU,
+        )
+    return None
 
 
 @contextlib.contextmanager

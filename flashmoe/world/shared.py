@@ -9,27 +9,26 @@ import time
 import numpy as np
 
 from flashmoe.errors import FlashmoeError
-from flashmoe.world.board import MAX_CTAS, Board
-from flashmoe.world.rendezvous import Job, JobFailed
+from flashmoe.world.peers import Peers
+from flashmoe.world.rendezvous import JobFailed
 
 
-class SharedPeers:
+class SharedPeers(Peers):
     """``flashmoe.world.host.Peers`` over anonymous shared memory, on one node.
 
     Each rank makes its own heap (``memfd_create``), tells the others where its descriptor is, and
     maps theirs through /proc; a descriptor is closed as soon as all have mapped it.
     """
 
-    def __init__(self, job: Job, board: Board) -> None:
-        if job.place.nodes > 1:
+    def __init__(self, peers: Peers) -> None:
+        super().__init__(peers.job, peers.board)
+        if self.job.place.nodes > 1:
             raise FlashmoeError(
-                f"the host engine's processes share memory, and are on {job.place.nodes} nodes",
+                "the host engine's processes share memory, and are on "
+                f"{self.job.place.nodes} nodes",
                 "start them on one node",
                 exit_code=2,
             )
-        self.job = job
-        self.rank = job.rank
-        self._board = board
         self._maps: list[mmap.mmap] = []
 
     def share(self, heap_bytes: int) -> list[int]:
@@ -56,21 +55,3 @@ class SharedPeers:
             return mmap.mmap(fd, heap_bytes)
         finally:
             os.close(fd)
-
-    def slots(self, actors: int) -> int:
-        """Address of this rank's flight-recorder slots on the board."""
-        slots = self._board.slots(self.rank)
-        if actors > len(slots):
-            raise FlashmoeError(
-                f"{actors // 6} SMs a rank", f"processes have {MAX_CTAS} at most", exit_code=2
-            )
-        self._board.header(self.rank)["actors"] = actors
-        return int(slots.ctypes.data)
-
-    def least(self, value: int) -> int:
-        """The least of what the ranks say; collective."""
-        return min(int(said) for said in self.job.gather("least", str(value).encode()))
-
-    def ready(self) -> None:
-        """Returns when every rank has come here."""
-        self.job.barrier("ready")

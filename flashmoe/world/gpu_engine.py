@@ -1,0 +1,634 @@
+"""The engine of ranks on a GPU: some of a launch's W ranks in this process, or all of them.
+
+Where heaps come from, and how ranks elsewhere are reached, is a :class:`HeapMemory`'s to know.
+``flashmoe.world.local`` is to become one of its users, once this has run on a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+
+from flashmoe import tuning
+from flashmoe.errors import FlashmoeError
+from flashmoe.trace import schema
+from flashmoe.world import arguments
+from flashmoe.world.base import (
+    ClockInfo,
+    DeviceLost,
+    EngineOptions,
+    Launch,
+    RankOutput,
+    RingDump,
+    Routing,
+    Status,
+    WorldKind,
+)
+from flashmoe.world.kernel import (
+    ARCH,
+    FAMILY,
+    LANES,
+    UNTUNED,
+    Kernel,
+    check,
+    check_experts,
+    even_share,
+    launch_shape,
+    tiling,
+)
+from flashmoe.world.tiles import extension, tile_plan
+
+if TYPE_CHECKING:
+    from flashmoe.config import MoEConfig, MoEWeights
+
+LAUNCHES_PER_RING = 16
+
+SPIN_S = 0.002
+"""A launch is polled without a pause for so long; most have ended by then."""
+
+_TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class HeapMemory(Protocol):
+    """The heaps of all ranks, as this process reaches them.
+
+    Where ranks are processes every method is collective: all of them call it, in the same order.
+    """
+
+    def allocate(self, nbytes: int) -> list[torch.Tensor]:
+        """A heap for each rank of this process, uint8 [nbytes] on the device, of any content.
+
+        Those before have been freed.  Raises FlashmoeError where the memory is not there.
+        """
+
+    def peers(self) -> list[int]:
+        """Addresses of all W heaps, 0 where no pointer reaches.
+
+        Called once what ``allocate`` gave is ready to be written into by the others.
+        """
+
+    def barrier(self) -> None:
+        """Returns when every process has come here."""
+
+    def free(self) -> None:
+        """Gives back what was allocated, once no process maps it; none is inside a launch."""
+
+    def close(self) -> None:
+        """The last ``free``, which may fail to be collective; safe to call twice."""
+
+
+class GpuEngine:
+    """The ranks ``local`` of ``options.ranks``, in launches of their own on GPU ``options.device``.
+
+    ``tokens``: T of each of all ranks.  ``on_gpu`` of them share this GPU, in this process and in
+    others (None: those of this process).  ``pool_rows`` overrides the pool's capacity, which then
+    does not grow (None: the worst case, or what memory allows).  What a method takes or gives one
+    a rank is of the ranks in ``local``.  Raises FlashmoeError for a shape that the kernel does not
+    take, and before allocating where the device's memory does not hold it, with the bytes needed.
+    """
+
+    world: WorldKind
+    flavour = "p2p"
+    """Of the cubin: how the kernel reaches ranks that no pointer does."""
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        weights: MoEWeights,
+        tokens: list[int],
+        options: EngineOptions,
+        memory: HeapMemory,
+        local: range,
+        on_gpu: int | None = None,
+        pool_rows: int | None = None,
+    ) -> None:
+        config.validate()
+        check_experts(config)
+        self.config = config
+        self.options = options
+        self.tokens = tuple(tokens)
+        self.local = local
+        self.on_gpu = on_gpu or len(local)
+        self.device = torch.device("cuda", options.device)
+        self._memory = memory
+        self._lost = False
+        self._kernel = Kernel.moe(self.device, config, options.traced, self.flavour)
+        self.sms_per_rank = self._choose_sms()
+        cut = options.tiling or tiling(config)
+        # The tuning tables of two nodes may differ, the tiles of two ranks may not.
+        self._cut = tuning.Tiling(self._agree(cut.tile_rows), self._agree(cut.waves))
+        self.tiling: dict[str, Any] | None = tuning.described(config, ARCH, self._cut, UNTUNED)
+        self._fixed_pool = pool_rows is not None
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        self._shape = self._make_shape(pool_rows, total)
+        self._layout = extension().heap_layout(self._shape)
+        self.ring_capacity = options.ring_capacity or self._default_ring_capacity()
+        self._check_memory(weights)
+        self._weights = self._place_weights(weights)
+        self._iteration_base = 0
+        self._launches = 0
+        self._allocate()
+        self._write_args()
+        self._clock: ClockInfo | None = None
+        self._asked: _Asked | None = None
+        self._abort = _Abort(self.device)
+
+    # -- construction ---------------------------------------------------------------------------
+
+    def _agree(self, value: int) -> int:
+        """The least of what all processes say; collective."""
+        return value
+
+    def _sm_share(self) -> int:
+        """The SMs that a rank may have."""
+        sms = torch.cuda.get_device_properties(self.device).multi_processor_count
+        return sms // self.on_gpu
+
+    def _choose_sms(self) -> int:
+        share = self._sm_share()
+        sms = self._agree(self.options.sms_per_rank or even_share(share))
+        if not 1 <= sms <= share:
+            raise FlashmoeError(
+                f"{self.on_gpu} ranks of {max(sms, 1)} SMs need more than this GPU has: "
+                f"{share} a rank",
+                "give fewer ranks, or fewer SMs a rank",
+                2,
+            )
+        return sms
+
+    def _make_shape(self, pool_rows: int | None, memory: int) -> dict[str, Any]:
+        shape = launch_shape(
+            self.config, self.options.ranks, self.sms_per_rank, max(self.tokens), self._cut
+        )
+        if pool_rows is None:
+            # The worst case while the arenas then take less than a quarter of the memory, else
+            # twice the mean; launch() grows the pools should that overflow.
+            pool_rows = extension().heap_layout(shape)["worst_pool_rows"]
+            arenas = extension().heap_layout({**shape, "pool_rows": pool_rows})["bytes"]
+            if arenas * self.on_gpu > memory // 4:
+                mean = sum(self.tokens) * self.config.top_k // self.options.ranks
+                pool_rows = min(pool_rows, 2 * mean)
+        shape["pool_rows"] = self._agree(max(8, pool_rows))
+        return shape
+
+    def _default_ring_capacity(self) -> int:
+        """Records an actor may write in LAUNCHES_PER_RING launches, were all rows of one rank."""
+        shape, config = self._shape, self.config
+        rows = sum(self.tokens) * config.top_k
+        row_tiles = rows // self._cut.tile_rows + config.experts
+        columns = -(-config.intermediate // shape["tile_n1"]) + -(
+            -config.hidden // shape["tile_n2"]
+        )
+        tiles = 2 * row_tiles * columns // self.sms_per_rank
+        own = -(-max(self.tokens) // self.sms_per_rank)
+        records = 64 + 2 * self._cut.waves * self.options.ranks + (3 + self.options.ranks) * tiles
+        records += 2 * min(own * config.top_k, 512)
+        return int(min(records * LAUNCHES_PER_RING, 1 << 16))
+
+    def _actors(self) -> int:
+        return len(self.local) * self.sms_per_rank * LANES
+
+    def _bytes_needed(self) -> int:
+        arenas = self._layout["bytes"] * len(self.local)
+        rings = self.options.traced * self._actors()
+        rings *= self.ring_capacity * schema.RECORD.itemsize + schema.RING_HEADER.itemsize
+        rows = 2 * sum(self.tokens[r] for r in self.local) * self.config.row_bytes
+        return int(arenas + rings + rows)
+
+    def _check_memory(self, weights: MoEWeights) -> None:
+        on_device = weights.up.device == self.device
+        tensors = (weights.gate, weights.up, weights.down)
+        moved = 0 if on_device else sum(t.numel() * t.element_size() for t in tensors)
+        needed = self._bytes_needed() + moved
+        free, _ = torch.cuda.mem_get_info(self.device)
+        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        if needed > free:
+            raise FlashmoeError(
+                f"this run needs {needed / 1e9:.1f} GB on the GPU and {free / 1e9:.1f} GB are free",
+                "use fewer tokens (-T) or a smaller layer",
+                1,
+            )
+
+    def _place_weights(self, weights: MoEWeights) -> MoEWeights:
+        from flashmoe.config import MoEWeights as Weights
+
+        dtype = _TORCH_DTYPE[self.config.dtype]
+
+        def put(tensor: torch.Tensor, to: torch.dtype) -> torch.Tensor:
+            return tensor.to(self.device, to).contiguous()
+
+        bias = None if weights.bias is None else put(weights.bias, torch.float32)
+        return Weights(
+            gate=put(weights.gate, dtype),
+            bias=bias,
+            up=put(weights.up, dtype),
+            down=put(weights.down, dtype),
+        )
+
+    def _allocate(self) -> None:
+        config, tokens = self.config, [self.tokens[r] for r in self.local]
+        dtype = _TORCH_DTYPE[config.dtype]
+        actors = self._actors()
+        empty: dict[str, Any] = {"device": self.device}
+        self._x = [torch.empty(t, config.hidden, dtype=dtype, **empty) for t in tokens]
+        self._y = [torch.empty(t, config.hidden, dtype=dtype, **empty) for t in tokens]
+        external = config.routing.kind == "external"
+        shape = [(t, config.top_k) for t in tokens]
+        self._ids = (
+            [torch.empty(s, dtype=torch.int32, **empty) for s in shape] if external else None
+        )
+        self._routing_weights = (
+            [torch.empty(s, dtype=torch.float32, **empty) for s in shape] if external else None
+        )
+        self._slots_address, self._slots = self._make_slots(actors)
+        traced = self.options.traced
+        self._rings = torch.zeros(
+            actors if traced else 0, schema.RING_HEADER.itemsize, dtype=torch.uint8, **empty
+        )
+        self._records = torch.empty(
+            (actors if traced else 0, self.ring_capacity, schema.RECORD.itemsize),
+            dtype=torch.uint8,
+            **empty,
+        )
+        self._allocate_heaps()
+
+    def _make_slots(self, actors: int) -> tuple[int, np.ndarray]:
+        """Flight-recorder slots in pinned memory: (the device's address, FLIGHT_SLOT [actors])."""
+        pinned = torch.zeros(actors, schema.FLIGHT_SLOT.itemsize, dtype=torch.uint8).pin_memory()
+        return pinned.data_ptr(), pinned.numpy().reshape(-1).view(schema.FLIGHT_SLOT)
+
+    def _allocate_heaps(self) -> None:
+        """Heaps whose signals are zero, known to all ranks; collective."""
+        self._heaps = self._memory.allocate(self._layout["bytes"])
+        for heap in self._heaps:
+            # What the kernel must not rely on is poison, not zeros: 0xff.. is NaN in both dtypes.
+            heap.fill_(0xFF)
+            heap[: self._layout["pool"]].zero_()
+        torch.cuda.synchronize(self.device)
+        self._addresses = self._memory.peers()
+
+    def _rank_args(self, index: int) -> dict[str, Any]:
+        config, weights, x = self.config, self._weights, self._x[index]
+        rank = self.local[index]
+        heap, up, down = self._addresses[rank], weights.up.data_ptr(), weights.down.data_ptr()
+        pool, h = heap + self._layout["pool"], heap + self._layout["h"]
+        gate, chunks = weights.gate.data_ptr(), self.sms_per_rank
+        maps = {
+            **arguments.row_maps(config, pool, h, self._shape["pool_rows"]),
+            **arguments.weight_maps(config, up, down, rank, self.options.ranks),
+            **arguments.gate_maps(config, gate, x.data_ptr(), x.shape[0], chunks),
+        }
+        ids = self._ids[index] if self._ids else None
+        routing = self._routing_weights[index] if self._routing_weights else None
+        return arguments.rank_args(maps, weights, x, self._y[index], ids, routing, rank)
+
+    def _write_args(self) -> None:
+        options = self.options
+        self._args = arguments.pack(
+            self._shape,
+            self._addresses,
+            [self._rank_args(index) for index in range(len(self.local))],
+            deadline_s=options.deadline_s,
+            first_deadline_s=options.first_deadline_s,
+            slots=self._slots_address,
+            fault=arguments.fault_args(options.faults),
+            rings=self._rings.data_ptr() if options.traced else 0,
+            records=self._records.data_ptr() if options.traced else 0,
+            ring_capacity=self.ring_capacity,
+            keep_last=options.ring_mode == "keep-last",
+            iteration_base=self._iteration_base,
+        )
+
+    # -- running --------------------------------------------------------------------------------
+
+    def load(
+        self,
+        tokens: list[torch.Tensor],
+        ids: list[torch.Tensor] | None = None,
+        routing_weights: list[torch.Tensor] | None = None,
+    ) -> None:
+        """Sets each rank's input; see :class:`flashmoe.world.base.Engine`."""
+        if (ids is None or routing_weights is None) and self._ids is not None:
+            raise FlashmoeError("external routing needs ids and weights", "give both to load()", 2)
+        for index, x in enumerate(tokens):
+            self._x[index].copy_(x)
+            if self._ids is not None and self._routing_weights is not None:
+                assert ids is not None and routing_weights is not None
+                self._ids[index].copy_(ids[index])
+                self._routing_weights[index].copy_(routing_weights[index])
+
+    def enqueue(self) -> None:
+        """One launch on torch's current stream, without waiting for it."""
+        with torch.cuda.device(self.device):
+            self._kernel.launch_moe(len(self.local), self.sms_per_rank, self._args)
+        self._launches += 1
+
+    def launch(self) -> Launch:
+        """Runs one forward of all ranks and waits for it.
+
+        Grows the pools and runs again where the routed rows did not fit, unless ``pool_rows`` was
+        given.  Whatever interrupts the wait, such as Ctrl-C, aborts the launch and goes on once
+        that has ended; the abort stays until ``reset``.  Raises DeviceLost where the device's
+        context is broken.
+        """
+        launch = self._launch_once()
+        if launch.status is Status.OVERFLOW and not self._fixed_pool:
+            # All ranks hold the same counts, so all see the same overflow and come here.
+            self._grow_pools(launch.rows_needed)
+            launch = self._launch_once()
+        return launch
+
+    def _grow_pools(self, rows: int) -> None:
+        """Makes room for ``rows`` rows a pool.  The epoch goes back to 0; iterations go on."""
+        self._shape = {**self._shape, "pool_rows": rows}
+        self._heaps = []
+        self._layout = extension().heap_layout(self._shape)
+        self._memory.free()
+        free, _ = torch.cuda.mem_get_info(self.device)
+        needed = self._layout["bytes"] * len(self.local)
+        if needed > free:
+            raise FlashmoeError(
+                f"routing sends {rows} rows to one rank, which needs {needed / 1e9:.1f} GB on "
+                f"the GPU and {free / 1e9:.1f} GB are free",
+                "use fewer tokens (-T)",
+            )
+        iteration = self._launches - 1 - self._iteration_base
+        self._allocate_heaps()
+        self._clear_slots()
+        self._launches = 0
+        self._iteration_base = -iteration
+        self._write_args()
+
+    def _launch_once(self) -> Launch:
+        try:
+            return self._run_once()
+        except RuntimeError as exc:  # torch's word for what the driver says
+            self._lost = True
+            raise DeviceLost(exc) from exc
+        except FlashmoeError as exc:
+            if self.lost:
+                raise DeviceLost(exc) from exc
+            raise
+
+    def _run_once(self) -> Launch:
+        with torch.cuda.device(self.device):
+            begin = torch.cuda.Event(enable_timing=True)
+            end = torch.cuda.Event(enable_timing=True)
+            begin.record()
+            self.enqueue()
+            end.record()
+            self._wait(end)
+        words = [self._word(index, "status_word") for index in range(len(self.local))]
+        aborts = [self._word(index, "abort_word") for index in range(len(self.local))]
+        # A rank whose CTAs never started leaves no status; its abort word tells.
+        status = max((w & 0xFFFFFFFF for w in (*words, *aborts)), default=0)
+        if Status.HANG in aborts:
+            status = Status.HANG
+        return Launch(
+            status=Status(status),
+            elapsed_ms=begin.elapsed_time(end),
+            iteration=self._launches - 1 - self._iteration_base,
+            rows_needed=max(w >> 32 for w in words),
+        )
+
+    def _wait(self, end: torch.cuda.Event) -> None:
+        # Polled, since a signal's handler runs only between two steps of Python.
+        try:
+            spin_until = time.monotonic() + SPIN_S
+            while not end.query():
+                time.sleep(0 if time.monotonic() < spin_until else 5e-5)
+            self._settle()
+        except RuntimeError:
+            raise
+        except BaseException:
+            self.abort()
+            with contextlib.suppress(RuntimeError):
+                end.synchronize()  # every wait looks at the abort word, and has its deadline
+            raise
+
+    def _settle(self) -> None:
+        """Called when the kernel of this process has ended, before its words are read."""
+
+    def abort(self) -> None:
+        """Raises abort on every rank within reach, also while a kernel runs; from any thread."""
+        at = self._layout["abort_word"]
+        reached = [address for address in self._addresses if address]
+        own = [self._addresses[rank] for rank in self.local]
+        self._abort.store([address + at for address in dict.fromkeys(own + reached)])
+
+    @property
+    def lost(self) -> bool:
+        """Whether the device's context is broken, so that nothing in its memory can be read.
+
+        To be asked after a failure: it waits for the device.
+        """
+        if not self._lost:
+            try:
+                torch.cuda.synchronize(self.device)
+            except RuntimeError:
+                self._lost = True
+        return self._lost
+
+    # -- what a launch left -----------------------------------------------------------------------
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The fields of csrc/core/shape.h by name, as :func:`tile_plan` takes them."""
+        return self._shape
+
+    @property
+    def family(self) -> str:
+        """The one tile family's name."""
+        return FAMILY
+
+    def outputs(self) -> list[RankOutput]:
+        """Results of the last launch, one a rank, on the CPU."""
+        k = self.config.top_k
+        result = []
+        for index, rank in enumerate(self.local):
+            tokens = self.tokens[rank]
+            ids = self._section(index, "ids", 4 * tokens * k).view(torch.int32).reshape(tokens, k)
+            weights = self._section(index, "weights", 4 * tokens * k).view(torch.float32)
+            result.append(RankOutput(self._y[index].cpu(), ids, weights.reshape(tokens, k)))
+        return result
+
+    def chunk_counts(self) -> np.ndarray:
+        """uint32 [ranks here, chunks, E]: rows of each chunk of the last launch."""
+        experts = self.config.experts
+        size = 4 * self.sms_per_rank * experts
+        return np.stack(
+            [
+                self._section(index, "histogram", size)
+                .numpy()
+                .view(np.uint32)
+                .reshape(self.sms_per_rank, experts)
+                for index in range(len(self.local))
+            ]
+        )
+
+    def routing(self) -> Routing:
+        """Counts and tile plan of the last launch; needs all ranks here."""
+        counts = self.chunk_counts()
+        return Routing(chunk_counts=counts, tiles=tile_plan(self._shape, counts, FAMILY))
+
+    def rings(self) -> RingDump:
+        """Every actor's ring since construction or ``reset_rings``."""
+        headers = self._rings.cpu().numpy().reshape(-1).view(schema.RING_HEADER)
+        stored = int(min(self.ring_capacity, headers["count"].max(initial=0)))
+        records = self._records[:, :stored].contiguous().cpu().numpy()
+        shape = (len(headers), stored)
+        return RingDump(headers, records.reshape(-1).view(schema.RECORD).reshape(shape))
+
+    def reset_rings(self) -> None:
+        """Empties the rings; iterations restart at 0."""
+        self._rings.zero_()
+        self._iteration_base = self._launches
+        self._write_args()
+
+    def flight(self) -> np.ndarray:
+        """Flight-recorder slots, also while hung."""
+        return self._slots.copy()
+
+    def counts_seen(self) -> np.ndarray:
+        """Counts as each rank here holds them, uint32 [ranks here, W, E]: [holder, source, expert].
+
+        0xffffffff where that source's count has not arrived.
+        """
+        ranks, experts = self.options.ranks, self.config.experts
+        seen = np.zeros((len(self.local), ranks, experts), np.uint32)
+        for index in range(len(self.local)):
+            words = self._section(index, "counts", 16 * ranks * experts).numpy().view(np.uint64)
+            epoch = self._launches
+            both = words.reshape(2, ranks, experts)[epoch & 1]
+            arrived = both >> np.uint64(32) == epoch
+            seen[index] = np.where(arrived, both & np.uint64(0xFFFFFFFF), 0xFFFFFFFF)
+        return seen
+
+    # -- clock ----------------------------------------------------------------------------------
+
+    def clock(self) -> ClockInfo:
+        """The GPU's global timer: its step, one record's cost and the SM clock, measured once."""
+        if self._clock is None:
+            self._clock = self._measure_clock()
+        return self._clock
+
+    def _measure_clock(self) -> ClockInfo:
+        probe = Kernel(self.device, "flashmoe_clock_probe", flavour=self.flavour)
+        out = torch.zeros(4, dtype=torch.int64, device=self.device)
+        scratch = torch.zeros(256 * 32 + 256, dtype=torch.uint8, device=self.device)
+        slot = torch.zeros(64, dtype=torch.uint8).pin_memory()
+        pointers = (out.data_ptr(), scratch.data_ptr(), slot.data_ptr())
+        for _ in range(2):  # the first one fetches instructions
+            probe.launch(1, 1, pointers, (ctypes.c_void_p,) * 3)
+        step, nanoseconds, cycles, records = out.cpu().tolist()
+        mhz = cycles / nanoseconds * 1e3
+        return ClockInfo("globaltimer", step, cycles / records / mhz * 1e3, mhz)
+
+    def now_ns(self) -> int:
+        """The GPU's global timer at some moment of this call, between launches."""
+        if self._asked is None:
+            self._asked = _Asked(Kernel(self.device, "flashmoe_now", flavour=self.flavour))
+        return self._asked.now_ns()
+
+    # -- end ------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Clears a sticky abort: signals zero, epoch 0."""
+        self._memory.barrier()  # nobody is inside a launch
+        for heap in self._heaps:
+            heap[: self._layout["pool"]].zero_()
+        torch.cuda.synchronize(self.device)
+        self._clear_slots()
+        self._launches = 0
+        self._iteration_base = 0
+        self._write_args()
+        self._memory.barrier()  # nobody begins one before all are clear
+
+    def _clear_slots(self) -> None:
+        self._slots.view(np.uint8).fill(0)
+
+    def close(self) -> None:
+        """Frees everything; safe to call twice."""
+        for name in ("_heaps", "_x", "_y", "_ids", "_routing_weights", "_rings", "_records"):
+            setattr(self, name, [])
+        self.__dict__.pop("_weights", None)
+        self._memory.close()
+
+    def _section(self, index: int, name: str, size: int) -> torch.Tensor:
+        at = self._layout[name]
+        return self._heaps[index][at : at + size].cpu()
+
+    def _word(self, index: int, name: str) -> int:
+        return int(self._section(index, name, 8).view(torch.int64).item())
+
+
+@contextlib.contextmanager
+def current_context(context: Any) -> Iterator[None]:
+    """Makes a driver context the calling thread's for the body."""
+    from cuda.bindings import driver
+
+    driver.cuCtxPushCurrent(context)
+    try:
+        yield
+    finally:
+        driver.cuCtxPopCurrent()
+
+
+class _Abort:
+    """Stores the abort word into heaps while kernels run: a copy by the GPU's copy engine.
+
+    Everything it takes is made beforehand, since allocating may wait for a kernel that runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        from cuda.bindings import driver
+
+        # torch's streams wait for no other one, and copies from pinned memory for no thread.
+        self._stream = torch.cuda.Stream(device)
+        self._value = torch.tensor([Status.HOST_ABORT], dtype=torch.int64).pin_memory()
+        with torch.cuda.device(device):
+            self._context = check(driver.cuCtxGetCurrent(), "asking for the context")
+        self._lock = threading.Lock()
+
+    def store(self, addresses: list[int]) -> None:
+        """Stores it, in this order; what a dead rank leaves without memory is passed over."""
+        from cuda.bindings import driver
+
+        stream = self._stream.cuda_stream
+        with self._lock, current_context(self._context):
+            for address in addresses:
+                driver.cuMemcpyHtoDAsync(address, self._value.data_ptr(), 8, stream)
+            driver.cuStreamSynchronize(stream)
+
+
+class _Asked:
+    """Asks a kernel of one thread what time it is; its answer comes through pinned memory."""
+
+    LIMIT_S = 5.0
+    _TYPES = (ctypes.c_void_p, ctypes.c_uint64)
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self._answer = torch.zeros(2, dtype=torch.int64).pin_memory()  # ns, number of the question
+        self._words = self._answer.numpy()
+        self._number = 0
+
+    def now_ns(self) -> int:
+        """See :meth:`GpuEngine.now_ns`."""
+        self._number += 1
+        self._kernel.launch(1, 1, (self._answer.data_ptr(), self._number), self._TYPES)
+        until = time.monotonic() + self.LIMIT_S
+        while self._words[1] != self._number:
+            if time.monotonic() > until:
+                raise FlashmoeError(
+                    f"the GPU did not tell its time in {self.LIMIT_S:g} s",
+                    "is another process keeping it busy? see nvidia-smi",
+                )
+        return int(self._words[0])
