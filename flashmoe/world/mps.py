@@ -26,10 +26,15 @@ if TYPE_CHECKING:
 CONTROL = "nvidia-cuda-mps-control"
 
 FOLDERS = ("/usr/bin", "/usr/local/nvidia/bin", "/usr/local/cuda/bin", "/usr/lib/nvidia/bin")
-"""Where drivers put it when it is not on PATH; that of nvidia-smi is looked at first."""
+"""Where drivers put it when it is not on PATH; beside the driver's own files is looked at first."""
 
 _START_S = 10.0
 _END_S = 5.0
+
+_QUIT = "quit -t 1"
+"""Servers are not given longer for clients that do not go: all of ours are gone by then."""
+
+_NAME = "nvidia-cuda-mps"  # of daemon and server, as far as /proc shows it
 
 
 def find_control(folders: tuple[str, ...] = FOLDERS) -> Path:
@@ -40,8 +45,7 @@ def find_control(folders: tuple[str, ...] = FOLDERS) -> Path:
     on_path = shutil.which(CONTROL)
     if on_path is not None:
         return Path(on_path)
-    smi = shutil.which("nvidia-smi")
-    places = dict.fromkeys([*([os.path.dirname(os.path.realpath(smi))] if smi else []), *folders])
+    places = dict.fromkeys([*_beside_driver(), *folders])
     for place in places:
         found = Path(place, CONTROL)
         if os.access(found, os.X_OK):
@@ -53,6 +57,19 @@ def find_control(folders: tuple[str, ...] = FOLDERS) -> Path:
         "--ranks N",
         EXIT_NO_GPU,
     )
+
+
+def _beside_driver() -> list[str]:
+    """Folders of programs by the driver's own program and by its library, where it is loaded."""
+    smi = shutil.which("nvidia-smi")
+    found = [os.path.dirname(os.path.realpath(smi))] if smi else []
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            if "/libcuda.so" in line:
+                library = Path(line[line.index("/") :])
+                found += [str(folder / "bin") for folder in list(library.parents)[1:-1]]
+                found.append(str(library.parent))
+    return found
 
 
 @contextlib.contextmanager
@@ -70,7 +87,7 @@ def private_mps(processes: int, keeper: Keeper) -> Iterator[dict[str, str]]:
         "CUDA_MPS_LOG_DIRECTORY": str(folder / "log"),
     }
     # In this order, and before there is a daemon: to end none does no harm.
-    keeper.order(run=["sh", "-c", f"echo quit | '{control}'"], env=daemon)
+    keeper.order(run=["sh", "-c", f"echo {_QUIT} | '{control}'"], env=daemon)
     keeper.order(remove=str(folder))
     try:
         for name in daemon.values():
@@ -89,7 +106,7 @@ def _start(control: Path, daemon: dict[str, str]) -> None:
         # Its children keep what it writes to open, so nothing here waits for their end.
         done = subprocess.run(
             [control, "-d"],
-            env=os.environ | daemon,
+            env=_environment() | daemon,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -109,30 +126,47 @@ def _start(control: Path, daemon: dict[str, str]) -> None:
         )
 
 
+def _environment() -> dict[str, str]:
+    """The daemon's: clients choose among all GPUs, since one that shows a part renumbers it."""
+    ours = ("CUDA_VISIBLE_DEVICES", "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE")
+    return {name: value for name, value in os.environ.items() if name not in ours}
+
+
 def _end(control: Path, daemon: dict[str, str]) -> None:
-    """Tells the daemon to quit, and waits until it has; kills it where it does not."""
+    """Tells the daemon to quit, and waits until it has; kills it, or servers, where they stay."""
     pid = _pid(daemon)
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         subprocess.run(
             [control],
-            input=b"quit\n",
+            input=f"{_QUIT}\n".encode(),
             env=os.environ | daemon,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             timeout=_END_S,
             check=False,
         )
-    if pid is None:
-        return
     until = time.monotonic() + _END_S
-    while time.monotonic() < until:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return
+    while (left := _alive(pid, daemon)) and time.monotonic() < until:
         time.sleep(0.02)
-    with contextlib.suppress(OSError):
-        os.kill(pid, signal.SIGKILL)
+    for process in left:
+        with contextlib.suppress(OSError):
+            os.kill(process, signal.SIGKILL)
+
+
+def _alive(pid: int | None, daemon: dict[str, str]) -> list[int]:
+    """The daemon, and what serves this very MPS: it has its pipe directory in its environment."""
+    ours = f"CUDA_MPS_PIPE_DIRECTORY={daemon['CUDA_MPS_PIPE_DIRECTORY']}".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):  # it has just ended, or is another user's
+            name, _, rest = (entry / "stat").read_text().rpartition(")")
+            if rest.split()[0] == "Z" or not (_NAME in name or entry.name == str(pid)):
+                continue
+            if ours in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+    return found
 
 
 def _pid(daemon: dict[str, str]) -> int | None:

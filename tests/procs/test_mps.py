@@ -24,7 +24,7 @@ if [ "$1" = -d ]; then
   echo $! >"$pid"
   exit 0
 fi
-read command
+read command more
 [ "$command" = quit ] && [ -z "$FAKE_DEAF" ] && kill "$(cat "$pid")"
 exit 0
 """
@@ -86,6 +86,31 @@ def test_a_block_that_raises_leaves_nothing(control: Path) -> None:
         raise KeyboardInterrupt
     assert not runs(pid)
     assert not folder.exists()
+
+
+def test_the_daemon_shows_all_gpus(control: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    with mps.private_mps(2, Orders()) as environment:  # type: ignore[arg-type]
+        seen = Path(f"/proc/{daemon_of(environment)}/environ").read_bytes().split(b"\0")
+    assert not any(entry.startswith(b"CUDA_VISIBLE_DEVICES=") for entry in seen)
+    assert "CUDA_VISIBLE_DEVICES" not in environment  # the client's own stays
+
+
+def test_a_server_that_outlives_its_daemon_is_ended(control: Path) -> None:
+    folder = control.parent
+    server = folder / "nvidia-cuda-mps-server"
+    server.write_text("#!/bin/sh\nread line\n")
+    server.chmod(0o755)
+    mps_end_s, mps._END_S = mps._END_S, 0.3
+    try:
+        with mps.private_mps(2, Orders()) as environment:  # type: ignore[arg-type]
+            served = subprocess.Popen([server], stdin=subprocess.PIPE, env=os.environ | environment)
+            until = time.monotonic() + 5
+            while "mps" not in Path(f"/proc/{served.pid}/comm").read_text():
+                assert time.monotonic() < until
+        assert served.wait(5) == -9
+    finally:
+        mps._END_S = mps_end_s
 
 
 def test_a_daemon_that_does_not_quit_is_killed(
