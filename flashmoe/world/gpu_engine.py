@@ -7,10 +7,7 @@ Where heaps come from, and how ranks elsewhere are reached, is a :class:`HeapMem
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import threading
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -31,13 +28,14 @@ from flashmoe.world.base import (
     Status,
     WorldKind,
 )
+from flashmoe.world.gpu_abort import AbortWords
+from flashmoe.world.gpu_clock import GpuClock, measure_clock
 from flashmoe.world.kernel import (
     ARCH,
     FAMILY,
     LANES,
     UNTUNED,
     Kernel,
-    check,
     check_experts,
     even_share,
     launch_shape,
@@ -137,8 +135,8 @@ class GpuEngine:
         self._allocate()
         self._write_args()
         self._clock: ClockInfo | None = None
-        self._asked: _Asked | None = None
-        self._abort = _Abort(self.device)
+        self._asked: GpuClock | None = None
+        self._abort = AbortWords(self.device)
 
     # -- construction ---------------------------------------------------------------------------
 
@@ -516,25 +514,13 @@ class GpuEngine:
     def clock(self) -> ClockInfo:
         """The GPU's global timer: its step, one record's cost and the SM clock, measured once."""
         if self._clock is None:
-            self._clock = self._measure_clock()
+            self._clock = measure_clock(self.device, self.flavour)
         return self._clock
-
-    def _measure_clock(self) -> ClockInfo:
-        probe = Kernel(self.device, "flashmoe_clock_probe", flavour=self.flavour)
-        out = torch.zeros(4, dtype=torch.int64, device=self.device)
-        scratch = torch.zeros(256 * 32 + 256, dtype=torch.uint8, device=self.device)
-        slot = torch.zeros(64, dtype=torch.uint8).pin_memory()
-        pointers = (out.data_ptr(), scratch.data_ptr(), slot.data_ptr())
-        for _ in range(2):  # the first one fetches instructions
-            probe.launch(1, 1, pointers, (ctypes.c_void_p,) * 3)
-        step, nanoseconds, cycles, records = out.cpu().tolist()
-        mhz = cycles / nanoseconds * 1e3
-        return ClockInfo("globaltimer", step, cycles / records / mhz * 1e3, mhz)
 
     def now_ns(self) -> int:
         """The GPU's global timer at some moment of this call, between launches."""
         if self._asked is None:
-            self._asked = _Asked(Kernel(self.device, "flashmoe_now", flavour=self.flavour))
+            self._asked = GpuClock(self.device, self.flavour)
         return self._asked.now_ns()
 
     # -- end ------------------------------------------------------------------------------------
@@ -567,68 +553,3 @@ class GpuEngine:
 
     def _word(self, index: int, name: str) -> int:
         return int(self._section(index, name, 8).view(torch.int64).item())
-
-
-@contextlib.contextmanager
-def current_context(context: Any) -> Iterator[None]:
-    """Makes a driver context the calling thread's for the body."""
-    from cuda.bindings import driver
-
-    driver.cuCtxPushCurrent(context)
-    try:
-        yield
-    finally:
-        driver.cuCtxPopCurrent()
-
-
-class _Abort:
-    """Stores the abort word into heaps while kernels run: a copy by the GPU's copy engine.
-
-    Everything it takes is made beforehand, since allocating may wait for a kernel that runs.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        from cuda.bindings import driver
-
-        # torch's streams wait for no other one, and copies from pinned memory for no thread.
-        self._stream = torch.cuda.Stream(device)
-        self._value = torch.tensor([Status.HOST_ABORT], dtype=torch.int64).pin_memory()
-        with torch.cuda.device(device):
-            self._context = check(driver.cuCtxGetCurrent(), "asking for the context")
-        self._lock = threading.Lock()
-
-    def store(self, addresses: list[int]) -> None:
-        """Stores it, in this order; what a dead rank leaves without memory is passed over."""
-        from cuda.bindings import driver
-
-        stream = self._stream.cuda_stream
-        with self._lock, current_context(self._context):
-            for address in addresses:
-                driver.cuMemcpyHtoDAsync(address, self._value.data_ptr(), 8, stream)
-            driver.cuStreamSynchronize(stream)
-
-
-class _Asked:
-    """Asks a kernel of one thread what time it is; its answer comes through pinned memory."""
-
-    LIMIT_S = 5.0
-    _TYPES = (ctypes.c_void_p, ctypes.c_uint64)
-
-    def __init__(self, kernel: Kernel) -> None:
-        self._kernel = kernel
-        self._answer = torch.zeros(2, dtype=torch.int64).pin_memory()  # ns, number of the question
-        self._words = self._answer.numpy()
-        self._number = 0
-
-    def now_ns(self) -> int:
-        """See :meth:`GpuEngine.now_ns`."""
-        self._number += 1
-        self._kernel.launch(1, 1, (self._answer.data_ptr(), self._number), self._TYPES)
-        until = time.monotonic() + self.LIMIT_S
-        while self._words[1] != self._number:
-            if time.monotonic() > until:
-                raise FlashmoeError(
-                    f"the GPU did not tell its time in {self.LIMIT_S:g} s",
-                    "is another process keeping it busy? see nvidia-smi",
-                )
-        return int(self._words[0])
