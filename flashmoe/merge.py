@@ -103,8 +103,11 @@ class Merged:
 
     def rings(self) -> Rings:
         """All ranks' rings on rank 0's clock; a rank that left none has rings that never began."""
-        per_rank = max((len(p.arrays.get("ring_headers", ())) for p in self.parts.values()),
-                       default=0)  # fmt: skip
+        per_rank = max(
+            (len(p.arrays.get("ring_headers", ())) for p in self.parts.values()), default=0
+        )
+        if per_rank == 0 and self.outcome.flight is not None:  # none could be read any more
+            per_rank = len(self.outcome.flight) // self.request.ranks
         headers, stored = [], []
         for rank in range(self.request.ranks):
             part = self.parts.get(rank)
