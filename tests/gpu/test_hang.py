@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import _thread
-import threading
 import time
 
 import pytest
-import torch
 
 from flashmoe.trace import schema
 from flashmoe.world.base import EngineOptions, Fault, Status
@@ -37,36 +34,6 @@ def test_withheld_signal(traced: bool) -> None:
     rows = cut_short[cut_short["kind"] == schema.EventKind.WAIT_ROWS]
     assert set(rows["expert"]) == {2} and set(rows["rank"]) == {0}
     assert (rows["seen"] < rows["expected"]).all()
-    engine.reset()
-
-
-def test_abort_reaches_a_kernel_that_runs() -> None:
-    weights, x = inputs(SMALL, 300)
-    fault = Fault("lost-signal", rank=1, expert=2)
-    options = EngineOptions(ranks=2, deadline_s=20.0, first_deadline_s=20.0, faults=(fault,))
-    engine = engine_for(SMALL, weights, deal(x, 2), options)
-    from_another_thread = threading.Timer(0.5, engine.abort)
-    from_another_thread.start()
-    began = time.monotonic()
-    assert engine.launch().status is Status.HOST_ABORT
-    assert 0.4 < time.monotonic() - began < 3
-    from_another_thread.join()
-    assert engine.launch().status is Status.HOST_ABORT, "abort is sticky until reset()"
-    engine.reset()
-
-
-def test_what_interrupts_the_wait_ends_the_kernel() -> None:
-    weights, x = inputs(SMALL, 300)
-    fault = Fault("lost-signal", rank=1, expert=2)
-    options = EngineOptions(ranks=2, deadline_s=20.0, first_deadline_s=20.0, faults=(fault,))
-    engine = engine_for(SMALL, weights, deal(x, 2), options)
-    threading.Timer(0.5, _thread.interrupt_main).start()
-    began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        engine.launch()
-    assert time.monotonic() - began < 3
-    torch.cuda.synchronize()  # nothing runs any more, or this would take 20 s
-    assert time.monotonic() - began < 3
     engine.reset()
 
 
