@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "device/cta.h"
+#include "device/put.h"
 
 namespace flashmoe {
 
@@ -80,6 +81,10 @@ __device__ inline Status await_returns(Shared<kTraced>& sh, const Place& place,
       }
       status = static_cast<Status>(__shfl_sync(0xffffffffu, static_cast<uint32_t>(status), 0));
       if (status != Status::kOk) return status;
+    }
+    if constexpr (kPuts) {
+      results_arrived(sh, place, const_cast<uint64_t*>(returned) + tile, expert,
+                      base + lane < rows);
     }
   }
   __syncwarp();

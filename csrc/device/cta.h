@@ -9,6 +9,7 @@
 #include "core/plan.h"
 #include "core/shape.h"
 #include "device/sync.h"
+#include "device/transport.h"
 
 namespace flashmoe {
 
@@ -173,6 +174,10 @@ __device__ inline void raise_abort(const Shared<kTraced>& sh, Status status) {
     if (sh.heaps[r].base != nullptr) {
       ptx::store_relaxed_sys(sh.heaps[r].template at<uint64_t>(sh.layout.abort_word),
                              static_cast<uint64_t>(status));
+    } else if constexpr (kPuts) {
+      // An actor's is the word of its own rank.
+      transport::signal(const_cast<uint64_t*>(sh.actors[0].abort_word),
+                        static_cast<uint64_t>(status), r);
     }
   }
 }

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "device/cta.h"
+#include "device/put.h"
 
 namespace flashmoe {
 
@@ -81,17 +82,35 @@ __device__ __forceinline__ DispatchUnit dispatch_unit(const Shared<kTraced>& sh,
   return u;
 }
 
-// Where row p of the chunk's order comes from and goes to, in bytes from x and from the owner's pool.
+// Where rows for an owner go: its pool, or where they are staged for it.
+template <bool kTraced>
+__device__ __forceinline__ char* rows_for(const Shared<kTraced>& sh, const Place& place,
+                                          uint32_t owner) {
+  if constexpr (kPuts) {
+    if (sh.heaps[owner].base == nullptr) return place.heap.at<char>(sh.layout.ret);
+  }
+  return sh.heaps[owner].template at<char>(sh.layout.pool);
+}
+
+// Where row p of the chunk's order comes from and goes to, in bytes from x and from rows_for() its owner.
 struct RowPath {
   uint64_t from;
   uint64_t to;
 };
 template <bool kTraced>
 __device__ __forceinline__ RowPath row_path(const Shared<kTraced>& sh, const Place& place,
-                                            const uint32_t* sorted, uint32_t expert, uint32_t p) {
+                                            const uint32_t* sorted, uint32_t owner, uint32_t expert,
+                                            uint32_t p) {
   const Shape& shape = sh.shape;
   const PlanTables& tables = sh.tables;
   const uint64_t row_bytes = shape.hidden * 2;
+  if constexpr (kPuts) {
+    if (sh.heaps[owner].base == nullptr) {
+      const uint32_t i = tables.chunk_prefix[expert] + p - tables.chunk_order[expert];
+      return {sorted[p] / shape.top_k * row_bytes,
+              return_row(tables, shape, place.rank, expert, i) * row_bytes};
+    }
+  }
   const uint32_t i = source_start(tables, shape, place.rank, expert) + tables.chunk_prefix[expert] +
                      p - tables.chunk_order[expert];
   return {sorted[p] / shape.top_k * row_bytes, pool_row(tables, shape, expert, i) * row_bytes};
@@ -105,13 +124,20 @@ __device__ __forceinline__ const uint32_t* chunk_rows_sorted(const Shared<kTrace
          static_cast<uint64_t>(chunk_begin(sh.shape, place.tokens, place.chunk)) * sh.shape.top_k;
 }
 
-// Adds rows [begin, end) of a unit to their row tiles' counters.  One warp, after a fence.
+// Adds rows [begin, end) of a unit to their row tiles' counters, or, where the unit was staged, puts what
+// is complete.  One warp, after a fence.
 template <bool kTraced>
 __device__ __forceinline__ void publish_rows(const Shared<kTraced>& sh, const Place& place,
                                              const FaultArgs& fault, const DispatchUnit& u,
                                              uint32_t begin, uint32_t end) {
   const Shape& shape = sh.shape;
   const PlanTables& tables = sh.tables;
+  if constexpr (kPuts) {
+    if (sh.heaps[u.owner].base == nullptr) {
+      put_staged(sh, place, fault, u.owner, u.expert_begin, u.expert_end, begin, end);
+      return;
+    }
+  }
   for (uint32_t e = u.expert_begin + threadIdx.x % 32; e < u.expert_end; e += 32) {
     const uint32_t from = max_u32(begin, tables.chunk_order[e]);
     const uint32_t to = min_u32(end, tables.chunk_order[e + 1]);
@@ -152,7 +178,7 @@ __device__ inline void dispatch_first(Shared<kTraced>& sh, const Place& place,
   const uint32_t waves = first_waves(sh);
   for (uint32_t turn = 0; turn < shape.world; ++turn) {
     const DispatchUnit u = dispatch_unit(sh, place, 0, waves, turn);
-    char* pool = sh.heaps[u.owner].template at<char>(sh.layout.pool);
+    char* pool = rows_for(sh, place, u.owner);
     uint32_t expert = u.expert_begin;
     for (uint32_t base = u.begin + warp; base < u.end; base += kWarps * at_once) {
       const uint32_t rows = min_u32(ceil_div(u.end - base, kWarps), at_once);
@@ -161,7 +187,7 @@ __device__ inline void dispatch_first(Shared<kTraced>& sh, const Place& place,
       if (mine) {
         const uint32_t p = base + kWarps * thread;
         while (p >= sh.tables.chunk_order[expert + 1]) ++expert;
-        path = row_path(sh, place, sorted, expert, p);
+        path = row_path(sh, place, sorted, u.owner, expert, p);
       }
       for (uint32_t at = 0; at < row_bytes; at += piece_bytes) {
         const uint32_t bytes = min_u32(piece_bytes, row_bytes - at);
@@ -220,13 +246,13 @@ __device__ inline uint32_t dispatch(Shared<kTraced>& sh, const Place& place, con
       const uint32_t end = u.begin + (u.end - u.begin) * (half + 1) / 2;
       if (begin == end) continue;
       if (lane == 0) actor.doing(EventKind::k_dispatch, u.owner, u.expert_begin, place.chunk);
-      char* pool = sh.heaps[u.owner].template at<char>(sh.layout.pool);
+      char* pool = rows_for(sh, place, u.owner);
       uint32_t expert = u.expert_begin;
       for (uint32_t base = begin; base < end; base += 32) {
         // A lane a row for the addresses; then one lane moves them.
         const uint32_t p = min_u32(base + lane, end - 1);
         while (p >= tables.chunk_order[expert + 1]) ++expert;
-        const RowPath path = row_path(sh, place, sorted, expert, p);
+        const RowPath path = row_path(sh, place, sorted, u.owner, expert, p);
         const uint32_t here = min_u32(32, end - base);
         for (uint32_t r = 0; r < here; ++r) {
           char* to = pool + __shfl_sync(0xffffffffu, path.to, r);

@@ -101,6 +101,7 @@ __device__ inline void clear_idle_sets(const Shared<kTraced>& sh, const Place& p
     *tile_counter(place.heap, sh.layout.y_ready, sh.shape, next, i) = 0;
   }
   if (place.chunk == 0 && threadIdx.x == 0) *next_tile_word(place.heap, sh.layout, next) = 0;
+  if constexpr (kPuts) clear_staged(sh, place);
 }
 
 // The scheduler's leader waits for all lanes; the others record the same wait.  Ends in step; true if
@@ -198,6 +199,13 @@ __device__ inline void send_counts(Shared<kTraced>& sh, const Place& place) {
       const uint32_t to = i % shape.world, e = place.chunk + i / shape.world * shape.chunks;
       uint64_t* word = counts_words(sh.heaps[to], sh.layout, shape, place.epoch, place.rank) + e;
       const uint64_t value = static_cast<uint64_t>(place.epoch) << 32 | own[e];
+      if constexpr (kPuts) {
+        if (sh.heaps[to].base == nullptr) {
+          transport::signal(counts_words(place.heap, sh.layout, shape, place.epoch, place.rank) + e,
+                            value, to);
+          continue;
+        }
+      }
       if (to == place.rank) {
         ptx::store_relaxed_sys(word, value);  // for the diagnosis: the rank itself has summed them
       } else {

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "device/cta.h"
+#include "device/put.h"
 
 namespace flashmoe {
 
@@ -70,6 +71,12 @@ __device__ __forceinline__ void publish_tile(Shared<kTraced>& sh, const Place& p
     const uint32_t from = source_start(sh.tables, shape, s, tile.expert);
     const uint32_t rows = source_rows(sh.tables, shape, s, tile.expert);
     if (rows == 0 || from >= tile.row0 + tile.rows || from + rows <= tile.row0) continue;
+    if constexpr (kPuts) {
+      if (sh.heaps[s].base == nullptr) {
+        put_results(sh, place, tile, s);
+        continue;
+      }
+    }
     ptx::store_relaxed_sys(
         sh.heaps[s].template at<uint64_t>(sh.layout.returned) + tile.row_tile_global, place.epoch);
   }
@@ -102,6 +109,13 @@ __device__ __forceinline__ void find_returns(const Shared<kTraced>& sh, const Ti
     const uint32_t start = source_start(sh.tables, shape, s, tile.expert);
     const uint32_t end = start + source_rows(sh.tables, shape, s, tile.expert);
     if (end <= tile.row0 || start >= tile.row0 + tile.rows) continue;
+    if constexpr (kPuts) {
+      if (sh.heaps[s].base == nullptr) {  // over the rows that they come from, and then put
+        char* pool = sh.heaps[owner_of(shape, tile.expert)].template at<char>(sh.layout.pool);
+        returns[n++] = {pool + pool_row(sh.tables, shape, tile.expert, 0) * row_bytes, end};
+        continue;
+      }
+    }
     char* ret = sh.heaps[s].template at<char>(sh.layout.ret);
     const uint64_t first = return_row(sh.tables, shape, s, tile.expert, 0);
     returns[n++] = {ret + (first - start) * row_bytes, end};
@@ -177,30 +191,47 @@ struct TaskRing {
   }
 };
 
-// Until the rows or the `h` of a tile are there.  Adds to `wait` what was awaited, for the other lanes.
+// Until a word that a tile needs is there.  Adds to `wait` what was awaited, for the other lanes: of several
+// waits from the first one's begin to the last one's end.
+template <bool kTraced>
+__device__ __forceinline__ Status await_word(TaskRing<kTraced>& ring, const Awaited& what,
+                                             const uint64_t* word, Until until, uint64_t due,
+                                             PairMessage& wait) {
+  const uint64_t seen = ptx::load_acquire_sys(word);
+  if (reached(seen, until, due)) return Status::kOk;
+  if constexpr (kTraced) {
+    if (wait.wait_kind_lacking == 0) wait.wait_from = ptx::globaltimer();
+    const uint64_t lacking = as_count(due, until, due) - as_count(seen, until, due);
+    wait.wait_kind_lacking = static_cast<uint64_t>(what.kind) | lacking << 32;
+  }
+  const Status status = ring.actor.wait(what, word, until, due, 0, [&] { ring.meanwhile(); });
+  if constexpr (kTraced) wait.wait_to = ptx::globaltimer();
+  if (status == Status::kHang) raise_abort(ring.sh, status);
+  return status;
+}
+
+// Until the rows or the `h` of a tile are there.
 template <bool kTraced>
 __device__ inline Status await_operands(TaskRing<kTraced>& ring, const Tile& tile,
                                         PairMessage& wait) {
   const Shape& shape = ring.sh.shape;
   const Place& place = ring.place;
   const bool up = tile.gemm == 1;
-  const EventKind kind = up ? EventKind::k_wait_rows : EventKind::k_wait_h;
   const uint64_t* word =
       tile_counter(place.heap, up ? ring.sh.layout.rows_ready : ring.sh.layout.h_ready, shape,
                    place.epoch, tile.row_tile);
-  const uint64_t due = up ? tile.rows : column_tiles(shape, 1);
-  const uint64_t seen = ptx::load_acquire_sys(word);
-  if (seen >= due) return Status::kOk;
-  if constexpr (kTraced) {
-    if (wait.wait_kind_lacking == 0) wait.wait_from = ptx::globaltimer();
-    wait.wait_kind_lacking = static_cast<uint64_t>(kind) | (due - seen) << 32;
+  uint64_t due = up ? tile.rows : column_tiles(shape, 1);
+  if constexpr (kPuts) {
+    if (up) {
+      const Status status = await_arrivals(ring, tile, wait);
+      if (status != Status::kOk) return status;
+      due = rows_counted(ring.sh.tables, shape, tile, ring.sh.heaps);
+    }
   }
-  const Status status =
-      ring.actor.wait({kind, kNoPeer, static_cast<uint16_t>(tile.expert), tile.row_tile}, word,
-                      Until::kAtLeast, due, 0, [&] { ring.meanwhile(); });
-  if constexpr (kTraced) wait.wait_to = ptx::globaltimer();
-  if (status == Status::kHang) raise_abort(ring.sh, status);
-  return status;
+  return await_word(ring,
+                    {up ? EventKind::k_wait_rows : EventKind::k_wait_h, kNoPeer,
+                     static_cast<uint16_t>(tile.expert), tile.row_tile},
+                    word, Until::kAtLeast, due, wait);
 }
 
 // The first CTA of a pair, or a CTA alone: takes pairs of tiles and waits for the rows of both, so that
