@@ -216,7 +216,15 @@ class Merged:
             clock=self.clock() if self.request.traced else None,
             processes=self.describe(),
             tiling=engine.get("tiling"),
+            topology=saving.topology(engine.get("world", "host"), ranks, self._ranks_per_gpu()),
         )
+
+    def _ranks_per_gpu(self) -> int:
+        """As asked for, or as other launchers may have put several ranks on one GPU."""
+        gpus = [
+            r["device"]["uuid"] for r in self.reports.values() if r.get("device", {}).get("uuid")
+        ]
+        return max([self.request.ranks_per_gpu, *(gpus.count(gpu) for gpu in gpus)])
 
     def clock(self) -> dict[str, Any] | None:
         """``clock`` of run.json: rank 0's clock, and how the others' were put on it."""

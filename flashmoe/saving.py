@@ -55,7 +55,6 @@ def metadata_of(
 
     build = build_info()
     config = result.config
-    per_gpu = request.ranks_per_gpu if request.processes else 0
     return {
         "tool": {"version": build.version, "commit": build.commit, "dirty": build.dirty},
         "command": request.command,
@@ -79,7 +78,7 @@ def metadata_of(
             "experts_of_rank": experts_of_rank(config.experts, request.ranks),
             "tokens": list(result.tokens),
             "row_bytes": config.row_bytes,
-            "topology": topology(result.world, request.ranks, per_gpu),
+            "topology": result.topology,
             "processes": result.processes,
             "tiling": result.tiling,
         },

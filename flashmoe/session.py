@@ -94,7 +94,8 @@ class Result:
     said after the last launch (None: no GPU), ``why_world`` why ``auto`` chose as it did.
     ``message`` says in a few words how it ended, ``unsaved`` why the output or the run that was
     asked for is not there.  ``processes`` tells of ranks that are processes:
-    see ``world.processes`` in docs/trace-format.md, and there ``world.tiling``.
+    see ``world.processes`` in docs/trace-format.md, and there ``world.tiling`` and
+    ``world.topology``.
     """
 
     name: str
@@ -120,6 +121,7 @@ class Result:
     message: str = "ok"
     processes: dict[str, Any] | None = None
     tiling: dict[str, Any] | None = None
+    topology: str = ""
     unsaved: FlashmoeError | None = None
 
     @contextlib.contextmanager
@@ -307,6 +309,7 @@ def _begun(
         device=describe_device(request.device) if engine.world != "host" else None,
         clock=asdict(engine.clock()) if request.traced else None,
         tiling=engine.tiling,
+        topology=saving.topology(engine.world, request.ranks),
     )
 
 

@@ -86,7 +86,14 @@ def mps(device: int) -> Check | None:
             "MPS", "warn", "the GPU's compute mode is exclusive: one process at a time",
             f"for several ranks on it: nvidia-smi -i {device} -c DEFAULT",
         )  # fmt: skip
-    return Check("MPS", "ok", "none runs, and the GPU takes several processes")
+    from flashmoe.errors import FlashmoeError
+    from flashmoe.world.mps import find_control
+
+    try:
+        control = find_control()
+    except FlashmoeError as exc:
+        return Check("MPS", "warn", exc.message, exc.hint)
+    return Check("MPS", "ok", f"none runs; --ranks-per-gpu starts {control}")
 
 
 def mig(device: int) -> Check | None:

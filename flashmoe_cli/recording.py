@@ -168,6 +168,7 @@ def result_json(verb: str, result: Result) -> dict[str, Any]:
         "name": result.name,
         "world": result.world,
         "why_world": result.why_world,
+        "topology": result.topology,
         "config": result.config.to_dict(),
         "ranks": len(result.tokens),
         "tokens": list(result.tokens),

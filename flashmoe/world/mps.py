@@ -37,15 +37,15 @@ _QUIT = "quit -t 1"
 _NAME = "nvidia-cuda-mps"  # of daemon and server, as far as /proc shows it
 
 
-def find_control(folders: tuple[str, ...] = FOLDERS) -> Path:
-    """MPS's control program.
+def find_control(folders: tuple[str, ...] | None = None) -> Path:
+    """MPS's control program, on PATH, beside the driver's files or in ``folders`` (FOLDERS).
 
     Raises FlashmoeError (exit code 5) that says where it was looked for.
     """
     on_path = shutil.which(CONTROL)
     if on_path is not None:
         return Path(on_path)
-    places = dict.fromkeys([*_beside_driver(), *folders])
+    places = dict.fromkeys([*_beside_driver(), *(FOLDERS if folders is None else folders)])
     for place in places:
         found = Path(place, CONTROL)
         if os.access(found, os.X_OK):

@@ -15,14 +15,20 @@ if TYPE_CHECKING:
 
 
 def where_text(
-    world: str, ranks: int, sms_per_rank: int, gpu: str | None, processes: bool = False
+    world: str,
+    ranks: int,
+    sms_per_rank: int,
+    gpu: str | None,
+    processes: bool = False,
+    topology: str | None = None,
 ) -> str:
-    """The engine in words; a host-engine run is always called that."""
+    """The engine in words; a host-engine run is always called that, and ranks on one GPU too."""
     size = f"{plural(ranks, 'rank')} x {plural(sms_per_rank, 'SM')}"
     if world == "host":
         what = "CPU processes" if processes else "CPU threads"
         return f"the host engine ({what}; not GPU times), {size}"
-    return f"{gpu or 'the GPU'}, {size}"
+    shared = ", topology: shared-gpu" if topology == "shared-gpu" else ""
+    return f"{gpu or 'the GPU'}, {size}{shared}"
 
 
 def processes_text(said: dict[str, Any]) -> str:
@@ -80,7 +86,7 @@ def result_lines(result: Result, where: Terminal, *, verbose: bool = False) -> l
     gpu = result.device["name"] if result.device else None
     ranks = len(result.tokens)
     in_processes = result.processes is not None
-    head = where_text(result.world, ranks, result.sms_per_rank, gpu, in_processes)
+    head = where_text(result.world, ranks, result.sms_per_rank, gpu, in_processes, result.topology)
     lines = [paint(f"{result.name} on {head}", "1", where.colour)]
     if result.why_world:
         lines.append(f"  no GPU   {result.why_world}")

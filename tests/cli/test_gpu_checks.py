@@ -120,7 +120,14 @@ def test_mps(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> 
         assert check is not None
         return check.state, check.found
 
-    assert state()[0] == "ok"
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr("flashmoe.world.mps.FOLDERS", (str(tmp_path / "bin"),))
+    assert state()[0] == "warn"
+    assert f"neither on PATH nor in {tmp_path / 'bin'}" in state()[1]
+    control = tmp_path / "bin" / "nvidia-cuda-mps-control"
+    control.touch(0o755)
+    assert state() == ("ok", f"none runs; --ranks-per-gpu starts {control}")
     nvml.mode = 3
     assert state() == ("warn", "the GPU's compute mode is exclusive: one process at a time")
     nvml.mode = 2

@@ -77,8 +77,8 @@ def run_batch(
     saved = ("--save-output", "out.safetensors", "--json")
     done = finish(start(folder, *args, *saved, *more))
     assert bits_in(folder / "out.safetensors") == bits[1]
-    assert done.said["world"]["kind"] == transport
-    assert done.said["world"]["processes"]["transport"] == transport
+    assert done.said["world"] == done.said["processes"]["transport"] == transport
+    assert done.said["topology"] == ("shared-gpu" if "--ranks-per-gpu" in where else "several-gpus")
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
