@@ -63,7 +63,8 @@ def run(request: Request, progress: Progress, say: Say) -> Result:
     ``flashmoe.session.run`` does, and where a rank dies before anything ran.
     """
     refuse_existing(request)
-    world, why_world = choose_world(request.world, request.device)
+    # Each PE asks torch itself; to import it here first would take as long as all of them do.
+    world, why_world = choose_world(request.world, request.device, import_torch=False)
     if request.gpus is not None and world == "host":
         raise FlashmoeError(
             f"--gpus {request.gpus}: no GPU can be used here: {why_world or 'the world is host'}",

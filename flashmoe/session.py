@@ -6,6 +6,8 @@ The command line hands over a ``Request`` and a progress callback and draws the 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import runpy
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -135,15 +137,15 @@ class Result:
                 self.exit_code, self.message = exc.exit_code, exc.message
 
 
-def choose_world(asked: str, device: int) -> tuple[str, str]:
+def choose_world(asked: str, device: int, import_torch: bool = True) -> tuple[str, str]:
     """The world to use and, where ``auto`` settled for the host engine, why.
 
-    Raises FlashmoeError with exit code 5 where a GPU was asked for and none is usable.
+    Without ``import_torch``, which takes seconds, torch is only looked at.  Raises FlashmoeError with exit code 5 where a GPU was asked for and none is usable.
     """
     if asked == "host":
         return "host", ""
     try:
-        _require_gpu(device)
+        _require_gpu(device, import_torch)
     except FlashmoeError as exc:
         if asked == "local":
             raise
@@ -151,19 +153,32 @@ def choose_world(asked: str, device: int) -> tuple[str, str]:
     return "local", ""
 
 
-def _require_gpu(device: int) -> None:
+def _require_gpu(device: int, import_torch: bool) -> None:
     """Raises FlashmoeError (exit code 5) where the ``local`` world cannot run on GPU ``device``."""
     from flashmoe.kernels import select
 
     select(device)
-    import torch
+    if import_torch:
+        import torch
 
-    if not torch.cuda.is_available():
+        usable = torch.cuda.is_available()
+    else:
+        usable = _torch_has_cuda()
+    if not usable:
         raise FlashmoeError(
             "this torch is a CPU build, or sees no GPU",
             "install torch for CUDA: pip install torch; or run with --world host",
             exit_code=EXIT_NO_GPU,
         )
+
+
+def _torch_has_cuda() -> bool:
+    """Whether the torch that is installed was built for CUDA, by the file that says so."""
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        return False
+    said = runpy.run_path(str(Path(found.origin).with_name("version.py")))
+    return said.get("cuda") is not None
 
 
 def flop(inputs: Inputs) -> int:

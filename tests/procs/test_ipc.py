@@ -298,3 +298,9 @@ def test_what_ipc_cannot_do_is_a_usage_error(more: dict[str, Any], match: str) -
         choose_transport("ipc", "local", **more)
     assert caught.value.exit_code == 2
     assert "--transport nvshmem" in caught.value.hint
+
+
+def test_torch_is_looked_at_without_importing_it() -> None:
+    from flashmoe.session import _torch_has_cuda
+
+    assert _torch_has_cuda() == (torch.version.cuda is not None)
