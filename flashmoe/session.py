@@ -140,7 +140,8 @@ class Result:
 def choose_world(asked: str, device: int, import_torch: bool = True) -> tuple[str, str]:
     """The world to use and, where ``auto`` settled for the host engine, why.
 
-    Without ``import_torch``, which takes seconds, torch is only looked at.  Raises FlashmoeError with exit code 5 where a GPU was asked for and none is usable.
+    Without ``import_torch``, which takes seconds, torch is only looked at.  Raises FlashmoeError
+    with exit code 5 where a GPU was asked for and none is usable.
     """
     if asked == "host":
         return "host", ""
