@@ -78,11 +78,13 @@ class IpcMemory:
 
     def allocate(self, nbytes: int) -> list[torch.Tensor]:
         """This rank's heap; see HeapMemory."""
+        import torch
         from cuda.bindings import driver
 
         from flashmoe.world.gpu_pe import device_tensor
 
         with self._device():
+            torch.cuda.empty_cache()  # what torch keeps for itself is no driver's to give
             error, address = driver.cuMemAlloc(nbytes)
         if int(error) != 0:
             raise FlashmoeError(
