@@ -301,7 +301,8 @@ class GpuEngine:
             records=self._records.data_ptr() if options.traced else 0,
             ring_capacity=self.ring_capacity,
             keep_last=options.ring_mode == "keep-last",
-            iteration_base=self._iteration_base,
+            # Below zero once the epoch has begun anew; the kernel subtracts it in 32 bits.
+            iteration_base=self._iteration_base & 0xFFFFFFFF,
         )
 
     # -- running --------------------------------------------------------------------------------

@@ -267,8 +267,9 @@ def test_one_rank_alone_is_an_engine_like_the_local_one() -> None:
     seen = Board(os.dup(board.fd), 1).flight(len(engine.flight()))
     assert (seen["state"] == schema.ActorState.DONE).all()
     assert (seen == engine.flight()).all()
+    assert engine.launch().iteration == 1
     engine._grow_pools(2 * engine.shape["pool_rows"])
-    engine.launch()
+    assert engine.launch().iteration == 1, "a launch that runs again keeps its number"
     assert bits_of(engine.outputs()[0].y) == due
     before = torch.cuda.mem_get_info()[0]
     engine.close()
