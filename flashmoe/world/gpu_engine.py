@@ -1,7 +1,6 @@
 """The engine of ranks on a GPU: some of a launch's W ranks in this process, or all of them.
 
 Where heaps come from, and how ranks elsewhere are reached, is a :class:`HeapMemory`'s to know.
-``flashmoe.world.local`` is to become one of its users, once this has run on a GPU.
 """
 
 from __future__ import annotations
