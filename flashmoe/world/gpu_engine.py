@@ -458,10 +458,13 @@ class GpuEngine:
         return result
 
     def chunk_counts(self) -> np.ndarray:
-        """uint32 [ranks here, chunks, E]: rows of each chunk of the last launch."""
+        """uint32 [ranks here, chunks, E]: rows of each chunk of the last launch.
+
+        Those of a chunk whose gate has not run yet are 0.
+        """
         experts = self.config.experts
         size = 4 * self.sms_per_rank * experts
-        return np.stack(
+        counts = np.stack(
             [
                 self._section(index, "histogram", size)
                 .numpy()
@@ -470,6 +473,10 @@ class GpuEngine:
                 for index in range(len(self.local))
             ]
         )
+        # A new heap holds poison, which makes no plan.
+        most = -(-self._shape["max_tokens"] // self.sms_per_rank) * self.config.top_k
+        counts[counts.sum(axis=2, dtype=np.uint64) > most] = 0
+        return counts
 
     def routing(self) -> Routing:
         """Counts and tile plan of the last launch; needs all ranks here."""

@@ -28,6 +28,7 @@ CONTROL = "nvidia-cuda-mps-control"
 FOLDERS = ("/usr/bin", "/usr/local/nvidia/bin", "/usr/local/cuda/bin", "/usr/lib/nvidia/bin")
 """Where drivers put it when it is not on PATH; beside the driver's own files is looked at first."""
 
+_SHARE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
 _START_S = 10.0
 _END_S = 5.0
 
@@ -73,12 +74,12 @@ def _beside_driver() -> list[str]:
 
 
 @contextlib.contextmanager
-def private_mps(processes: int, keeper: Keeper) -> Iterator[dict[str, str]]:
-    """A control daemon for ``processes`` processes a GPU; gives its clients' environment.
+def private_mps(keeper: Keeper) -> Iterator[dict[str, str]]:
+    """A control daemon for the processes of each GPU; gives its clients' environment.
 
-    Each process gets its equal share of the SMs.  When the block is left, however that is, daemon
-    and directory are gone; should this process be killed first, ``keeper`` sees to it.  Raises
-    FlashmoeError where there is no MPS, or it does not start.
+    When the block is left, however that is, daemon and directory are gone; should this process be
+    killed first, ``keeper`` sees to it.  Raises FlashmoeError where there is no MPS, or it does not
+    start.
     """
     control = find_control()
     folder = Path(tempfile.mkdtemp(prefix="flashmoe-mps-"))
@@ -94,7 +95,10 @@ def private_mps(processes: int, keeper: Keeper) -> Iterator[dict[str, str]]:
             Path(name).mkdir()
         _start(control, daemon)
         try:
-            yield {**daemon, "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": f"{100 / processes:g}"}
+            # Each kernel's grid is its share of the SMs, and no SM holds two of its CTAs.  MPS's own
+            # shares would keep kernels that wait for each other from running at once (measured on an
+            # H100 with 50 % each).
+            yield {**daemon, _SHARE: "100"}
         finally:
             _end(control, daemon)
     finally:
@@ -128,7 +132,7 @@ def _start(control: Path, daemon: dict[str, str]) -> None:
 
 def _environment() -> dict[str, str]:
     """The daemon's: clients choose among all GPUs, since one that shows a part renumbers it."""
-    ours = ("CUDA_VISIBLE_DEVICES", "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE")
+    ours = ("CUDA_VISIBLE_DEVICES", _SHARE)
     return {name: value for name, value in os.environ.items() if name not in ours}
 
 

@@ -124,7 +124,7 @@ def surroundings(transport: str, request: Request, keeper: Keeper) -> Iterator[d
     if transport == "host" or request.ranks_per_gpu == 1:
         yield {}
         return
-    with private_mps(request.ranks_per_gpu, keeper) as environment:
+    with private_mps(keeper) as environment:
         yield environment
 
 

@@ -64,14 +64,14 @@ def runs(pid: int) -> bool:
     return state != "Z"
 
 
-@pytest.mark.parametrize(("processes", "share"), [(2, "50"), (8, "12.5"), (3, "33.3333")])
 def test_daemon_and_directory_are_there_within_and_gone_after(
-    control: Path, processes: int, share: str
+    control: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with mps.private_mps(processes, Orders()) as environment:  # type: ignore[arg-type]
+    monkeypatch.setenv("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "25")
+    with mps.private_mps(Orders()) as environment:  # type: ignore[arg-type]
         pid, pipe = daemon_of(environment), Path(environment["CUDA_MPS_PIPE_DIRECTORY"])
         assert runs(pid)
-        assert environment["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == share
+        assert environment["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "100"
         assert Path(environment["CUDA_MPS_LOG_DIRECTORY"]).is_dir()
     assert not runs(pid)
     assert not pipe.parent.exists()
@@ -80,7 +80,7 @@ def test_daemon_and_directory_are_there_within_and_gone_after(
 def test_a_block_that_raises_leaves_nothing(control: Path) -> None:
     with (
         pytest.raises(KeyboardInterrupt),
-        mps.private_mps(2, Orders()) as environment,  # type: ignore[arg-type]
+        mps.private_mps(Orders()) as environment,  # type: ignore[arg-type]
     ):
         pid, folder = daemon_of(environment), Path(environment["CUDA_MPS_LOG_DIRECTORY"]).parent
         raise KeyboardInterrupt
@@ -90,7 +90,7 @@ def test_a_block_that_raises_leaves_nothing(control: Path) -> None:
 
 def test_the_daemon_shows_all_gpus(control: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    with mps.private_mps(2, Orders()) as environment:  # type: ignore[arg-type]
+    with mps.private_mps(Orders()) as environment:  # type: ignore[arg-type]
         seen = Path(f"/proc/{daemon_of(environment)}/environ").read_bytes().split(b"\0")
     assert not any(entry.startswith(b"CUDA_VISIBLE_DEVICES=") for entry in seen)
     assert "CUDA_VISIBLE_DEVICES" not in environment  # the client's own stays
@@ -103,7 +103,7 @@ def test_a_server_that_outlives_its_daemon_is_ended(control: Path) -> None:
     server.chmod(0o755)
     mps_end_s, mps._END_S = mps._END_S, 0.3
     try:
-        with mps.private_mps(2, Orders()) as environment:  # type: ignore[arg-type]
+        with mps.private_mps(Orders()) as environment:  # type: ignore[arg-type]
             served = subprocess.Popen([server], stdin=subprocess.PIPE, env=os.environ | environment)
             until = time.monotonic() + 5
             while "mps" not in Path(f"/proc/{served.pid}/comm").read_text():
@@ -118,7 +118,7 @@ def test_a_daemon_that_does_not_quit_is_killed(
 ) -> None:
     monkeypatch.setenv("FAKE_DEAF", "1")
     monkeypatch.setattr(mps, "_END_S", 0.3)
-    with mps.private_mps(2, Orders()) as environment:  # type: ignore[arg-type]
+    with mps.private_mps(Orders()) as environment:  # type: ignore[arg-type]
         pid = daemon_of(environment)
     until = time.monotonic() + 5
     while runs(pid) and time.monotonic() < until:
@@ -132,7 +132,7 @@ def test_one_that_does_not_start_is_told_with_its_last_word(
     monkeypatch.setenv("FAKE_FAILS", "no device is supported")
     with (
         pytest.raises(FlashmoeError, match=r"exit code 3.*no device is supported") as caught,
-        mps.private_mps(2, Orders()),  # type: ignore[arg-type]
+        mps.private_mps(Orders()),  # type: ignore[arg-type]
     ):
         pass
     assert "--world local" in caught.value.hint
@@ -163,7 +163,7 @@ PARENT = """
 import sys, time
 from flashmoe.keeper import Keeper
 from flashmoe.world.mps import private_mps
-with private_mps(2, Keeper()) as environment:
+with private_mps(Keeper()) as environment:
     print(environment["CUDA_MPS_PIPE_DIRECTORY"], flush=True)
     time.sleep(600)
 """
@@ -189,6 +189,6 @@ def test_a_killed_parent_leaves_nothing(control: Path, tmp_path: Path) -> None:
 
 def test_a_keeper_that_is_told_all_is_done_ends_nothing(control: Path) -> None:
     keeper = Keeper()
-    with mps.private_mps(2, keeper) as environment:
+    with mps.private_mps(keeper) as environment:
         keeper.done()
         assert runs(daemon_of(environment))
