@@ -145,7 +145,7 @@ def test_pools_that_overflow_grow_on_all_ranks(
 
 
 def trace_tiny(folder: Path, ranks: int, *more: str, transport: str = "ipc") -> Any:
-    args = ("trace", "tiny", *shared(ranks), "--transport", transport, "-T", "24", "-o", "run.fmoe")
+    args = ("trace", "tiny", *shared(ranks), "--transport", transport, "-T", "200", "-o", "run.fmoe")
     return start(folder, *args, *more)
 
 
