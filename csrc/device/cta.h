@@ -1,6 +1,7 @@
 // What the threads of one CTA share: its place in the launch, its barriers, its tasks, its actors.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "core/actor.h"
@@ -46,8 +47,10 @@ inline constexpr uint32_t kGateStages = 8;
 // Plan tables of up to so many words lie in shared memory, larger ones in the heap.
 inline constexpr uint32_t kTableWords = 1536;
 
-// One task is being computed while the loads of the next run; a third would only be hoarded.
-inline constexpr uint32_t kTasks = 2;
+// One task is being computed while the loads of the next run; a third would only be hoarded.  The ring
+// has a place more, so that a task that is done can be published after the next one is handed over.
+inline constexpr uint32_t kTasksAhead = 2;
+inline constexpr uint32_t kTasks = kTasksAhead + 1;
 
 // The gate keeps one warp's share of the experts in a 32-bit mask a lane.
 inline constexpr uint32_t kMaxExperts = 1024;
@@ -80,7 +83,7 @@ struct TileStamps {
 };
 
 // What the first CTA of a pair tells the second: a pair of tiles and the wait for their rows.
-struct PairMessage {
+struct alignas(16) PairMessage {
   uint32_t index;  // of the second CTA's tile, or of the first's where `has` is 0
   uint32_t has;    // the second CTA has a tile; kNoWork: no more
   uint32_t turns;  // Task
@@ -89,6 +92,9 @@ struct PairMessage {
   uint64_t wait_from;
   uint64_t wait_to;
 };
+template <bool kTraced>
+inline constexpr uint32_t kMessageBytes =
+    kTraced ? sizeof(PairMessage) : offsetof(PairMessage, wait_kind_lacking);
 inline constexpr uint32_t kNoWork = 2;
 
 // Where a loaded piece of a row goes.
@@ -103,7 +109,7 @@ struct Shared {
   uint64_t empty[kStages];
   uint64_t task_full[kTasks];
   uint64_t task_empty[kTasks];
-  uint64_t pair_full[kTasks];   // second CTA: a message is here
+  uint64_t pair_full[kTasks];   // second CTA: a message is here, of kMessageBytes
   uint64_t pair_empty[kTasks];  // first CTA: the second can take another task
   PairMessage messages[kTasks];
   uint64_t other_left;  // first CTA: the second has left before the roles parted
@@ -132,6 +138,19 @@ struct Shared {
   uint32_t table_words[kTableWords];
 };
 
+// Whether GEMM1 reads its rows out of x, instead of copies in the pool: where there is one rank, and experts
+// have few rows.  Copies of 16 bytes by threads bring them slower than the tensor cores take those of a
+// high tile, but what is not copied to the pool is not written and not read.
+#ifndef KGATHER
+#define KGATHER 288
+#endif
+inline constexpr uint32_t kGatherRows = KGATHER;  // an expert, on average: two tiles
+__device__ __forceinline__ bool gathers_rows(const Shape& shape, uint32_t tokens) {
+  return shape.world == 1 && tokens * shape.top_k <= kGatherRows * shape.experts;
+}
+// Arrivals that fill a stage: the loading warp's and those of the comm warps that gather.
+__device__ __forceinline__ uint32_t fills(bool gathers) { return gathers ? 1 + kCommWarps : 1; }
+
 // Where this CTA stands.  In registers of every thread; everything else is in Shared.
 struct Place {
   uint32_t rank;
@@ -140,13 +159,14 @@ struct Place {
   uint32_t epoch;
   uint32_t pair_size;  // CTAs of a cluster, 1 or 2
   uint32_t pair_rank;  // this one's place in it
+  bool gathers;        // gathers_rows()
   uint32_t to_other;  // from a shared address here to the same in the other CTA, 0 if there is none
   Heap heap;          // the rank's own
   const RankArgs* args;
 };
 
 inline constexpr uint32_t kSharedBudget = 232448;
-inline constexpr uint32_t kSharedState = 3072 + 4 * kTableWords;
+inline constexpr uint32_t kSharedState = 4096 + 4 * kTableWords;
 #ifndef FLASHMOE_NO_TRACE
 static_assert(sizeof(Shared<true>) <= kSharedState,
               "barriers, tasks, actors and tables must fit their part");

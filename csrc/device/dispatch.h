@@ -44,7 +44,7 @@ struct PieceRing {
   }
 };
 
-// The chunk's rows for one owner's experts of some waves: rows [begin, end) of the chunk's order.
+// The chunk's rows for one owner's experts of some groups: rows [begin, end) of the chunk's order.
 struct DispatchUnit {
   uint32_t owner;
   uint32_t expert_begin;
@@ -53,18 +53,34 @@ struct DispatchUnit {
   uint32_t end;
 };
 
-// Waves of experts, and how many of them all warps dispatch before the roles part: the first, or all of
-// them where the chunk has few rows, each of which would cost a comm warp a round trip.
-__device__ __forceinline__ uint32_t waves_of(const Shape& shape) {
-  return ceil_div(max_owned_experts(shape), shape.wave_experts);
+// Rows are dispatched by groups of experts, smaller than the waves of the tiles' order, so that the first
+// tiles need not wait for a whole wave: so many groups a wave, over all owners.
+__device__ __forceinline__ uint32_t group_experts(const Shape& shape) {
+  constexpr uint32_t kGroups = 8;
+  return ceil_div(shape.wave_experts * min_u32(shape.world, kGroups), kGroups);
 }
+__device__ __forceinline__ uint32_t groups_of(const Shape& shape) {
+  return ceil_div(max_owned_experts(shape), group_experts(shape));
+}
+// How many of them all warps dispatch before the roles part: those without which some CTA has no first
+// tile, or all of them where the chunk has few rows, each of which would cost a comm warp a round trip.
 template <bool kTraced>
-__device__ __forceinline__ uint32_t first_waves(const Shared<kTraced>& sh) {
+__device__ __forceinline__ uint32_t first_groups(const Shared<kTraced>& sh, const Place& place) {
   constexpr uint32_t kFewRows = 8 * kWarps;
-  return sh.tables.chunk_order[sh.shape.experts] <= kFewRows ? waves_of(sh.shape) : 1;
+  const Shape& shape = sh.shape;
+  const uint32_t all = groups_of(shape), group = group_experts(shape);
+  if (sh.tables.chunk_order[shape.experts] <= kFewRows) return all;
+  uint32_t groups = 1;
+  // As long as they are of the first wave, segments are GEMM1's of one expert each.
+  while (groups < all && groups * group < shape.wave_experts &&
+         sh.tables.segments[min_u32(groups * group, owned_experts(shape, place.rank))] <
+             shape.chunks) {
+    ++groups;
+  }
+  return groups;
 }
 
-// The unit of waves [from, to) that comes `turn`-th: the rank itself first and then its neighbours in
+// The unit of groups [from, to) that comes `turn`-th: the rank itself first and then its neighbours in
 // rotated order.
 template <bool kTraced>
 __device__ __forceinline__ DispatchUnit dispatch_unit(const Shared<kTraced>& sh, const Place& place,
@@ -75,8 +91,9 @@ __device__ __forceinline__ DispatchUnit dispatch_unit(const Shared<kTraced>& sh,
   if (u.owner >= shape.world) u.owner -= shape.world;
   const uint32_t owner_end = first_expert(shape, u.owner + 1);
   const uint32_t owner_begin = first_expert(shape, u.owner);
-  u.expert_begin = min_u32(owner_begin + from * shape.wave_experts, owner_end);
-  u.expert_end = min_u32(owner_begin + to * shape.wave_experts, owner_end);
+  const uint32_t group = group_experts(shape);
+  u.expert_begin = min_u32(owner_begin + from * group, owner_end);
+  u.expert_end = min_u32(owner_begin + to * group, owner_end);
   u.begin = sh.tables.chunk_order[u.expert_begin];
   u.end = sh.tables.chunk_order[u.expert_end];
   return u;
@@ -157,8 +174,26 @@ __device__ __forceinline__ void publish_rows(const Shared<kTraced>& sh, const Pl
   }
 }
 
+// Says in each actor's trace what its warps moved of a unit before the roles part: warp w has moved rows
+// w, w + kWarps, ...
+template <bool kTraced>
+__device__ __forceinline__ void record_first(Shared<kTraced>& sh, const Place& place,
+                                             const DispatchUnit& u) {
+  const int lane = led_lane();
+  const uint32_t rows = u.end - u.begin, warp = threadIdx.x / 32;
+  if (lane < 0 || rows == 0) return;
+  const uint32_t warps = warp >= kMathWarp ? 4 : 1;
+  uint32_t moved = 0;
+  for (uint32_t w = warp; w < warp + warps; ++w) {
+    moved += rows > w ? (rows - w - 1) / kWarps + 1 : 0;
+  }
+  sh.actors[lane].span(EventKind::k_dispatch, u.owner, u.expert_begin, place.chunk,
+                       static_cast<uint64_t>(moved) * sh.shape.hidden * 2);
+}
+
 // The chunk's rows for the experts due first, by all warps of the CTA before the roles part: no tile
-// can begin without them, so there is nothing else to do.
+// can begin without them, so there is nothing else to do.  Where rows are gathered they stay where they
+// are, which make_plan() has written, and are all announced.
 template <bool kTraced>
 __device__ inline void dispatch_first(Shared<kTraced>& sh, const Place& place,
                                       const FaultArgs& fault, char* stages) {
@@ -175,9 +210,18 @@ __device__ inline void dispatch_first(Shared<kTraced>& sh, const Place& place,
   const uint32_t at_once = max_u32(1, min_u32(kPart / row_bytes, 32));
   const uint32_t piece_bytes = min_u32(row_bytes, kPart);
   uint32_t turn_of_full = 0;
-  const uint32_t waves = first_waves(sh);
+  if (place.gathers) {
+    const DispatchUnit own = dispatch_unit(sh, place, 0, groups_of(shape), 0);
+    if (warp == 0) {
+      ptx::fence_acq_rel_gpu();
+      publish_rows(sh, place, fault, own, own.begin, own.end);
+    }
+    record_first(sh, place, own);
+    return;
+  }
+  const uint32_t groups = first_groups(sh, place);
   for (uint32_t turn = 0; turn < shape.world; ++turn) {
-    const DispatchUnit u = dispatch_unit(sh, place, 0, waves, turn);
+    const DispatchUnit u = dispatch_unit(sh, place, 0, groups, turn);
     char* pool = rows_for(sh, place, u.owner);
     uint32_t expert = u.expert_begin;
     for (uint32_t base = u.begin + warp; base < u.end; base += kWarps * at_once) {
@@ -206,18 +250,7 @@ __device__ inline void dispatch_first(Shared<kTraced>& sh, const Place& place,
     }
     ptx::bulk_wait_all();
     __syncthreads();
-    // Every actor says what its own warps moved; warp w has moved rows w, w + kWarps, ...
-    const int lane = led_lane();
-    const uint32_t rows = u.end - u.begin;
-    if (lane >= 0 && rows != 0) {
-      const uint32_t warps = warp >= kMathWarp ? 4 : 1;
-      uint32_t moved = 0;
-      for (uint32_t w = warp; w < warp + warps; ++w) {
-        moved += rows > w ? (rows - w - 1) / kWarps + 1 : 0;
-      }
-      sh.actors[lane].span(EventKind::k_dispatch, u.owner, u.expert_begin, place.chunk,
-                           static_cast<uint64_t>(moved) * shape.hidden * 2);
-    }
+    record_first(sh, place, u);
     if (warp == turn % kWarps) {
       ptx::fence_acq_rel_sys();
       publish_rows(sh, place, fault, u, u.begin, u.end);
@@ -225,7 +258,7 @@ __device__ inline void dispatch_first(Shared<kTraced>& sh, const Place& place,
   }
 }
 
-// One comm warp's share of the chunk's other rows, wave by wave, the two warps halving each unit.
+// One comm warp's share of the chunk's other rows, group by group, the two warps halving each unit.
 // Never waits, so no rank can hold another up here.  Returns the pieces it has used.
 template <bool kTraced>
 __device__ inline uint32_t dispatch(Shared<kTraced>& sh, const Place& place, const FaultArgs& fault,
@@ -238,10 +271,10 @@ __device__ inline uint32_t dispatch(Shared<kTraced>& sh, const Place& place, con
   const char* x = static_cast<const char*>(place.args->x);
   PieceRing ring{sh.piece_full[half], sh.piece_goals[half], pieces + half * kPieces * kPieceBytes};
   const uint32_t* sorted = chunk_rows_sorted(sh, place);
-  const uint32_t waves = waves_of(shape);
-  for (uint32_t wave = first_waves(sh); wave < waves; ++wave) {
+  const uint32_t groups = groups_of(shape);
+  for (uint32_t group = first_groups(sh, place); group < groups; ++group) {
     for (uint32_t turn = 0; turn < shape.world; ++turn) {
-      const DispatchUnit u = dispatch_unit(sh, place, wave, wave + 1, turn);
+      const DispatchUnit u = dispatch_unit(sh, place, group, group + 1, turn);
       const uint32_t begin = u.begin + (u.end - u.begin) * half / 2;
       const uint32_t end = u.begin + (u.end - u.begin) * (half + 1) / 2;
       if (begin == end) continue;

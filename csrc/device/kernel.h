@@ -23,6 +23,7 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
   place.chunk = blockIdx.x - local * args.shape.chunks;
   place.tokens = place.args->tokens;
   place.heap = args.heaps[place.rank];
+  place.gathers = gathers_rows(args.shape, place.tokens);
   place.pair_size = args.pair_size;
   place.pair_rank = args.pair_size == 1 ? 0 : ptx::cluster_rank();
   const uint32_t here = ptx::shared_address(&sh);
@@ -43,7 +44,7 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
     sh.other_left = 0;
     sh.next_token = 0;
     for (uint32_t i = 0; i < kStages; ++i) {
-      ptx::mbarrier_init(&sh.full[i], 1);
+      ptx::mbarrier_init(&sh.full[i], fills(place.gathers));
       ptx::mbarrier_init(&sh.empty[i], kMathGroups * 4 * args.pair_size);
     }
     for (uint32_t i = 0; i < kTasks; ++i) {
@@ -137,8 +138,8 @@ __device__ inline bool rank_barrier(Shared<kTraced>& sh, const Place& place) {
   uint64_t* word = place.heap.at<uint64_t>(sh.layout.barrier);
   __syncthreads();
   if (threadIdx.x == kSchedWarp * 32) {
-    ptx::fence_acq_rel_sys();
-    ptx::add_relaxed_sys(word, 1);
+    ptx::fence_acq_rel_gpu();
+    ptx::add_relaxed_gpu(word, 1);
   }
   return wait_together(sh, {EventKind::k_wait_barrier, kNoPeer, kNoExpert, kNoTile}, word,
                        Until::kAtLeast, static_cast<uint64_t>(sh.shape.chunks) * place.epoch);
@@ -246,7 +247,8 @@ __device__ inline bool await_counts(Shared<kTraced>& sh, const Place& place) {
   }
 }
 
-// The plan, this chunk's tables, and the chunk's rows in the order of their experts.
+// The plan, this chunk's tables, the chunk's rows in the order of their experts, and of those for the
+// rank's own experts where they come to lie.
 template <bool kTraced>
 __device__ inline void make_plan(Shared<kTraced>& sh, const Place& place) {
   const Shape& shape = sh.shape;
@@ -269,8 +271,13 @@ __device__ inline void make_plan(Shared<kTraced>& sh, const Place& place) {
   const uint32_t* ids = place.heap.at<uint32_t>(sh.layout.ids) + first;
   const uint32_t* slots = place.heap.at<uint32_t>(sh.layout.slots) + first;
   uint32_t* sorted = place.heap.at<uint32_t>(sh.layout.sorted) + first;
+  uint32_t* origin = place.heap.at<uint32_t>(sh.layout.origin);
   for (uint32_t i = threadIdx.x; i < (end - begin) * shape.top_k; i += kThreads) {
-    sorted[sh.tables.chunk_order[ids[i]] + slots[i]] = begin * shape.top_k + i;
+    const uint32_t e = ids[i], slot = slots[i];
+    sorted[sh.tables.chunk_order[e] + slot] = begin * shape.top_k + i;
+    if (!place.gathers) continue;
+    const uint32_t row = sh.tables.prefix[e] + sh.tables.chunk_prefix[e] + slot;
+    if (row < shape.pool_rows) origin[row] = begin + i / shape.top_k;  // else it overflows
   }
   __syncthreads();
 }
@@ -372,7 +379,12 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
       }
     } else {
       char* pieces = stages + kStages * kStageBytes + kEpilogueBytes;
-      const uint32_t used = dispatch(sh, place, args.fault, warp - kCommWarp, pieces);
+      uint32_t used = 0;
+      if (place.gathers) {
+        gather_tiles(sh, place, warp - kCommWarp, stages);
+      } else {
+        used = dispatch(sh, place, args.fault, warp - kCommWarp, pieces);
+      }
       if (warp == kCommWarp) order_tokens(sh, place);
       combine<T, 1>(sh, place,
                     static_cast<Lane>(static_cast<uint32_t>(Lane::k_comm0) + warp - kCommWarp),

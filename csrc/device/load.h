@@ -54,6 +54,74 @@ struct WeightBox {
   }
 };
 
+// The first tile after all GEMM1 tiles of the rank, where rows are gathered; else 0.
+template <bool kTraced>
+__device__ __forceinline__ uint32_t gather_end(const Shared<kTraced>& sh, const Place& place) {
+  const Shape& shape = sh.shape;
+  if (!place.gathers) return 0;
+  const uint32_t owned = owned_experts(shape, place.rank), wave = shape.wave_experts;
+  const uint32_t before_last = (ceil_div(owned, wave) - 1) * wave;
+  return sh.tables.segments[block_begin(ceil_div(owned, wave) - 1, wave, owned) + owned - before_last];
+}
+
+// The rows of every GEMM1 tile, from x, by a comm warp that shares them with the other one: where there is
+// one rank all rows are its own, and the comm warps have nothing to dispatch and, until the last GEMM1 tile,
+// little to combine.  A lane copies unit lane % 8 of 16 bytes of rows lane / 8 and lane / 8 + 4 of every
+// other group of 8 rows, to where the tensor copies' swizzle has it.
+template <bool kTraced>
+__device__ inline void gather_tiles(Shared<kTraced>& sh, const Place& place, uint32_t half,
+                                    char* stages) {
+  constexpr uint32_t kGroups = kTileRows / 8 / kCommWarps;
+  static_assert(kTileRows % (8 * kCommWarps) == 0, "each warp has the same share of the highest tile");
+  const uint32_t first = threadIdx.x % 32 / 8, unit = threadIdx.x % 8;
+  const uint32_t hidden = sh.shape.hidden;
+  const uint32_t* origin = place.heap.at<uint32_t>(sh.layout.origin);
+  const uint32_t end = gather_end(sh, place);
+  const uint32_t to = ptx::shared_address(stages) + kStageBytesWeights + half * 8 * kRowBytes +
+                      first * kRowBytes + (unit ^ first) * 16;
+  StageCursor cursor;
+  for (uint32_t n = 0;; ++n) {
+    const uint32_t slot = n % kTasks;
+    ptx::mbarrier_wait(&sh.task_full[slot], n / kTasks & 1);
+    const Task& task = sh.tasks[slot];
+    if (task.tile.gemm == 0 || task.tile.index >= end) return;
+    const uint32_t rows = task.tile.gemm == 1 ? task.tile.rows : 0;
+    const uint32_t groups = (ceil_div(rows, 8) + kCommWarps - 1 - half) / kCommWarps;  // this warp's
+    const uint32_t blocks = task.blocks, turns = task.turns;
+    uint32_t from[2 * kGroups];  // of the lane's rows in x, in units of 16 bytes
+#pragma unroll
+    for (uint32_t i = 0; i < 2 * kGroups; ++i) {
+      if (i / 2 < groups) {
+        const uint32_t row = (i / 2 * kCommWarps + half) * 8 + i % 2 * 4 + first;
+        // Past L1, where an older launch's may still lie.
+        from[i] = __ldcg(origin + task.tile.pool_row0 + min_u32(row, rows - 1)) * (hidden / 8);
+      }
+    }
+    for (uint32_t i = 0; i < turns; ++i, cursor.next()) {
+      uint64_t* full = &sh.full[cursor.stage];
+      ptx::mbarrier_wait(&sh.empty[cursor.stage], cursor.turn ^ 1);
+      if (i < blocks && groups != 0) {
+        const uint32_t column = i * kTileK + unit * 8;
+        const bool inside = column < hidden;  // beyond it, zeros
+        const char* x = static_cast<const char*>(place.args->x) + (inside ? column * 2 : 0);
+        const uint32_t stage = to + cursor.stage * kStageBytes;
+#pragma unroll
+        for (uint32_t g = 0; g < kGroups; ++g) {
+          if (g < groups) {
+            const uint32_t at = stage + g * kCommWarps * 8 * kRowBytes;
+            ptx::copy_async(at, x + from[2 * g] * 16ull, inside ? 16 : 0);
+            // Rows 4 to 7 have the swizzle of rows 0 to 3 but for one bit.
+            ptx::copy_async((at ^ 64) + 4 * kRowBytes, x + from[2 * g + 1] * 16ull, inside ? 16 : 0);
+          }
+        }
+        ptx::copies_join(full);
+      }
+      __syncwarp();  // all lanes' copies count before the warp's only arrival
+      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(full);
+    }
+  }
+}
+
 // The loads of every tile the scheduler hands over; one lane.  It runs ahead into the next tile as
 // far as the stages go.  A stage is free once both CTAs of a pair have read theirs, since either may be
 // about to fill the other's: where both run tiles of the same weights, each fetches one half for both.
@@ -62,6 +130,7 @@ __device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char*
   GpuActor<kTraced>& actor = sh.actors[static_cast<int>(Lane::k_load)];
   const RankArgs& args = *place.args;
   const uint32_t expert0 = first_expert(sh.shape, place.rank);
+  const uint32_t gathered_until = gather_end(sh, place);
   constexpr uint32_t kHalfBytes = kStageBytesWeights / 2;
   StageCursor cursor;
   for (uint32_t n = 0;; ++n) {
@@ -78,8 +147,12 @@ __device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char*
     const bool up = task.tile.gemm == 1, shared = task.shared != 0;
     const int32_t row = static_cast<int32_t>(task.tile.pool_row0);
     const WeightBox box = WeightBox::of<kGated>(args, task.tile, expert0);
-    const uint32_t boxes = ceil_div(task.tile.rows, kBoxRows);  // a bit a box of 16 << bit rows
+    // A bit a box of 16 << bit rows.  Gathered rows are not this lane's.
+    const bool gathered = up && place.gathers;
+    const uint32_t boxes = gathered ? 0 : ceil_div(task.tile.rows, kBoxRows);
     const uint32_t bytes = kStageBytesWeights + boxes * kBoxRows * kRowBytes;
+    // Where gathering is over, this lane arrives for those who gathered too.
+    const uint32_t arrivals = task.tile.index < gathered_until ? 1 : fills(place.gathers);
     const uint32_t blocks = task.blocks, turns = task.turns;
     // Where tiles are low all is weights, used once: L2 need not keep them.  Of higher tiles they are
     // better kept, though used once too: measured.
@@ -95,13 +168,13 @@ __device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char*
         if constexpr (kTraced) stall += ptx::clock32() - from;
       }
       if (i >= blocks) {  // the other CTA's tile is deeper
-        ptx::mbarrier_arrive(full);
+        ptx::mbarrier_arrive_many(full, arrivals);
         continue;
       }
       char* weights = stages + cursor.stage * kStageBytes;
       char* rows = weights + kStageBytesWeights;
       const int32_t k = static_cast<int32_t>(i * kTileK);
-      ptx::mbarrier_expect(full, bytes);
+      ptx::mbarrier_expect_more(full, bytes);
       if (shared) {
         const int32_t half = static_cast<int32_t>(place.pair_rank);
         ptx::tma_load_5d_both(weights + half * kHalfBytes, box.map, full, k,
@@ -121,6 +194,7 @@ __device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char*
           from += kBoxRows << bit;
         }
       }
+      ptx::mbarrier_arrive_many(full, arrivals);
     }
     if constexpr (kTraced) {
       if (task.tile.rows != 0) {

@@ -103,6 +103,10 @@ __device__ __forceinline__ void fence_acq_rel_gpu() {
 __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async;" ::: "memory");
 }
+// The same of accesses to shared memory alone.
+__device__ __forceinline__ void fence_proxy_async_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 
 // ---- barriers of a CTA -------------------------------------------------------------------------
 
@@ -125,9 +129,23 @@ __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
                : "memory");
 }
 
+__device__ __forceinline__ void mbarrier_arrive_many(uint64_t* barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(arrivals)
+               : "memory");
+}
+
 __device__ __forceinline__ void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
   asm volatile(
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+
+// Adds to what the barrier's present phase waits for, without arriving at it.
+__device__ __forceinline__ void mbarrier_expect_more(uint64_t* barrier, uint32_t bytes) {
+  asm volatile(
+      "mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
       "r"(bytes)
       : "memory");
 }
@@ -187,6 +205,14 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t address) {
 
 __device__ __forceinline__ void store_cluster(uint32_t address, uint64_t value) {
   asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(address), "l"(value) : "memory");
+}
+// 16 bytes into the other CTA, which count towards what its barrier there expects.
+__device__ __forceinline__ void store_async(uint32_t address, uint32_t barrier, uint4 value) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%2, %3, %4, %5}, "
+      "[%1];" ::"r"(address),
+      "r"(barrier), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+      : "memory");
 }
 
 // All threads of all CTAs of the cluster meet.
@@ -257,6 +283,19 @@ __device__ __forceinline__ void tma_load_5d_both(void* to, const void* map, uint
       "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4),
       "h"(kBoth), "l"(policy)
       : "memory");
+}
+
+// ---- copies of 16 bytes by a thread each ---------------------------------------------------------
+
+// Brings `bytes`, 0 or 16, and zeros for the rest.
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from, uint32_t bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+}
+// The barrier's present phase also waits for this thread's copies so far.
+__device__ __forceinline__ void copies_join(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.shared.b64 [%0];" ::"r"(shared_address(barrier))
+               : "memory");
 }
 
 // ---- bulk copies of rows ------------------------------------------------------------------------

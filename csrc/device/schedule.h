@@ -62,11 +62,16 @@ __device__ __forceinline__ void publish_tile(Shared<kTraced>& sh, const Place& p
         tile_counter(place.heap, sh.layout.h_ready, shape, place.epoch, tile.row_tile), 1);
     return;
   }
-  ptx::fence_acq_rel_sys();
+  // Up to the row tile's last tile all is among this rank's CTAs; what that one tells is for other ranks.
+  ptx::fence_acq_rel_gpu();
   const uint64_t before = ptx::fetch_add_relaxed_gpu(
       tile_counter(place.heap, sh.layout.y_ready, shape, place.epoch, tile.row_tile), 1);
   if (before + 1 != column_tiles(shape, 2)) return;
-  ptx::fence_acq_rel_sys();
+  if (shape.world == 1) {
+    ptx::fence_acq_rel_gpu();
+  } else {
+    ptx::fence_acq_rel_sys();
+  }
   for (uint32_t s = 0; s < shape.world; ++s) {
     const uint32_t from = source_start(sh.tables, shape, s, tile.expert);
     const uint32_t rows = source_rows(sh.tables, shape, s, tile.expert);
@@ -82,6 +87,24 @@ __device__ __forceinline__ void publish_tile(Shared<kTraced>& sh, const Place& p
   }
 }
 
+// A message of the first CTA of a pair into the second one's `slot`.  Each store counts by itself, so that
+// no fence waits for all else that this thread has stored.
+template <bool kTraced>
+__device__ __forceinline__ void send_message(Shared<kTraced>& sh, const Place& place, uint32_t slot,
+                                             const PairMessage& message) {
+  const uint32_t to = ptx::shared_address(&sh.messages[slot]) + place.to_other;
+  const uint32_t full = ptx::shared_address(&sh.pair_full[slot]) + place.to_other;
+  ptx::store_async(to, full, {message.index, message.has, message.turns, message.shared});
+  if constexpr (kTraced) {
+    auto low = [](uint64_t v) { return static_cast<uint32_t>(v); };
+    auto high = [](uint64_t v) { return static_cast<uint32_t>(v >> 32); };
+    ptx::store_async(to + 16, full,
+                     {low(message.wait_kind_lacking), high(message.wait_kind_lacking),
+                      low(message.wait_from), high(message.wait_from)});
+    ptx::store_async(to + 32, full, {low(message.wait_to), high(message.wait_to), 0, 0});
+  }
+}
+
 // A CTA that leaves before the roles part tells the other one of its pair, which may go on: rows and
 // tiles of both are then never there, but an abort that only one has seen yet must not leave the other
 // waiting for it.  One thread.
@@ -89,9 +112,9 @@ template <bool kTraced>
 __device__ inline void tell_left(Shared<kTraced>& sh, const Place& place) {
   if (place.pair_size == 1) return;
   if (place.pair_rank == 0) {
-    const uint32_t has = ptx::shared_address(&sh.messages[0]) + offsetof(PairMessage, index);
-    ptx::store_cluster(has + place.to_other, static_cast<uint64_t>(kNoWork) << 32);
-    ptx::mbarrier_arrive_cluster(ptx::shared_address(&sh.pair_full[0]) + place.to_other);
+    PairMessage none{};
+    none.has = kNoWork;
+    send_message(sh, place, 0, none);
   } else {
     ptx::store_cluster(ptx::shared_address(&sh.other_left) + place.to_other, 1);
     ptx::mbarrier_arrive_cluster(ptx::shared_address(&sh.pair_empty[0]) + place.to_other);
@@ -140,23 +163,25 @@ struct TaskRing {
   }
   // Publishes a tile that is done, if there is one.  Called in every wait: what is awaited may depend on
   // this CTA's own tiles.
-  __device__ __forceinline__ void meanwhile() {
-    if (finished < handed &&
-        ptx::mbarrier_test(&sh.task_empty[finished % kTasks], finished / kTasks & 1)) {
-      finish();
+  __device__ __forceinline__ bool meanwhile() {
+    if (finished == handed ||
+        !ptx::mbarrier_test(&sh.task_empty[finished % kTasks], finished / kTasks & 1)) {
+      return false;
     }
+    finish();
+    return true;
   }
-  // Until the slot of the next task is free, or none is used where `all`.
-  __device__ __forceinline__ void make_room(bool all = false) {
-    const uint32_t end = all ? handed : handed < kTasks ? 0 : handed - kTasks + 1;
-    while (finished < end) {
-      ptx::mbarrier_wait(&sh.task_empty[finished % kTasks], finished / kTasks & 1);
-      actor.skip();  // it had nothing to do until then
-      finish();
-    }
+  // Until another task may be handed over: all but kTasksAhead - 1 are done.  What is done is not yet
+  // published, since the math groups wait for their next tile first.
+  __device__ __forceinline__ void make_room() {
+    if (handed < kTasksAhead) return;
+    const uint32_t last = handed - kTasksAhead;
+    ptx::mbarrier_wait(&sh.task_empty[last % kTasks], last / kTasks & 1);
+    actor.skip();  // it had nothing to do until then
   }
   // Waits for a barrier that the other CTA arrives at, once a task.
   __device__ __forceinline__ void await_other(uint64_t* barrier, uint32_t turn) {
+    if (ptx::mbarrier_test_cluster(barrier, turn & 1)) return;
     while (!ptx::mbarrier_test_cluster(barrier, turn & 1)) meanwhile();
     actor.skip();
   }
@@ -182,10 +207,16 @@ struct TaskRing {
     }
     ptx::mbarrier_arrive(&sh.task_full[slot]);
     ++handed;
+    if (tile.rows != 0) scheduled(tile);
+    while (meanwhile()) {
+    }
   }
   // Every role leaves by the same way out, whatever ended the launch.
   __device__ __forceinline__ void hand_over_exit() {
-    make_room(true);
+    while (finished < handed) {
+      ptx::mbarrier_wait(&sh.task_empty[finished % kTasks], finished / kTasks & 1);
+      finish();
+    }
     sh.tasks[handed % kTasks].tile.gemm = 0;
     ptx::mbarrier_arrive(&sh.task_full[handed % kTasks]);
   }
@@ -245,20 +276,11 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
   const uint64_t* abort_word = place.heap.at<uint64_t>(sh.layout.abort_word);
   uint64_t* counter = next_tile_word(place.heap, sh.layout, place.epoch);
   auto tell_other = [&](const PairMessage& message) {
-    if (place.pair_size == 1) return;
-    const uint32_t slot = ring.handed % kTasks;
-    const uint32_t to = ptx::shared_address(&sh.messages[slot]) + place.to_other;
-    constexpr uint32_t kWords =
-        (kTraced ? sizeof(PairMessage) : offsetof(PairMessage, wait_from)) / 8;
-    const uint64_t* from = reinterpret_cast<const uint64_t*>(&message);
-#pragma unroll
-    for (uint32_t i = 0; i < kWords; ++i) ptx::store_cluster(to + 8 * i, from[i]);
-    ptx::mbarrier_arrive_cluster(ptx::shared_address(&sh.pair_full[slot]) + place.to_other);
+    if (place.pair_size == 2) send_message(sh, place, ring.handed % kTasks, message);
   };
   // The second CTA says from its first task on that it can take one: before that its stages, which this
   // one's loads fill too, still hold what it dispatches.
-  auto make_room = [&] {
-    ring.make_room();
+  auto await_other = [&] {
     if (place.pair_size == 2) {
       ring.await_other(&sh.pair_empty[ring.handed % kTasks], ring.handed / kTasks);
     }
@@ -280,27 +302,30 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
     return true;
   };
   for (;;) {
-    make_room();
-    if (sh.other_left != 0) break;
-    // The first pairs are dealt, so that no CTA begins by a round trip to the counter.
+    ring.make_room();
+    // Both on their way while the other CTA is awaited.  The first pairs are dealt, so that no CTA begins
+    // by a round trip to the counter.
+    const uint64_t aborted = ptx::load_relaxed_sys(abort_word);
     const uint64_t pair = ring.handed == 0 ? place.chunk / place.pair_size
                                            : clusters + ptx::fetch_add_relaxed_gpu(counter, 1);
+    await_other();
+    if (sh.other_left != 0) break;
     const uint32_t first = static_cast<uint32_t>(pair) * place.pair_size;
-    if (first >= tiles || ptx::load_relaxed_sys(abort_word) != 0) break;
+    if (first >= tiles || aborted != 0) break;
     const Tile one = tile_at(sh.tables, shape, place.rank, first);
     Tile two = one;
     two.rows = 0;
     if (place.pair_size == 2 && first + 1 < tiles) {
       two = tile_at(sh.tables, shape, place.rank, first + 1);
     }
-    ring.scheduled(one);
     // Where an expert has an odd number of tiles, a pair may hold its last GEMM1 tile and its first GEMM2
     // tile: the one waits for the other.
     if (two.rows != 0 && one.gemm != two.gemm && one.expert == two.expert) {
       Tile none = one;
       none.rows = 0;
       if (!run(one, none)) break;
-      make_room();
+      ring.make_room();
+      await_other();
       none = two;
       none.rows = 0;
       if (!run(none, two)) break;
@@ -308,7 +333,8 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
       break;
     }
   }
-  make_room();
+  ring.make_room();
+  await_other();
   PairMessage none{};
   none.has = kNoWork;
   tell_other(none);
@@ -322,14 +348,21 @@ __device__ inline void follow_schedule(Shared<kTraced>& sh, const Place& place) 
   for (;;) {
     const uint32_t slot = ring.handed % kTasks;
     ring.make_room();
-    ptx::mbarrier_arrive_cluster(ptx::shared_address(&sh.pair_empty[slot]) + place.to_other);
+    ptx::mbarrier_expect(&sh.pair_full[slot], kMessageBytes<kTraced>);
+    const uint32_t empty = ptx::shared_address(&sh.pair_empty[slot]) + place.to_other;
+    // The first publishes that the stages are free, and waits for all that this thread has stored; then
+    // there is nothing to publish.
+    if (ring.handed == 0) {
+      ptx::mbarrier_arrive_cluster(empty);
+    } else {
+      ptx::mbarrier_arrive_other(empty);
+    }
     ring.await_other(&sh.pair_full[slot], ring.handed / kTasks);
     const PairMessage message = sh.messages[slot];
     if (message.has == kNoWork) break;
     Tile tile = tile_at(sh.tables, sh.shape, place.rank, message.index);
     if (message.has == 0) tile.rows = 0;
     ring.hand_over(tile, message.turns, message.shared, message);
-    if (tile.rows != 0) ring.scheduled(tile);
   }
   ring.hand_over_exit();
 }

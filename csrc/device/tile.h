@@ -44,7 +44,7 @@ struct StageRelease {
 template <class T, uint32_t kN, bool kTraced>
 __device__ __forceinline__ uint32_t multiply(Shared<kTraced>& sh, uint32_t stages,
                                              StageCursor& cursor, uint32_t blocks,
-                                             const GroupWeights& weights,
+                                             const GroupWeights& weights, bool gathered,
                                              const StageRelease& release,
                                              float (&sums)[2][kN / 2]) {
   uint32_t stall = 0;
@@ -63,6 +63,8 @@ __device__ __forceinline__ uint32_t multiply(Shared<kTraced>& sh, uint32_t stage
       ptx::mbarrier_wait(&sh.full[cursor.stage], cursor.turn);
       if constexpr (kTraced) stall += ptx::clock32() - from;
     }
+    // Rows that threads have copied are not the tensor cores' to see without it.
+    if (gathered) ptx::fence_proxy_async_shared();
     const uint32_t stage = stages + cursor.stage * kStageBytes;
     const uint64_t a = ptx::wgmma_descriptor(stage + weights.of_group, weights.atom_stride);
     const uint64_t b = ptx::wgmma_descriptor(stage + kStageBytesWeights, 1024);
@@ -121,7 +123,8 @@ __device__ __forceinline__ void run_tile(Shared<kTraced>& sh, const Place& place
   float sums[2][kN / 2];
   const uint32_t stall =
       multiply<T, kN>(sh, ptx::shared_address(stages), cursor, task.blocks,
-                      GroupWeights(kGated && tile.gemm == 1, group), release, sums);
+                      GroupWeights(kGated && tile.gemm == 1, group),
+                      place.gathers && tile.gemm == 1, release, sums);
   pass_turns(sh, cursor, task.turns - task.blocks, release);
   auto stamp_products = [&] {
     if constexpr (kTraced) {

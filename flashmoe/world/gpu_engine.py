@@ -185,7 +185,7 @@ class GpuEngine:
         )
         tiles = 2 * row_tiles * columns // self.sms_per_rank
         own = -(-max(self.tokens) // self.sms_per_rank)
-        records = 64 + 2 * self._cut.waves * self.options.ranks + (3 + self.options.ranks) * tiles
+        records = 64 + 16 * self._cut.waves * self.options.ranks + (3 + self.options.ranks) * tiles
         records += 2 * min(own * config.top_k, 512)
         return int(min(records * LAUNCHES_PER_RING, 1 << 16))
 
