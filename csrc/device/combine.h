@@ -91,11 +91,46 @@ __device__ inline Status await_returns(Shared<kTraced>& sh, const Place& place,
   return Status::kOk;
 }
 
+// Adds kRows of a token's rows, from its j0-th on, to sums of 8 values of kColumns columns of a lane;
+// `row` and `weight` are of lane `first` + j % 32 for the token's j-th row.  Without a condition, which the
+// compiler would move the loads under, so that a few were in flight, not all.
+template <class T, uint32_t kRows, uint32_t kColumns>
+__device__ __forceinline__ void add_rows(const uint4* ret, uint32_t units, uint32_t base,
+                                         uint32_t row, float weight, uint32_t first, uint32_t j0,
+                                         float (&sum)[kColumns][8]) {
+  const uint32_t lane = threadIdx.x % 32;
+  uint4 piece[kRows][kColumns];
+  float w[kRows];
+#pragma unroll
+  for (uint32_t i = 0; i < kRows; ++i) {
+    const uint32_t r = __shfl_sync(0xffffffffu, row, first + (j0 + i) % 32);
+    w[i] = __shfl_sync(0xffffffffu, weight, first + (j0 + i) % 32);
+    const uint4* from = ret + static_cast<uint64_t>(r) * units;
+#pragma unroll
+    for (uint32_t c = 0; c < kColumns; ++c) {
+      // Beyond the last column the last one is fetched again and not used.
+      piece[i][c] = from[min_u32(base + c * 32 + lane, units - 1)];
+    }
+  }
+#pragma unroll
+  for (uint32_t i = 0; i < kRows; ++i) {
+#pragma unroll
+    for (uint32_t c = 0; c < kColumns; ++c) {
+      const T* values = reinterpret_cast<const T*>(&piece[i][c]);
+#pragma unroll
+      for (int v = 0; v < 8; ++v) {
+        sum[c][v] = fmaf(w[i], static_cast<float>(values[v]), sum[c][v]);
+      }
+    }
+  }
+}
+
 // y of one token: its k result rows times their weights, summed in float32 in the order of k; a lane
 // fetches kColumns pieces of kRows rows at once.
 template <class T, uint32_t kRows, uint32_t kColumns, bool kTraced>
 __device__ inline void combine_token(const Shared<kTraced>& sh, const Place& place,
                                      uint32_t token) {
+  static_assert(kRows == 2 || kRows == 4 || kRows == 8, "the rest is added by halves");
   const Shape& shape = sh.shape;
   const PlanTables& tables = sh.tables;
   const uint32_t lane = threadIdx.x % 32, k = shape.top_k;
@@ -117,36 +152,25 @@ __device__ inline void combine_token(const Shared<kTraced>& sh, const Place& pla
   fetch(lane);
   for (uint32_t base = 0; base < units; base += 32 * kColumns) {
     float sum[kColumns][8] = {};
-    for (uint32_t j0 = 0; j0 < k; j0 += kRows) {
-      if (k > 32 && j0 % 32 == 0) fetch(j0 + lane);
-      uint4 piece[kRows][kColumns];
-      float w[kRows];
-#pragma unroll
-      for (uint32_t i = 0; i < kRows; ++i) {
-        // Beyond the last row or column the last one is fetched again and not used: loads under a
-        // condition would wait for one another.
-        const uint32_t j = min_u32(j0 + i, k - 1);
-        const uint32_t r = __shfl_sync(0xffffffffu, row, j % 32);
-        w[i] = __shfl_sync(0xffffffffu, weight, j % 32);
-        const uint4* from = ret + static_cast<uint64_t>(r) * units;
-#pragma unroll
-        for (uint32_t c = 0; c < kColumns; ++c) {
-          piece[i][c] = from[min_u32(base + c * 32 + lane, units - 1)];
-        }
-      }
-#pragma unroll
-      for (uint32_t i = 0; i < kRows; ++i) {
-        if (j0 + i >= k) break;
-#pragma unroll
-        for (uint32_t c = 0; c < kColumns; ++c) {
-          const T* values = reinterpret_cast<const T*>(&piece[i][c]);
-#pragma unroll
-          for (int v = 0; v < 8; ++v) {
-            sum[c][v] = fmaf(w[i], static_cast<float>(values[v]), sum[c][v]);
-          }
-        }
+    uint32_t j = 0;
+    for (; j + kRows <= k; j += kRows) {
+      if (k > 32 && j % 32 == 0) fetch(j + lane);
+      add_rows<T, kRows>(ret, units, base, row, weight, 0, j, sum);
+    }
+    if (k > 32 && j % 32 == 0) fetch(j + lane);
+    if constexpr (kRows > 4) {
+      if (k - j >= 4) {
+        add_rows<T, 4>(ret, units, base, row, weight, 0, j, sum);
+        j += 4;
       }
     }
+    if constexpr (kRows > 2) {
+      if (k - j >= 2) {
+        add_rows<T, 2>(ret, units, base, row, weight, 0, j, sum);
+        j += 2;
+      }
+    }
+    if (j < k) add_rows<T, 1>(ret, units, base, row, weight, 0, j, sum);
 #pragma unroll
     for (uint32_t c = 0; c < kColumns; ++c) {
       const uint32_t unit = base + c * 32 + lane;
