@@ -374,9 +374,13 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
       char* pieces = stages + kStages * kStageBytes + kEpilogueBytes;
       const uint32_t used = dispatch(sh, place, args.fault, warp - kCommWarp, pieces);
       if (warp == kCommWarp) order_tokens(sh, place);
-      combine<T, 1>(sh, place,
-                    static_cast<Lane>(static_cast<uint32_t>(Lane::k_comm0) + warp - kCommWarp),
-                    pieces, used);
+      const Lane who =
+          static_cast<Lane>(static_cast<uint32_t>(Lane::k_comm0) + warp - kCommWarp);
+      if (sh.shape.top_k <= 32) {
+        combine_stream<T>(sh, place, who, pieces, used);
+      } else {
+        combine<T, 1>(sh, place, who);
+      }
     }
     __syncwarp();
   } else {
