@@ -245,22 +245,22 @@ __device__ inline Status combine_stream(Shared<kTraced>& sh, const Place& place,
   uint64_t* full = sh.piece_full[team];
   char* pieces = all_pieces + team * kPieces * kPieceBytes;
   const uint32_t lane = threadIdx.x % 32, k = shape.top_k;
-  const uint32_t begin = chunk_begin(shape, place.tokens, place.chunk);
-  const uint32_t end = chunk_begin(shape, place.tokens, place.chunk + 1) - begin;
-  const uint32_t* order = place.heap.at<uint32_t>(sh.layout.order) + begin;
   const uint32_t row_bytes = shape.hidden * 2;
 
-  // The batch that was taken last, and what is known of it: where its tokens are, then which rows they
-  // have, then where those lie.
+  // The batch that was taken last, from the rank's from-th token in order, and what is known of it: which
+  // tokens, then which experts and slots their rows have, then where those lie.
   uint32_t from = 0, tokens = 0;
   LaneRows next{};
   enum : uint32_t { kTaken, kTokens, kExperts, kRows, kHere };
   uint32_t known = kTaken;
   auto take = [&] {
     if (lane == 0) {
+      const uint32_t begin = chunk_begin(shape, place.tokens, place.chunk);
+      const uint32_t end = chunk_begin(shape, place.tokens, place.chunk + 1) - begin;
       const uint32_t batch = batch_of_warp(sh, end);
       from = min_u32(atomicAdd(&sh.next_token, batch), end);
       tokens = min_u32(batch, end - from);
+      from += begin;
     }
     from = __shfl_sync(0xffffffffu, from, 0);
     tokens = __shfl_sync(0xffffffffu, tokens, 0);
@@ -270,7 +270,7 @@ __device__ inline Status combine_stream(Shared<kTraced>& sh, const Place& place,
   auto look = [&] {
     const uint32_t t = lane / k;
     if (known == kTaken) {
-      next.token = order[from + min_u32(t, tokens - 1)];
+      next.token = place.heap.at<uint32_t>(sh.layout.order)[from + min_u32(t, tokens - 1)];
     } else if (known == kTokens) {
       const uint64_t at = static_cast<uint64_t>(next.token) * k + (lane - t * k);
       next.row = place.heap.at<uint32_t>(sh.layout.ids)[at];
@@ -332,13 +332,14 @@ __device__ inline Status combine_stream(Shared<kTraced>& sh, const Place& place,
   bool begun = false;  // rows of the batch taken last are under way
   while (tokens != 0) {
     if (!begun) {
-      const Status status = await_returns(sh, place, actor, order + from, tokens);
+      const uint32_t* order = place.heap.at<uint32_t>(sh.layout.order) + from;
+      const Status status = await_returns(sh, place, actor, order, tokens);
       if (status != Status::kOk) {
         if (lane == 0 && status == Status::kHang) raise_abort(sh, status);
         return status;
       }
       if (lane == 0) ptx::fence_proxy_async();
-      next = find_rows(sh, place, order + from, 1, tokens);
+      next = find_rows(sh, place, order, 1, tokens);
       begin_issue();
       if (lane == 0) actor.skip();
     }
