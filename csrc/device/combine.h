@@ -179,7 +179,7 @@ __device__ __forceinline__ void add_rows(const uint4* ret, uint32_t units, uint3
 template <class T, uint32_t kRows, uint32_t kColumns, bool kTraced>
 __device__ inline void combine_token(const Shared<kTraced>& sh, const Place& place,
                                      const LaneRows& rows, uint32_t first) {
-  static_assert(kRows == 2 || kRows == 4 || kRows == 8, "the rest is added by halves");
+  static_assert(kRows == 2 || kRows == 8, "the rest is added by halves");
   const Shape& shape = sh.shape;
   const uint32_t lane = threadIdx.x % 32, k = shape.top_k;
   const uint32_t token = __shfl_sync(0xffffffffu, rows.token, first);
@@ -234,18 +234,19 @@ __device__ inline void combine_token(const Shared<kTraced>& sh, const Place& pla
 // loads in flight: bulk copies bring rows into its pieces, a slice of two rows of a token in each, and what
 // one piece held is added while the others are under way.  While a batch is summed the next one is looked
 // up, and if its results are here its rows follow without a gap.  Bits are those of combine_token: each value
-// is summed in the order of k.  `used` is the pieces used before.  k is at most 32.
+// is summed in the order of k.  `used` is the pieces used before.  Of more than 32 rows a token, which its
+// lanes do not hold, it leaves all to the math groups.
 template <class T, bool kTraced>
-__device__ inline Status combine_stream(Shared<kTraced>& sh, const Place& place, Lane who,
+__device__ inline Status combine_stream(Shared<kTraced>& sh, const Place& place, uint32_t half,
                                         char* all_pieces, uint32_t used) {
   constexpr uint32_t kSlice = kPieceBytes / 2;
   const Shape& shape = sh.shape;
-  GpuActor<kTraced>& actor = sh.actors[static_cast<int>(who)];
-  const uint32_t team = static_cast<uint32_t>(who) - static_cast<uint32_t>(Lane::k_comm0);
-  uint64_t* full = sh.piece_full[team];
-  char* pieces = all_pieces + team * kPieces * kPieceBytes;
+  GpuActor<kTraced>& actor = sh.actors[static_cast<int>(Lane::k_comm0) + half];
+  uint64_t* full = sh.piece_full[half];
+  char* pieces = all_pieces + half * kPieces * kPieceBytes;
   const uint32_t lane = threadIdx.x % 32, k = shape.top_k;
   const uint32_t row_bytes = shape.hidden * 2;
+  if (k > 32) return Status::kOk;
 
   // The batch that was taken last, from the rank's from-th token in order, and what is known of it: which
   // tokens, then which experts and slots their rows have, then where those lie.
@@ -290,7 +291,7 @@ __device__ inline Status combine_stream(Shared<kTraced>& sh, const Place& place,
     ++known;
   };
 
-  // Which piece is loaded next: of rows `issue_row`, two from the `issue_first`-th lane's on.
+  // Which piece is loaded next: two of rows `issue_row`, of the token whose first lane is issue_base.
   uint32_t issued = used, issue_row = 0;
   uint32_t issue_base = 0, issue_j = 0, issue_at = 0, issue_end = 0;
   auto begin_issue = [&] {
@@ -399,43 +400,31 @@ __device__ inline Status combine_stream(Shared<kTraced>& sh, const Place& place,
   return Status::kOk;
 }
 
-// Combines batches of the chunk's tokens until none is left.  A team is the four warps of a math group, or
-// one comm warp.  Each warp looks for its own tokens' rows; for what lacks the first one waits.
-template <class T, uint32_t kTeamWarps, bool kTraced>
-__device__ inline Status combine(Shared<kTraced>& sh, const Place& place, Lane who) {
+// Combines batches of the chunk's tokens until none is left, by the four warps of a math group.  Each warp
+// looks for its own tokens' rows; for what lacks the first one waits.
+template <class T, bool kTraced>
+__device__ inline Status combine(Shared<kTraced>& sh, const Place& place, uint32_t group) {
   const Shape& shape = sh.shape;
-  GpuActor<kTraced>& actor = sh.actors[static_cast<int>(who)];
-  const uint32_t team = static_cast<uint32_t>(who) - static_cast<uint32_t>(Lane::k_comm0);
+  GpuActor<kTraced>& actor = sh.actors[static_cast<int>(Lane::k_math0) + group];
+  constexpr uint32_t kTeamWarps = kGroupThreads / 32;
   const uint32_t warp = threadIdx.x / 32 % kTeamWarps, lane = threadIdx.x % 32;
   const uint32_t begin = chunk_begin(shape, place.tokens, place.chunk);
   const uint32_t end = chunk_begin(shape, place.tokens, place.chunk + 1) - begin;
   const uint32_t* order = place.heap.at<uint32_t>(sh.layout.order) + begin;
   const uint64_t* returned = place.heap.at<uint64_t>(sh.layout.returned);
-  auto sync = [&] {
-    if constexpr (kTeamWarps == 1)
-      __syncwarp();
-    else
-      ptx::named_barrier(team, kTeamWarps * 32);
-  };
-  auto any = [&](bool one) {
-    if constexpr (kTeamWarps == 1)
-      return __any_sync(0xffffffffu, one) != 0;
-    else
-      return ptx::named_barrier_any(team, kTeamWarps * 32, one);
-  };
   uint32_t summed = 0;  // tokens of the batch before
   ptx::mbarrier_wait(&sh.order_full, 0);
   for (;;) {
     if (warp == 0 && lane == 0) {
       const uint32_t most = kTeamWarps * batch_of_warp(sh, end);
       const uint32_t from = min_u32(atomicAdd(&sh.next_token, most), end);
-      sh.batches[team] = {from, min_u32(most, end - from)};
+      sh.batches[group] = {from, min_u32(most, end - from)};
     }
-    sync();
+    ptx::named_barrier(1 + group, kGroupThreads);
     if (warp == 0 && lane == 0 && summed != 0) {
       actor.span(EventKind::k_combine, kNoPeer, kNoExpert, place.chunk, summed);
     }
-    const TokenBatch batch = sh.batches[team];
+    const TokenBatch batch = sh.batches[group];
     if (batch.tokens == 0) return Status::kOk;
     summed = batch.tokens;
     const uint32_t mine = (batch.tokens + kTeamWarps - 1 - warp) / kTeamWarps;
@@ -445,13 +434,13 @@ __device__ inline Status combine(Shared<kTraced>& sh, const Place& place, Lane w
       rows = find_rows(sh, place, order + batch.from + warp, kTeamWarps, mine);
       if (!lacking) lacking = ptx::load_acquire_sys(returned + rows.tile) < place.epoch;
     }
-    if (any(lacking)) {
+    if (ptx::named_barrier_any(1 + group, kGroupThreads, lacking)) {
       Status status = Status::kOk;
       if (warp == 0) {
         status = await_returns(sh, place, actor, order + batch.from, batch.tokens);
         if (lane == 0 && status == Status::kHang) raise_abort(sh, status);
       }
-      if (any(status != Status::kOk)) return Status::kHang;
+      if (ptx::named_barrier_any(1 + group, kGroupThreads, status != Status::kOk)) return Status::kHang;
     }
     if (warp == 0 && lane == 0) {
       actor.doing(EventKind::k_combine, kNoPeer, kNoExpert, place.chunk);
@@ -459,9 +448,7 @@ __device__ inline Status combine(Shared<kTraced>& sh, const Place& place, Lane w
     }
     for (uint32_t i = 0; i < mine; ++i) {
       const uint32_t first = i * shape.top_k;
-      if constexpr (kTeamWarps == 1) {
-        combine_token<T, 4, 1>(sh, place, rows, first);
-      } else if (shape.top_k <= 2) {
+      if (shape.top_k <= 2) {
         combine_token<T, 2, 8>(sh, place, rows, first);
       } else {
         combine_token<T, 8, 4>(sh, place, rows, first);

@@ -134,7 +134,7 @@ struct Shared {
   uint32_t next_token;  // of this chunk's order, not yet taken for combining
   uint64_t order_full;  // that order is there
   uint32_t due[32];     // tokens of the chunk by when they are due, while the order is made
-  TokenBatch batches[4];  // being combined by comm0, comm1, math0, math1
+  TokenBatch batches[kMathGroups];  // being combined
   uint32_t table_words[kTableWords];
 };
 
