@@ -334,13 +334,13 @@ __device__ inline Status combine_stream(Shared<kTraced>& sh, const Place& place,
   while (tokens != 0) {
     if (!begun) {
       const uint32_t* order = place.heap.at<uint32_t>(sh.layout.order) + from;
+      next = find_rows(sh, place, order, 1, tokens);
       const Status status = await_returns(sh, place, actor, order, tokens);
       if (status != Status::kOk) {
         if (lane == 0 && status == Status::kHang) raise_abort(sh, status);
         return status;
       }
       if (lane == 0) ptx::fence_proxy_async();
-      next = find_rows(sh, place, order, 1, tokens);
       begin_issue();
       if (lane == 0) actor.skip();
     }
@@ -440,7 +440,8 @@ __device__ inline Status combine(Shared<kTraced>& sh, const Place& place, uint32
         status = await_returns(sh, place, actor, order + batch.from, batch.tokens);
         if (lane == 0 && status == Status::kHang) raise_abort(sh, status);
       }
-      if (ptx::named_barrier_any(1 + group, kGroupThreads, status != Status::kOk)) return Status::kHang;
+      if (ptx::named_barrier_any(1 + group, kGroupThreads, status != Status::kOk))
+        return Status::kHang;
     }
     if (warp == 0 && lane == 0) {
       actor.doing(EventKind::k_combine, kNoPeer, kNoExpert, place.chunk);
