@@ -103,6 +103,12 @@ struct PieceGoal {
   uint32_t bytes;
 };
 
+// Tokens of the chunk's order that are combined together; none: there are no more.
+struct TokenBatch {
+  uint32_t from;
+  uint32_t tokens;
+};
+
 template <bool kTraced>
 struct Shared {
   uint64_t full[kStages];
@@ -134,7 +140,7 @@ struct Shared {
   uint32_t next_token;  // of this chunk's order, not yet taken for combining
   uint64_t order_full;  // that order is there
   uint32_t due[32];     // tokens of the chunk by when they are due, while the order is made
-  uint32_t batch[4];    // first token of the batch of comm0, comm1, math0, math1
+  TokenBatch batches[kMathGroups];  // being combined
   uint32_t table_words[kTableWords];
 };
 

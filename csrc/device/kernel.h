@@ -386,16 +386,14 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
         used = dispatch(sh, place, args.fault, warp - kCommWarp, pieces);
       }
       if (warp == kCommWarp) order_tokens(sh, place);
-      combine<T, 1>(sh, place,
-                    static_cast<Lane>(static_cast<uint32_t>(Lane::k_comm0) + warp - kCommWarp),
-                    pieces, used);
+      combine_stream<T>(sh, place, warp - kCommWarp, pieces, used);
     }
     __syncwarp();
   } else {
     ptx::registers_increase<224>();
     const uint32_t group = (warp - kMathWarp) / 4;
     multiply_tiles<T, kGated>(sh, place, stages, group);
-    combine<T, 4>(sh, place, static_cast<Lane>(static_cast<uint32_t>(Lane::k_math0) + group));
+    combine<T>(sh, place, group);
   }
   leave(sh, place, Status::kOk);
 }
