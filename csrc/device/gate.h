@@ -12,20 +12,38 @@
 
 namespace flashmoe {
 
-inline constexpr uint32_t kGateTokens = 64;    // rows of a product
+inline constexpr uint32_t kGateRows = 64;      // of a product: tokens
+inline constexpr uint32_t kGateTokens = 128;   // two products, the most that one pass takes
 inline constexpr uint32_t kGateExperts = 128;  // columns of the widest product
-inline constexpr uint32_t kGateLogits = kGateTokens * kGateExperts;
-inline constexpr uint32_t kGateStageBytesX = kGateTokens * kRowBytes;
 inline constexpr uint32_t kGateRingBytes = 144 * 1024;
 
-// Scratch in the stages and what follows them, which hold nothing yet.
+// Floats from a token's row of logits to the next one's.  Eight more than a multiple of 32: the rows
+// that a warp stores at once then lie in different banks.
+__host__ __device__ constexpr uint32_t gate_stride(uint32_t experts) {
+  return (experts + 31) / 32 * 32 + 8;
+}
+inline constexpr uint32_t kGateLogits = kGateTokens * gate_stride(kGateExperts);
+
+// Scratch in the stages and what follows them, which hold nothing yet.  Where the ring has been drained,
+// ordinary stores leave there the sums that one group hands the other, and later `choice`; the ring is
+// filled again only after the proxy fence and a barrier.
 struct GateScratch {
-  char ring[kGateRingBytes];
-  float logits[kGateLogits];  // [tokens][E]
-  float choice[kGateLogits];  // sigmoid: score plus bias; before that, the second group's sums
+  union {
+    char ring[kGateRingBytes];
+    float4 sums[kGateTokens * kGateExperts / 4];
+    float choice[kGateLogits];  // sigmoid: score plus bias, rows as in `logits`
+  };
+  float logits[kGateLogits];  // [tokens][gate_stride(E)]
 };
 static_assert(sizeof(GateScratch) <= kStages * kStageBytes + kEpilogueBytes + kCommBytes,
               "the gate's scratch must fit the stages and what follows them");
+
+// Tokens of a pass: as many as there is room for the logits of, and two products only where both are
+// full.
+__device__ __forceinline__ uint32_t gate_pass(uint32_t experts) {
+  const uint32_t room = kGateLogits / gate_stride(experts);
+  return room >= kGateTokens ? kGateTokens : min_u32(room, kGateRows);
+}
 
 // Columns of a product for E experts; the box of the gate's tensor map has as many rows.
 __host__ __device__ constexpr uint32_t gate_columns(uint32_t experts) {
@@ -56,14 +74,16 @@ __device__ __forceinline__ float warp_max(float v) {
   return v;
 }
 
-// Logits of `tokens` tokens from `token0` into scratch.logits.  `block` counts the stages of all calls.
-template <class T, uint32_t kN, bool kTraced>
+// Logits of `tokens` tokens from `token0` into scratch.logits, by kProducts products that share the
+// weights.  `block` counts the stages of all calls, which must have the same kN and kProducts.
+template <class T, uint32_t kN, uint32_t kProducts, bool kTraced>
 __device__ __forceinline__ void gate_logits(Shared<kTraced>& sh, GateScratch& scratch,
                                             const RankArgs& args, uint32_t token0, uint32_t tokens,
                                             uint32_t& block) {
   const Shape& shape = sh.shape;
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  constexpr uint32_t kBytes = kGateStageBytesX + kN * kRowBytes;  // of a stage
+  constexpr uint32_t kBytesX = kProducts * kGateRows * kRowBytes;
+  constexpr uint32_t kBytes = kBytesX + kN * kRowBytes;  // of a stage
   // The groups take blocks in turn.  An even number of stages gives each stage to one group for good,
   // which then sees every turn of its barrier: by parity alone it could take the turn before the one
   // that the other group still waits for.
@@ -82,55 +102,85 @@ __device__ __forceinline__ void gate_logits(Shared<kTraced>& sh, GateScratch& sc
         const int32_t k = static_cast<int32_t>(i * kTileK);
         uint64_t* full = &sh.gate_full[stage];
         ptx::mbarrier_expect(full, (boxes * box + kN) * kRowBytes);
-        ptx::tma_load_2d(x + kGateStageBytesX, args.map_gate, full, k, static_cast<int32_t>(e0));
+        ptx::tma_load_2d(x + kBytesX, args.map_gate, full, k, static_cast<int32_t>(e0));
         for (uint32_t b = 0; b < boxes; ++b) {
           ptx::tma_load_2d(x + b * box * kRowBytes, args.map_x, full, k,
                            static_cast<int32_t>(token0 + b * box));
         }
       }
     }
-    float sums[kN / 2] = {};
+    float sums[kProducts][kN / 2] = {};
     if (multiplies) {
       for (uint32_t i = (group + block) % kMathGroups; i < depth; i += kMathGroups) {
         const uint32_t stage = (block + i) % kCount;
         ptx::mbarrier_wait(&sh.gate_full[stage], (block + i) / kCount & 1);
         const uint32_t x = ptx::shared_address(scratch.ring + stage * kBytes);
         const uint64_t a = ptx::wgmma_descriptor(x, 1024);
-        const uint64_t b = ptx::wgmma_descriptor(x + kGateStageBytesX, 1024);
+        const uint64_t b = ptx::wgmma_descriptor(x + kBytesX, 1024);
         ptx::wgmma_fence();
 #pragma unroll
         for (uint32_t k = 0; k < kTileK / 16; ++k) {
-          ptx::wgmma<T, kN>(sums, a + 2 * k, b + 2 * k);
+#pragma unroll
+          for (uint32_t p = 0; p < kProducts; ++p) {
+            ptx::wgmma<T, kN>(sums[p], a + p * (kGateRows * kRowBytes / 16) + 2 * k, b + 2 * k);
+          }
         }
         ptx::wgmma_commit();
         ptx::wgmma_wait<0>();
         if (lane == 0) ptx::mbarrier_arrive(&sh.gate_empty[stage]);
       }
     }
-    const uint32_t row = warp % 4 * 16 + lane / 4, col = lane % 4 * 2;
-    float* other = scratch.choice;
-    if (multiplies && group == 1) {
+    // Group 0 completes the first product and, where there is one, group 1 the second.  What a thread
+    // hands over is for the same thread of the other group.
+    const uint32_t thread = threadIdx.x % kGroupThreads;
+    auto hand_over = [&](const float (&own)[kN / 2], uint32_t product) {
+      float4* to = scratch.sums + product * (kN / 8 * kGroupThreads) + thread;
 #pragma unroll
       for (uint32_t n = 0; n < kN / 8; ++n) {
-        float* to = other + row * kN + n * 8 + col;
-        *reinterpret_cast<float2*>(to) = make_float2(sums[4 * n], sums[4 * n + 1]);
-        *reinterpret_cast<float2*>(to + 8 * kN) = make_float2(sums[4 * n + 2], sums[4 * n + 3]);
+        const float* v = own + 4 * n;
+        to[n * kGroupThreads] = make_float4(v[0], v[1], v[2], v[3]);
       }
-    }
-    __syncthreads();
-    if (multiplies && group == 0) {
+    };
+    auto complete = [&](const float (&own)[kN / 2], uint32_t product) {
+      const float4* from = scratch.sums + product * (kN / 8 * kGroupThreads) + thread;
+      const uint32_t row = product * kGateRows + warp % 4 * 16 + lane / 4, col = e0 + lane % 4 * 2;
+      const uint32_t stride = gate_stride(shape.experts);
+      float* to = scratch.logits + row * stride + col;
 #pragma unroll
       for (uint32_t n = 0; n < kN / 8; ++n) {
-#pragma unroll
-        for (uint32_t v = 0; v < 4; ++v) {
-          const uint32_t t = row + v / 2 * 8, e = n * 8 + col + v % 2;
-          if (t < tokens && e0 + e < shape.experts) {
-            scratch.logits[t * shape.experts + e0 + e] = sums[4 * n + v] + other[t * kN + e];
-          }
+        const float* v = own + 4 * n;
+        const float4 other = from[n * kGroupThreads];
+        if (col + n * 8 >= shape.experts) continue;  // of an odd E, one more goes into the gap
+        if (row < tokens) {
+          *reinterpret_cast<float2*>(to + n * 8) = make_float2(v[0] + other.x, v[1] + other.y);
+        }
+        if (row + 8 < tokens) {
+          *reinterpret_cast<float2*>(to + n * 8 + 8 * stride) =
+              make_float2(v[2] + other.z, v[3] + other.w);
         }
       }
-    }
+    };
+    constexpr uint32_t kLast = kProducts - 1;
+    __syncthreads();  // the ring is drained
+    if (multiplies && group == 1) hand_over(sums[0], 0);
+    if (kProducts > 1 && multiplies && group == 0) hand_over(sums[kLast], kLast);
     __syncthreads();
+    if (multiplies && group == 0) complete(sums[0], 0);
+    if (kProducts > 1 && multiplies && group == 1) complete(sums[kLast], kLast);
+    ptx::fence_proxy_async();
+    __syncthreads();
+  }
+}
+
+// The same by two products, or by one.
+template <class T, uint32_t kN, bool kTraced>
+__device__ __forceinline__ void gate_logits(Shared<kTraced>& sh, GateScratch& scratch,
+                                            const RankArgs& args, uint32_t token0, uint32_t tokens,
+                                            bool two, uint32_t& block) {
+  if (two) {
+    gate_logits<T, kN, 2>(sh, scratch, args, token0, tokens, block);
+  } else {
+    gate_logits<T, kN, 1>(sh, scratch, args, token0, tokens, block);
   }
 }
 
@@ -300,24 +350,25 @@ __device__ inline bool run_gate(Shared<kTraced>& sh, const Place& place, char* s
              good;
     }
   } else {
-    const uint32_t pass = min_u32(kGateTokens, kGateLogits / shape.experts);
+    const uint32_t pass = gate_pass(shape.experts), stride = gate_stride(shape.experts);
+    const bool two = min_u32(tokens, pass) > kGateRows;
     uint32_t block = 0;
     for (uint32_t t0 = 0; t0 < tokens; t0 += pass) {
       const uint32_t here = min_u32(pass, tokens - t0);
       switch (gate_columns(shape.experts)) {
         case 16:
-          gate_logits<T, 16>(sh, scratch, args, begin + t0, here, block);
+          gate_logits<T, 16>(sh, scratch, args, begin + t0, here, two, block);
           break;
         case 64:
-          gate_logits<T, 64>(sh, scratch, args, begin + t0, here, block);
+          gate_logits<T, 64>(sh, scratch, args, begin + t0, here, two, block);
           break;
         default:
-          gate_logits<T, kGateExperts>(sh, scratch, args, begin + t0, here, block);
+          gate_logits<T, kGateExperts>(sh, scratch, args, begin + t0, here, two, block);
       }
       for (uint32_t t = warp; t < here; t += kWarps) {
         const uint64_t at = static_cast<uint64_t>(t0 + t) * shape.top_k;
-        float* logits = scratch.logits + t * shape.experts;
-        float* choice = scratch.choice + t * shape.experts;
+        float* logits = scratch.logits + t * stride;
+        float* choice = scratch.choice + t * stride;
         if (shape.experts <= 128) {
           choose<4>(shape, logits, choice, args.bias, ids + at, weights + at);
         } else if (shape.experts <= 256) {
@@ -326,6 +377,7 @@ __device__ inline bool run_gate(Shared<kTraced>& sh, const Place& place, char* s
           choose<32>(shape, logits, choice, args.bias, ids + at, weights + at);
         }
       }
+      ptx::fence_proxy_async();
       __syncthreads();
     }
   }
