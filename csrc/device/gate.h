@@ -295,35 +295,43 @@ __device__ inline bool take_external(const Shape& shape, const int32_t* from,
 
 // Index of each (token, j) among the chunk's rows for its expert, and the chunk's histogram.
 //
-// A warp a run of consecutive tokens, counting for itself; then the counts of the warps before are
-// added.  The ids of one token are distinct, so the lanes of a warp never meet in a counter.
+// A warp a run of consecutive rows, counting for itself; then it begins where the warps before end.
 __device__ inline void count_rows(uint32_t* counters, const Shape& shape, const uint32_t* ids,
                                   uint32_t* slots, uint32_t* histogram, uint32_t tokens) {
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (uint32_t i = threadIdx.x; i < kWarps * shape.experts; i += kThreads) counters[i] = 0;
   __syncthreads();
-  const uint32_t run = ceil_div(tokens, kWarps);
-  const uint32_t begin = min_u32(warp * run, tokens), end = min_u32(begin + run, tokens);
+  const uint32_t rows = tokens * shape.top_k, run = ceil_div(rows, kWarps);
+  const uint32_t begin = min_u32(warp * run, rows), end = min_u32(begin + run, rows);
   uint32_t* mine = counters + warp * shape.experts;
-  for (uint32_t t = begin; t < end; ++t) {
-    for (uint32_t j = lane; j < shape.top_k; j += 32) {
-      slots[t * shape.top_k + j] = mine[ids[t * shape.top_k + j]]++;
-    }
-    __syncwarp();
-  }
+#pragma unroll 4
+  for (uint32_t i = begin + lane; i < end; i += 32) atomicAdd(mine + ids[i], 1);
   __syncthreads();
   for (uint32_t e = threadIdx.x; e < shape.experts; e += kThreads) {
+    uint32_t of_warp[kWarps];
+#pragma unroll
+    for (uint32_t w = 0; w < kWarps; ++w) of_warp[w] = counters[w * shape.experts + e];
     uint32_t sum = 0;
+#pragma unroll
     for (uint32_t w = 0; w < kWarps; ++w) {
-      const uint32_t rows = counters[w * shape.experts + e];
       counters[w * shape.experts + e] = sum;
-      sum += rows;
+      sum += of_warp[w];
     }
     histogram[e] = sum;
   }
   __syncthreads();
-  for (uint32_t i = begin * shape.top_k + lane; i < end * shape.top_k; i += 32) {
-    slots[i] += mine[ids[i]];
+  for (uint32_t base = begin; base < end; base += 32) {
+    const uint32_t i = base + lane;
+    const uint32_t id = i < end ? ids[i] : kMaxExperts;
+    const uint32_t same = __match_any_sync(0xffffffffu, id);  // lanes with rows for one expert
+    const uint32_t earlier = __popc(same & ((1u << lane) - 1));
+    const uint32_t slot = i < end ? mine[id] + earlier : 0;
+    __syncwarp();
+    if (i < end) {
+      slots[i] = slot;
+      if (same >> lane == 1) mine[id] = slot + 1;
+    }
+    __syncwarp();
   }
   __syncthreads();
 }
