@@ -45,7 +45,7 @@ __device__ __forceinline__ uint32_t gate_pass(uint32_t experts) {
   return room >= kGateTokens ? kGateTokens : min_u32(room, kGateRows);
 }
 
-// Columns of a product for E experts; the box of the gate's tensor map has as many rows.
+// Columns of a product for E experts; the box of the gate's tensor map has half as many rows.
 __host__ __device__ constexpr uint32_t gate_columns(uint32_t experts) {
   return experts <= 16 ? 16 : experts <= 64 ? 64 : kGateExperts;
 }
@@ -74,12 +74,29 @@ __device__ __forceinline__ float warp_max(float v) {
   return v;
 }
 
-// Logits of `tokens` tokens from `token0` into scratch.logits, by kProducts products that share the
-// weights.  `block` counts the stages of all calls, which must have the same kN and kProducts.
+// Tokens of the rank: those of a chunk from its `skip`-th, `most` at most.
+struct TokenRange {
+  uint32_t begin;
+  uint32_t tokens;
+};
+__device__ __forceinline__ TokenRange chunk_part(const Shape& shape, const Place& place,
+                                                 uint32_t chunk, uint32_t skip = 0,
+                                                 uint32_t most = 0xffffffffu) {
+  const uint32_t end = chunk_begin(shape, place.tokens, chunk + 1);
+  const uint32_t begin = min_u32(chunk_begin(shape, place.tokens, chunk) + skip, end);
+  return {begin, min_u32(end - begin, most)};
+}
+
+// Logits of the tokens `here` into scratch.logits, by kProducts products that share the
+// weights.  `block` counts the stages of all calls, which must have the same kN and kProducts, in both
+// CTAs of a pair: each fetches half of the weights for both, so they go through the same stages, even
+// one that has no tokens.
 template <class T, uint32_t kN, uint32_t kProducts, bool kTraced>
 __device__ __forceinline__ void gate_logits(Shared<kTraced>& sh, GateScratch& scratch,
-                                            const RankArgs& args, uint32_t token0, uint32_t tokens,
+                                            const Place& place, const TokenRange& here,
                                             uint32_t& block) {
+  const RankArgs& args = *place.args;
+  const StageRelease release{place.to_other};
   const Shape& shape = sh.shape;
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   constexpr uint32_t kBytesX = kProducts * kGateRows * kRowBytes;
@@ -93,8 +110,18 @@ __device__ __forceinline__ void gate_logits(Shared<kTraced>& sh, GateScratch& sc
   const bool multiplies = warp >= kMathWarp;
   const uint32_t group = (warp - kMathWarp) / 4;
   for (uint32_t e0 = 0; e0 < shape.experts; e0 += kN, block += depth) {
+    // What ordinary accesses left in the rings of both CTAs is done with.
+    if (block != 0) {
+      ptx::fence_proxy_async();
+      if (place.pair_size == 1) {
+        __syncthreads();
+      } else {
+        __syncwarp();
+        ptx::cluster_barrier();
+      }
+    }
     if (threadIdx.x == kLoadWarp * 32) {
-      const uint32_t box = args.gate_box_tokens, boxes = ceil_div(tokens, box);
+      const uint32_t box = args.gate_box_tokens, boxes = ceil_div(here.tokens, box);
       for (uint32_t i = 0; i < depth; ++i) {
         const uint32_t stage = (block + i) % kCount;
         ptx::mbarrier_wait(&sh.gate_empty[stage], ((block + i) / kCount & 1) ^ 1);
@@ -102,10 +129,19 @@ __device__ __forceinline__ void gate_logits(Shared<kTraced>& sh, GateScratch& sc
         const int32_t k = static_cast<int32_t>(i * kTileK);
         uint64_t* full = &sh.gate_full[stage];
         ptx::mbarrier_expect(full, (boxes * box + kN) * kRowBytes);
-        ptx::tma_load_2d(x + kBytesX, args.map_gate, full, k, static_cast<int32_t>(e0));
+        constexpr uint32_t kHalf = kN / 2;  // of the weights
+        for (uint32_t row = place.pair_rank * kHalf; row < kN; row += place.pair_size * kHalf) {
+          char* to = x + kBytesX + row * kRowBytes;
+          const int32_t expert = static_cast<int32_t>(e0 + row);
+          if (place.pair_size == 1) {
+            ptx::tma_load_2d(to, args.map_gate, full, k, expert);
+          } else {
+            ptx::tma_load_2d_both(to, args.map_gate, full, k, expert);
+          }
+        }
         for (uint32_t b = 0; b < boxes; ++b) {
           ptx::tma_load_2d(x + b * box * kRowBytes, args.map_x, full, k,
-                           static_cast<int32_t>(token0 + b * box));
+                           static_cast<int32_t>(here.begin + b * box));
         }
       }
     }
@@ -127,7 +163,7 @@ __device__ __forceinline__ void gate_logits(Shared<kTraced>& sh, GateScratch& sc
         }
         ptx::wgmma_commit();
         ptx::wgmma_wait<0>();
-        if (lane == 0) ptx::mbarrier_arrive(&sh.gate_empty[stage]);
+        release(&sh.gate_empty[stage]);
       }
     }
     // Group 0 completes the first product and, where there is one, group 1 the second.  What a thread
@@ -151,10 +187,10 @@ __device__ __forceinline__ void gate_logits(Shared<kTraced>& sh, GateScratch& sc
         const float* v = own + 4 * n;
         const float4 other = from[n * kGroupThreads];
         if (col + n * 8 >= shape.experts) continue;  // of an odd E, one more goes into the gap
-        if (row < tokens) {
+        if (row < here.tokens) {
           *reinterpret_cast<float2*>(to + n * 8) = make_float2(v[0] + other.x, v[1] + other.y);
         }
-        if (row + 8 < tokens) {
+        if (row + 8 < here.tokens) {
           *reinterpret_cast<float2*>(to + n * 8 + 8 * stride) =
               make_float2(v[2] + other.z, v[3] + other.w);
         }
@@ -167,20 +203,19 @@ __device__ __forceinline__ void gate_logits(Shared<kTraced>& sh, GateScratch& sc
     __syncthreads();
     if (multiplies && group == 0) complete(sums[0], 0);
     if (kProducts > 1 && multiplies && group == 1) complete(sums[kLast], kLast);
-    ptx::fence_proxy_async();
-    __syncthreads();
   }
+  __syncthreads();
 }
 
 // The same by two products, or by one.
 template <class T, uint32_t kN, bool kTraced>
 __device__ __forceinline__ void gate_logits(Shared<kTraced>& sh, GateScratch& scratch,
-                                            const RankArgs& args, uint32_t token0, uint32_t tokens,
-                                            bool two, uint32_t& block) {
+                                            const Place& place, const TokenRange& here, bool two,
+                                            uint32_t& block) {
   if (two) {
-    gate_logits<T, kN, 2>(sh, scratch, args, token0, tokens, block);
+    gate_logits<T, kN, 2>(sh, scratch, place, here, block);
   } else {
-    gate_logits<T, kN, 1>(sh, scratch, args, token0, tokens, block);
+    gate_logits<T, kN, 1>(sh, scratch, place, here, block);
   }
 }
 
@@ -336,57 +371,70 @@ __device__ inline void count_rows(uint32_t* counters, const Shape& shape, const 
   __syncthreads();
 }
 
+// Ids and weights of the chunk's tokens from their logits.  What a pass needs is worked out anew before
+// and after its products, which leave few registers.
+template <class T, bool kTraced>
+__device__ __forceinline__ void route_chunk(Shared<kTraced>& sh, const Place& place,
+                                            GateScratch& scratch) {
+  const Shape& shape = sh.shape;
+  // Of a pair the first chunk has the more tokens.
+  const uint32_t leading = place.chunk - place.pair_rank;
+  uint32_t block = 0;
+  for (uint32_t t0 = 0; t0 < chunk_part(shape, place, leading).tokens;
+       t0 += gate_pass(shape.experts)) {
+    {
+      const uint32_t pass = gate_pass(shape.experts);
+      const bool two = chunk_part(shape, place, leading, 0, pass).tokens > kGateRows;
+      const TokenRange here = chunk_part(shape, place, place.chunk, t0, pass);
+      switch (gate_columns(shape.experts)) {
+        case 16:
+          gate_logits<T, 16>(sh, scratch, place, here, two, block);
+          break;
+        case 64:
+          gate_logits<T, 64>(sh, scratch, place, here, two, block);
+          break;
+        default:
+          gate_logits<T, kGateExperts>(sh, scratch, place, here, two, block);
+      }
+    }
+    const TokenRange here = chunk_part(shape, place, place.chunk, t0, gate_pass(shape.experts));
+    const float* bias = place.args->bias;
+    uint32_t* ids = place.heap.at<uint32_t>(sh.layout.ids);
+    float* weights = place.heap.at<float>(sh.layout.weights);
+    for (uint32_t t = threadIdx.x / 32; t < here.tokens; t += kWarps) {
+      const uint64_t at = static_cast<uint64_t>(here.begin + t) * shape.top_k;
+      float* logits = scratch.logits + t * gate_stride(shape.experts);
+      float* choice = scratch.choice + t * gate_stride(shape.experts);
+      if (shape.experts <= 128) {
+        choose<4>(shape, logits, choice, bias, ids + at, weights + at);
+      } else if (shape.experts <= 256) {
+        choose<8>(shape, logits, choice, bias, ids + at, weights + at);
+      } else {
+        choose<32>(shape, logits, choice, bias, ids + at, weights + at);
+      }
+    }
+  }
+}
+
 // Routes the CTA's chunk: ids, weights, slots and histogram in the rank's heap.  False if external
 // ids are bad.  Ends with the CTA in step.
 template <class T, bool kTraced>
 __device__ inline bool run_gate(Shared<kTraced>& sh, const Place& place, char* stages) {
-  GateScratch& scratch = *reinterpret_cast<GateScratch*>(stages);
   const Shape& shape = sh.shape;
-  const RankArgs& args = *place.args;
-  const uint32_t warp = threadIdx.x / 32;
-  const uint32_t begin = chunk_begin(shape, place.tokens, place.chunk);
-  const uint32_t tokens = chunk_begin(shape, place.tokens, place.chunk + 1) - begin;
-  const uint64_t first = static_cast<uint64_t>(begin) * shape.top_k;
+  const bool external = shape.routing == RoutingKind::kExternal;
+  if (!external) route_chunk<T>(sh, place, *reinterpret_cast<GateScratch*>(stages));
+  const TokenRange chunk = chunk_part(shape, place, place.chunk);
+  const uint64_t first = static_cast<uint64_t>(chunk.begin) * shape.top_k;
   uint32_t* ids = place.heap.at<uint32_t>(sh.layout.ids) + first;
-  float* weights = place.heap.at<float>(sh.layout.weights) + first;
   bool good = true;
-  if (shape.routing == RoutingKind::kExternal) {
-    for (uint32_t t = warp; t < tokens; t += kWarps) {
+  if (external) {
+    const RankArgs& args = *place.args;
+    float* weights = place.heap.at<float>(sh.layout.weights) + first;
+    for (uint32_t t = threadIdx.x / 32; t < chunk.tokens; t += kWarps) {
       const uint64_t at = static_cast<uint64_t>(t) * shape.top_k;
       good = take_external(shape, args.ids + first + at, args.weights + first + at, ids + at,
                            weights + at) &&
              good;
-    }
-  } else {
-    const uint32_t pass = gate_pass(shape.experts), stride = gate_stride(shape.experts);
-    const bool two = min_u32(tokens, pass) > kGateRows;
-    uint32_t block = 0;
-    for (uint32_t t0 = 0; t0 < tokens; t0 += pass) {
-      const uint32_t here = min_u32(pass, tokens - t0);
-      switch (gate_columns(shape.experts)) {
-        case 16:
-          gate_logits<T, 16>(sh, scratch, args, begin + t0, here, two, block);
-          break;
-        case 64:
-          gate_logits<T, 64>(sh, scratch, args, begin + t0, here, two, block);
-          break;
-        default:
-          gate_logits<T, kGateExperts>(sh, scratch, args, begin + t0, here, two, block);
-      }
-      for (uint32_t t = warp; t < here; t += kWarps) {
-        const uint64_t at = static_cast<uint64_t>(t0 + t) * shape.top_k;
-        float* logits = scratch.logits + t * stride;
-        float* choice = scratch.choice + t * stride;
-        if (shape.experts <= 128) {
-          choose<4>(shape, logits, choice, args.bias, ids + at, weights + at);
-        } else if (shape.experts <= 256) {
-          choose<8>(shape, logits, choice, args.bias, ids + at, weights + at);
-        } else {
-          choose<32>(shape, logits, choice, args.bias, ids + at, weights + at);
-        }
-      }
-      ptx::fence_proxy_async();
-      __syncthreads();
     }
   }
   if (__syncthreads_or(!good)) return false;
@@ -394,7 +442,7 @@ __device__ inline bool run_gate(Shared<kTraced>& sh, const Place& place, char* s
              place.heap.at<uint32_t>(sh.layout.slots) + first,
              place.heap.at<uint32_t>(sh.layout.histogram) +
                  static_cast<uint64_t>(place.chunk) * shape.experts,
-             tokens);
+             chunk.tokens);
   return true;
 }
 
