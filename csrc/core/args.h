@@ -30,7 +30,7 @@ struct alignas(64) RankArgs {
   uint8_t map_up[128];    // gated: [experts owned][2][I][H]; plain: [experts owned][I][H]
   uint8_t map_down[128];  // [experts owned][H][I]
   uint8_t map_x[128];     // x [tokens][H], box 64 x gate_box_tokens
-  uint8_t map_gate[128];  // gate [E][H], box 64 x gate_columns(E)
+  uint8_t map_gate[128];  // gate [E][H], box 64 x gate_columns(E) / 2
   const void* x;          // [tokens][H] dtype
   const void* gate;       // [E][H] dtype
   const float* bias;      // [E], or null

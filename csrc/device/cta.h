@@ -171,6 +171,16 @@ struct Place {
   const RankArgs* args;
 };
 
+// A stage that a math warp has read, given back to the loads of both CTAs of a pair.
+struct StageRelease {
+  uint32_t to_other;  // from an address here to the same in the other CTA; 0 where there is none
+  __device__ __forceinline__ void operator()(uint64_t* empty) const {
+    if (threadIdx.x % 32 != 0) return;
+    ptx::mbarrier_arrive(empty);
+    if (to_other != 0) ptx::mbarrier_arrive_other(ptx::shared_address(empty) + to_other);
+  }
+};
+
 inline constexpr uint32_t kSharedBudget = 232448;
 inline constexpr uint32_t kSharedState = 4096 + 4 * kTableWords;
 #ifndef FLASHMOE_NO_TRACE

@@ -12,22 +12,40 @@
 
 namespace flashmoe {
 
-inline constexpr uint32_t kGateTokens = 64;    // rows of a product
+inline constexpr uint32_t kGateRows = 64;      // of a product: tokens
+inline constexpr uint32_t kGateTokens = 128;   // two products, the most that one pass takes
 inline constexpr uint32_t kGateExperts = 128;  // columns of the widest product
-inline constexpr uint32_t kGateLogits = kGateTokens * kGateExperts;
-inline constexpr uint32_t kGateStageBytesX = kGateTokens * kRowBytes;
 inline constexpr uint32_t kGateRingBytes = 144 * 1024;
 
-// Scratch in the stages and what follows them, which hold nothing yet.
+// Floats from a token's row of logits to the next one's.  Eight more than a multiple of 32: the rows
+// that a warp stores at once then lie in different banks.
+__host__ __device__ constexpr uint32_t gate_stride(uint32_t experts) {
+  return (experts + 31) / 32 * 32 + 8;
+}
+inline constexpr uint32_t kGateLogits = kGateTokens * gate_stride(kGateExperts);
+
+// Scratch in the stages and what follows them, which hold nothing yet.  Where the ring has been drained,
+// ordinary stores leave there the sums that one group hands the other, and later `choice`; the ring is
+// filled again only after the proxy fence and a barrier.
 struct GateScratch {
-  char ring[kGateRingBytes];
-  float logits[kGateLogits];  // [tokens][E]
-  float choice[kGateLogits];  // sigmoid: score plus bias; before that, the second group's sums
+  union {
+    char ring[kGateRingBytes];
+    float4 sums[kGateTokens * kGateExperts / 4];
+    float choice[kGateLogits];  // sigmoid: score plus bias, rows as in `logits`
+  };
+  float logits[kGateLogits];  // [tokens][gate_stride(E)]
 };
 static_assert(sizeof(GateScratch) <= kStages * kStageBytes + kEpilogueBytes + kCommBytes,
               "the gate's scratch must fit the stages and what follows them");
 
-// Columns of a product for E experts; the box of the gate's tensor map has as many rows.
+// Tokens of a pass: as many as there is room for the logits of, and two products only where both are
+// full.
+__device__ __forceinline__ uint32_t gate_pass(uint32_t experts) {
+  const uint32_t room = kGateLogits / gate_stride(experts);
+  return room >= kGateTokens ? kGateTokens : min_u32(room, kGateRows);
+}
+
+// Columns of a product for E experts; the box of the gate's tensor map has half as many rows.
 __host__ __device__ constexpr uint32_t gate_columns(uint32_t experts) {
   return experts <= 16 ? 16 : experts <= 64 ? 64 : kGateExperts;
 }
@@ -56,14 +74,33 @@ __device__ __forceinline__ float warp_max(float v) {
   return v;
 }
 
-// Logits of `tokens` tokens from `token0` into scratch.logits.  `block` counts the stages of all calls.
-template <class T, uint32_t kN, bool kTraced>
+// Tokens of the rank: those of a chunk from its `skip`-th, `most` at most.
+struct TokenRange {
+  uint32_t begin;
+  uint32_t tokens;
+};
+__device__ __forceinline__ TokenRange chunk_part(const Shape& shape, const Place& place,
+                                                 uint32_t chunk, uint32_t skip = 0,
+                                                 uint32_t most = 0xffffffffu) {
+  const uint32_t end = chunk_begin(shape, place.tokens, chunk + 1);
+  const uint32_t begin = min_u32(chunk_begin(shape, place.tokens, chunk) + skip, end);
+  return {begin, min_u32(end - begin, most)};
+}
+
+// Logits of the tokens `here` into scratch.logits, by kProducts products that share the
+// weights.  `block` counts the stages of all calls, which must have the same kN and kProducts, in both
+// CTAs of a pair: each fetches half of the weights for both, so they go through the same stages, even
+// one that has no tokens.
+template <class T, uint32_t kN, uint32_t kProducts, bool kTraced>
 __device__ __forceinline__ void gate_logits(Shared<kTraced>& sh, GateScratch& scratch,
-                                            const RankArgs& args, uint32_t token0, uint32_t tokens,
+                                            const Place& place, const TokenRange& here,
                                             uint32_t& block) {
+  const RankArgs& args = *place.args;
+  const StageRelease release{place.to_other};
   const Shape& shape = sh.shape;
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  constexpr uint32_t kBytes = kGateStageBytesX + kN * kRowBytes;  // of a stage
+  constexpr uint32_t kBytesX = kProducts * kGateRows * kRowBytes;
+  constexpr uint32_t kBytes = kBytesX + kN * kRowBytes;  // of a stage
   // The groups take blocks in turn.  An even number of stages gives each stage to one group for good,
   // which then sees every turn of its barrier: by parity alone it could take the turn before the one
   // that the other group still waits for.
@@ -73,8 +110,18 @@ __device__ __forceinline__ void gate_logits(Shared<kTraced>& sh, GateScratch& sc
   const bool multiplies = warp >= kMathWarp;
   const uint32_t group = (warp - kMathWarp) / 4;
   for (uint32_t e0 = 0; e0 < shape.experts; e0 += kN, block += depth) {
+    // What ordinary accesses left in the rings of both CTAs is done with.
+    if (block != 0) {
+      ptx::fence_proxy_async();
+      if (place.pair_size == 1) {
+        __syncthreads();
+      } else {
+        __syncwarp();
+        ptx::cluster_barrier();
+      }
+    }
     if (threadIdx.x == kLoadWarp * 32) {
-      const uint32_t box = args.gate_box_tokens, boxes = ceil_div(tokens, box);
+      const uint32_t box = args.gate_box_tokens, boxes = ceil_div(here.tokens, box);
       for (uint32_t i = 0; i < depth; ++i) {
         const uint32_t stage = (block + i) % kCount;
         ptx::mbarrier_wait(&sh.gate_empty[stage], ((block + i) / kCount & 1) ^ 1);
@@ -82,55 +129,93 @@ __device__ __forceinline__ void gate_logits(Shared<kTraced>& sh, GateScratch& sc
         const int32_t k = static_cast<int32_t>(i * kTileK);
         uint64_t* full = &sh.gate_full[stage];
         ptx::mbarrier_expect(full, (boxes * box + kN) * kRowBytes);
-        ptx::tma_load_2d(x + kGateStageBytesX, args.map_gate, full, k, static_cast<int32_t>(e0));
+        constexpr uint32_t kHalf = kN / 2;  // of the weights
+        for (uint32_t row = place.pair_rank * kHalf; row < kN; row += place.pair_size * kHalf) {
+          char* to = x + kBytesX + row * kRowBytes;
+          const int32_t expert = static_cast<int32_t>(e0 + row);
+          if (place.pair_size == 1) {
+            ptx::tma_load_2d(to, args.map_gate, full, k, expert);
+          } else {
+            ptx::tma_load_2d_both(to, args.map_gate, full, k, expert);
+          }
+        }
         for (uint32_t b = 0; b < boxes; ++b) {
           ptx::tma_load_2d(x + b * box * kRowBytes, args.map_x, full, k,
-                           static_cast<int32_t>(token0 + b * box));
+                           static_cast<int32_t>(here.begin + b * box));
         }
       }
     }
-    float sums[kN / 2] = {};
+    float sums[kProducts][kN / 2] = {};
     if (multiplies) {
       for (uint32_t i = (group + block) % kMathGroups; i < depth; i += kMathGroups) {
         const uint32_t stage = (block + i) % kCount;
         ptx::mbarrier_wait(&sh.gate_full[stage], (block + i) / kCount & 1);
         const uint32_t x = ptx::shared_address(scratch.ring + stage * kBytes);
         const uint64_t a = ptx::wgmma_descriptor(x, 1024);
-        const uint64_t b = ptx::wgmma_descriptor(x + kGateStageBytesX, 1024);
+        const uint64_t b = ptx::wgmma_descriptor(x + kBytesX, 1024);
         ptx::wgmma_fence();
 #pragma unroll
         for (uint32_t k = 0; k < kTileK / 16; ++k) {
-          ptx::wgmma<T, kN>(sums, a + 2 * k, b + 2 * k);
+#pragma unroll
+          for (uint32_t p = 0; p < kProducts; ++p) {
+            ptx::wgmma<T, kN>(sums[p], a + p * (kGateRows * kRowBytes / 16) + 2 * k, b + 2 * k);
+          }
         }
         ptx::wgmma_commit();
         ptx::wgmma_wait<0>();
-        if (lane == 0) ptx::mbarrier_arrive(&sh.gate_empty[stage]);
+        release(&sh.gate_empty[stage]);
       }
     }
-    const uint32_t row = warp % 4 * 16 + lane / 4, col = lane % 4 * 2;
-    float* other = scratch.choice;
-    if (multiplies && group == 1) {
+    // Group 0 completes the first product and, where there is one, group 1 the second.  What a thread
+    // hands over is for the same thread of the other group.
+    const uint32_t thread = threadIdx.x % kGroupThreads;
+    auto hand_over = [&](const float (&own)[kN / 2], uint32_t product) {
+      float4* to = scratch.sums + product * (kN / 8 * kGroupThreads) + thread;
 #pragma unroll
       for (uint32_t n = 0; n < kN / 8; ++n) {
-        float* to = other + row * kN + n * 8 + col;
-        *reinterpret_cast<float2*>(to) = make_float2(sums[4 * n], sums[4 * n + 1]);
-        *reinterpret_cast<float2*>(to + 8 * kN) = make_float2(sums[4 * n + 2], sums[4 * n + 3]);
+        const float* v = own + 4 * n;
+        to[n * kGroupThreads] = make_float4(v[0], v[1], v[2], v[3]);
       }
-    }
-    __syncthreads();
-    if (multiplies && group == 0) {
+    };
+    auto complete = [&](const float (&own)[kN / 2], uint32_t product) {
+      const float4* from = scratch.sums + product * (kN / 8 * kGroupThreads) + thread;
+      const uint32_t row = product * kGateRows + warp % 4 * 16 + lane / 4, col = e0 + lane % 4 * 2;
+      const uint32_t stride = gate_stride(shape.experts);
+      float* to = scratch.logits + row * stride + col;
 #pragma unroll
       for (uint32_t n = 0; n < kN / 8; ++n) {
-#pragma unroll
-        for (uint32_t v = 0; v < 4; ++v) {
-          const uint32_t t = row + v / 2 * 8, e = n * 8 + col + v % 2;
-          if (t < tokens && e0 + e < shape.experts) {
-            scratch.logits[t * shape.experts + e0 + e] = sums[4 * n + v] + other[t * kN + e];
-          }
+        const float* v = own + 4 * n;
+        const float4 other = from[n * kGroupThreads];
+        if (col + n * 8 >= shape.experts) continue;  // of an odd E, one more goes into the gap
+        if (row < here.tokens) {
+          *reinterpret_cast<float2*>(to + n * 8) = make_float2(v[0] + other.x, v[1] + other.y);
+        }
+        if (row + 8 < here.tokens) {
+          *reinterpret_cast<float2*>(to + n * 8 + 8 * stride) =
+              make_float2(v[2] + other.z, v[3] + other.w);
         }
       }
-    }
+    };
+    constexpr uint32_t kLast = kProducts - 1;
+    __syncthreads();  // the ring is drained
+    if (multiplies && group == 1) hand_over(sums[0], 0);
+    if (kProducts > 1 && multiplies && group == 0) hand_over(sums[kLast], kLast);
     __syncthreads();
+    if (multiplies && group == 0) complete(sums[0], 0);
+    if (kProducts > 1 && multiplies && group == 1) complete(sums[kLast], kLast);
+  }
+  __syncthreads();
+}
+
+// The same by two products, or by one.
+template <class T, uint32_t kN, bool kTraced>
+__device__ __forceinline__ void gate_logits(Shared<kTraced>& sh, GateScratch& scratch,
+                                            const Place& place, const TokenRange& here, bool two,
+                                            uint32_t& block) {
+  if (two) {
+    gate_logits<T, kN, 2>(sh, scratch, place, here, block);
+  } else {
+    gate_logits<T, kN, 1>(sh, scratch, place, here, block);
   }
 }
 
@@ -245,88 +330,111 @@ __device__ inline bool take_external(const Shape& shape, const int32_t* from,
 
 // Index of each (token, j) among the chunk's rows for its expert, and the chunk's histogram.
 //
-// A warp a run of consecutive tokens, counting for itself; then the counts of the warps before are
-// added.  The ids of one token are distinct, so the lanes of a warp never meet in a counter.
+// A warp a run of consecutive rows, counting for itself; then it begins where the warps before end.
 __device__ inline void count_rows(uint32_t* counters, const Shape& shape, const uint32_t* ids,
                                   uint32_t* slots, uint32_t* histogram, uint32_t tokens) {
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (uint32_t i = threadIdx.x; i < kWarps * shape.experts; i += kThreads) counters[i] = 0;
   __syncthreads();
-  const uint32_t run = ceil_div(tokens, kWarps);
-  const uint32_t begin = min_u32(warp * run, tokens), end = min_u32(begin + run, tokens);
+  const uint32_t rows = tokens * shape.top_k, run = ceil_div(rows, kWarps);
+  const uint32_t begin = min_u32(warp * run, rows), end = min_u32(begin + run, rows);
   uint32_t* mine = counters + warp * shape.experts;
-  for (uint32_t t = begin; t < end; ++t) {
-    for (uint32_t j = lane; j < shape.top_k; j += 32) {
-      slots[t * shape.top_k + j] = mine[ids[t * shape.top_k + j]]++;
-    }
-    __syncwarp();
-  }
+#pragma unroll 4
+  for (uint32_t i = begin + lane; i < end; i += 32) atomicAdd(mine + ids[i], 1);
   __syncthreads();
   for (uint32_t e = threadIdx.x; e < shape.experts; e += kThreads) {
+    uint32_t of_warp[kWarps];
+#pragma unroll
+    for (uint32_t w = 0; w < kWarps; ++w) of_warp[w] = counters[w * shape.experts + e];
     uint32_t sum = 0;
+#pragma unroll
     for (uint32_t w = 0; w < kWarps; ++w) {
-      const uint32_t rows = counters[w * shape.experts + e];
       counters[w * shape.experts + e] = sum;
-      sum += rows;
+      sum += of_warp[w];
     }
     histogram[e] = sum;
   }
   __syncthreads();
-  for (uint32_t i = begin * shape.top_k + lane; i < end * shape.top_k; i += 32) {
-    slots[i] += mine[ids[i]];
+  for (uint32_t base = begin; base < end; base += 32) {
+    const uint32_t i = base + lane;
+    const uint32_t id = i < end ? ids[i] : kMaxExperts;
+    const uint32_t same = __match_any_sync(0xffffffffu, id);  // lanes with rows for one expert
+    const uint32_t earlier = __popc(same & ((1u << lane) - 1));
+    const uint32_t slot = i < end ? mine[id] + earlier : 0;
+    __syncwarp();
+    if (i < end) {
+      slots[i] = slot;
+      if (same >> lane == 1) mine[id] = slot + 1;
+    }
+    __syncwarp();
   }
   __syncthreads();
+}
+
+// Ids and weights of the chunk's tokens from their logits.  What a pass needs is worked out anew before
+// and after its products, which leave few registers.
+template <class T, bool kTraced>
+__device__ __forceinline__ void route_chunk(Shared<kTraced>& sh, const Place& place,
+                                            GateScratch& scratch) {
+  const Shape& shape = sh.shape;
+  // Of a pair the first chunk has the more tokens.
+  const uint32_t leading = place.chunk - place.pair_rank;
+  uint32_t block = 0;
+  for (uint32_t t0 = 0; t0 < chunk_part(shape, place, leading).tokens;
+       t0 += gate_pass(shape.experts)) {
+    {
+      const uint32_t pass = gate_pass(shape.experts);
+      const bool two = chunk_part(shape, place, leading, 0, pass).tokens > kGateRows;
+      const TokenRange here = chunk_part(shape, place, place.chunk, t0, pass);
+      switch (gate_columns(shape.experts)) {
+        case 16:
+          gate_logits<T, 16>(sh, scratch, place, here, two, block);
+          break;
+        case 64:
+          gate_logits<T, 64>(sh, scratch, place, here, two, block);
+          break;
+        default:
+          gate_logits<T, kGateExperts>(sh, scratch, place, here, two, block);
+      }
+    }
+    const TokenRange here = chunk_part(shape, place, place.chunk, t0, gate_pass(shape.experts));
+    const float* bias = place.args->bias;
+    uint32_t* ids = place.heap.at<uint32_t>(sh.layout.ids);
+    float* weights = place.heap.at<float>(sh.layout.weights);
+    for (uint32_t t = threadIdx.x / 32; t < here.tokens; t += kWarps) {
+      const uint64_t at = static_cast<uint64_t>(here.begin + t) * shape.top_k;
+      float* logits = scratch.logits + t * gate_stride(shape.experts);
+      float* choice = scratch.choice + t * gate_stride(shape.experts);
+      if (shape.experts <= 128) {
+        choose<4>(shape, logits, choice, bias, ids + at, weights + at);
+      } else if (shape.experts <= 256) {
+        choose<8>(shape, logits, choice, bias, ids + at, weights + at);
+      } else {
+        choose<32>(shape, logits, choice, bias, ids + at, weights + at);
+      }
+    }
+  }
 }
 
 // Routes the CTA's chunk: ids, weights, slots and histogram in the rank's heap.  False if external
 // ids are bad.  Ends with the CTA in step.
 template <class T, bool kTraced>
 __device__ inline bool run_gate(Shared<kTraced>& sh, const Place& place, char* stages) {
-  GateScratch& scratch = *reinterpret_cast<GateScratch*>(stages);
   const Shape& shape = sh.shape;
-  const RankArgs& args = *place.args;
-  const uint32_t warp = threadIdx.x / 32;
-  const uint32_t begin = chunk_begin(shape, place.tokens, place.chunk);
-  const uint32_t tokens = chunk_begin(shape, place.tokens, place.chunk + 1) - begin;
-  const uint64_t first = static_cast<uint64_t>(begin) * shape.top_k;
+  const bool external = shape.routing == RoutingKind::kExternal;
+  if (!external) route_chunk<T>(sh, place, *reinterpret_cast<GateScratch*>(stages));
+  const TokenRange chunk = chunk_part(shape, place, place.chunk);
+  const uint64_t first = static_cast<uint64_t>(chunk.begin) * shape.top_k;
   uint32_t* ids = place.heap.at<uint32_t>(sh.layout.ids) + first;
-  float* weights = place.heap.at<float>(sh.layout.weights) + first;
   bool good = true;
-  if (shape.routing == RoutingKind::kExternal) {
-    for (uint32_t t = warp; t < tokens; t += kWarps) {
+  if (external) {
+    const RankArgs& args = *place.args;
+    float* weights = place.heap.at<float>(sh.layout.weights) + first;
+    for (uint32_t t = threadIdx.x / 32; t < chunk.tokens; t += kWarps) {
       const uint64_t at = static_cast<uint64_t>(t) * shape.top_k;
       good = take_external(shape, args.ids + first + at, args.weights + first + at, ids + at,
                            weights + at) &&
              good;
-    }
-  } else {
-    const uint32_t pass = min_u32(kGateTokens, kGateLogits / shape.experts);
-    uint32_t block = 0;
-    for (uint32_t t0 = 0; t0 < tokens; t0 += pass) {
-      const uint32_t here = min_u32(pass, tokens - t0);
-      switch (gate_columns(shape.experts)) {
-        case 16:
-          gate_logits<T, 16>(sh, scratch, args, begin + t0, here, block);
-          break;
-        case 64:
-          gate_logits<T, 64>(sh, scratch, args, begin + t0, here, block);
-          break;
-        default:
-          gate_logits<T, kGateExperts>(sh, scratch, args, begin + t0, here, block);
-      }
-      for (uint32_t t = warp; t < here; t += kWarps) {
-        const uint64_t at = static_cast<uint64_t>(t0 + t) * shape.top_k;
-        float* logits = scratch.logits + t * shape.experts;
-        float* choice = scratch.choice + t * shape.experts;
-        if (shape.experts <= 128) {
-          choose<4>(shape, logits, choice, args.bias, ids + at, weights + at);
-        } else if (shape.experts <= 256) {
-          choose<8>(shape, logits, choice, args.bias, ids + at, weights + at);
-        } else {
-          choose<32>(shape, logits, choice, args.bias, ids + at, weights + at);
-        }
-      }
-      __syncthreads();
     }
   }
   if (__syncthreads_or(!good)) return false;
@@ -334,7 +442,7 @@ __device__ inline bool run_gate(Shared<kTraced>& sh, const Place& place, char* s
              place.heap.at<uint32_t>(sh.layout.slots) + first,
              place.heap.at<uint32_t>(sh.layout.histogram) +
                  static_cast<uint64_t>(place.chunk) * shape.experts,
-             tokens);
+             chunk.tokens);
   return true;
 }
 

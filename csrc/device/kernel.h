@@ -25,7 +25,7 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
   place.heap = args.heaps[place.rank];
   place.gathers = gathers_rows(args.shape, place.tokens);
   place.pair_size = args.pair_size;
-  place.pair_rank = args.pair_size == 1 ? 0 : ptx::cluster_rank();
+  place.pair_rank = place.chunk & (args.pair_size - 1);  // a rank's CTAs begin with a cluster
   const uint32_t here = ptx::shared_address(&sh);
   place.to_other = args.pair_size == 1 ? 0 : ptx::cluster_address(here, place.pair_rank ^ 1) - here;
   place.epoch = static_cast<uint32_t>(
@@ -39,7 +39,9 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
                                 ? sh.table_words
                                 : table_place(place.heap, args.layout, args.shape, place.chunk),
                             args.shape);
-    sh.status = static_cast<uint32_t>(Status::kOk);
+    // Abort is sticky: nothing runs until reset().
+    sh.status = static_cast<uint32_t>(
+        ptx::load_relaxed_sys(place.heap.at<uint64_t>(args.layout.abort_word)));
     sh.bad_ids = 0;
     sh.other_left = 0;
     sh.next_token = 0;
@@ -60,7 +62,7 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
     ptx::mbarrier_init(&sh.order_full, 1);
     for (uint32_t i = 0; i < kGateStages; ++i) {
       ptx::mbarrier_init(&sh.gate_full[i], 1);
-      ptx::mbarrier_init(&sh.gate_empty[i], 4);
+      ptx::mbarrier_init(&sh.gate_empty[i], 4 * args.pair_size);
     }
     ptx::fence_mbarrier_init();
   }
@@ -85,6 +87,11 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
     __syncthreads();
   } else {
     ptx::cluster_barrier();
+    // The gate of a pair is run by both CTAs or by neither, but they may not have read the same.
+    if (threadIdx.x == 0 && sh.status == static_cast<uint32_t>(Status::kOk)) {
+      sh.status = ptx::load_cluster(ptx::shared_address(&sh.status) + place.to_other);
+    }
+    __syncthreads();
   }
   return place;
 }
@@ -346,12 +353,6 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
                                                             kEpilogueBytes + kCommBytes);
   if (args.fault.never_starts_rank == args.ranks[blockIdx.x / args.shape.chunks].rank) return;
   const Place place = enter(sh, args);
-  // Abort is sticky: nothing runs until reset().
-  if (threadIdx.x == 0) {
-    sh.status =
-        static_cast<uint32_t>(ptx::load_relaxed_sys(place.heap.at<uint64_t>(sh.layout.abort_word)));
-  }
-  __syncthreads();
   Status status = static_cast<Status>(sh.status);
   __syncthreads();
   if (status == Status::kOk) status = prepare<T>(sh, place, stages);

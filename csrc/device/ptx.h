@@ -180,12 +180,6 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
 
 // ---- the other CTA of a cluster -----------------------------------------------------------------
 
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
 // The same shared memory in CTA `rank` of the cluster, as an address of the cluster's window.
 __device__ __forceinline__ uint32_t cluster_address(uint32_t address, uint32_t rank) {
   uint32_t other;
@@ -203,6 +197,11 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t address) {
                : "memory");
 }
 
+__device__ __forceinline__ uint32_t load_cluster(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
+}
 __device__ __forceinline__ void store_cluster(uint32_t address, uint64_t value) {
   asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(address), "l"(value) : "memory");
 }
@@ -267,12 +266,25 @@ __device__ __forceinline__ uint64_t policy_evict_first() {
 
 // ---- tensor copies (TMA) ------------------------------------------------------------------------
 
+// The CTAs of a pair, a bit each.
+inline constexpr uint16_t kBoth = 3;
+
 __device__ __forceinline__ void tma_load_2d(void* to, const void* map, uint64_t* barrier,
                                             int32_t c0, int32_t c1) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
       " [%0], [%1, {%3, %4}], [%2];" ::"r"(shared_address(to)),
       "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1)
+      : "memory");
+}
+
+// The same into both CTAs of a pair: to this place and to this barrier of each.
+__device__ __forceinline__ void tma_load_2d_both(void* to, const void* map, uint64_t* barrier,
+                                                 int32_t c0, int32_t c1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "h"(kBoth)
       : "memory");
 }
 
@@ -291,7 +303,6 @@ __device__ __forceinline__ void tma_load_5d(void* to, const void* map, uint64_t*
 __device__ __forceinline__ void tma_load_5d_both(void* to, const void* map, uint64_t* barrier,
                                                  int32_t c0, int32_t c1, int32_t c2, int32_t c3,
                                                  int32_t c4, uint64_t policy) {
-  constexpr uint16_t kBoth = 3;
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
       ".multicast::cluster.L2::cache_hint"

@@ -30,16 +30,6 @@ struct GroupWeights {
   }
 };
 
-// A stage that a math warp has read, given back to the loads of both CTAs of a pair.
-struct StageRelease {
-  uint32_t to_other;  // from an address here to the same in the other CTA; 0 where there is none
-  __device__ __forceinline__ void operator()(uint64_t* empty) const {
-    if (threadIdx.x % 32 != 0) return;
-    ptx::mbarrier_arrive(empty);
-    if (to_other != 0) ptx::mbarrier_arrive_other(ptx::shared_address(empty) + to_other);
-  }
-};
-
 // sums[b][N / 2]: the two products of 64 weight rows over the whole depth.
 template <class T, uint32_t kN, bool kTraced>
 __device__ __forceinline__ uint32_t multiply(Shared<kTraced>& sh, uint32_t stages,

@@ -112,7 +112,7 @@ def gate_maps(config: MoEConfig, gate: int, x: int, tokens: int, chunks: int) ->
 
     return {
         "map_x": encode(x, tokens, box),
-        "map_gate": encode(gate, experts, columns),
+        "map_gate": encode(gate, experts, columns // 2),  # of a pair, each CTA fetches a half
         "gate_box_tokens": box,
     }
 
