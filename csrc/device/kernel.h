@@ -42,6 +42,7 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
     sh.bad_ids = 0;
     sh.other_left = 0;
     sh.next_token = 0;
+    if constexpr (kPuts) sh.pending_tiles = 0;
     for (uint32_t i = 0; i < kStages; ++i) {
       ptx::mbarrier_init(&sh.full[i], 1);
       ptx::mbarrier_init(&sh.empty[i], kMathGroups * 4 * args.pair_size);
@@ -369,6 +370,7 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
         } else {
           follow_schedule(sh, place);
         }
+        if constexpr (kPuts) put_results(sh, place);
       }
     } else {
       char* pieces = stages + kStages * kStageBytes + kEpilogueBytes;

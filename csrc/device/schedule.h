@@ -51,7 +51,8 @@ __device__ __forceinline__ void record_tile(Shared<kTraced>& sh, uint32_t slot) 
 }
 
 // Counts a stored tile where others wait for it: a GEMM1 tile towards its row tile's `h`; the GEMM2 tile
-// that is its row tile's last tells each source with rows in it.
+// that is its row tile's last tells each source with rows in it; what is put there waits for the next turn of
+// the scheduler's loop, since nothing that it waits for depends on results.
 template <bool kTraced>
 __device__ __forceinline__ void publish_tile(Shared<kTraced>& sh, const Place& place,
                                              const Tile& tile) {
@@ -67,18 +68,22 @@ __device__ __forceinline__ void publish_tile(Shared<kTraced>& sh, const Place& p
       tile_counter(place.heap, sh.layout.y_ready, shape, place.epoch, tile.row_tile), 1);
   if (before + 1 != column_tiles(shape, 2)) return;
   ptx::fence_acq_rel_sys();
+  [[maybe_unused]] bool by_put = false;
   for (uint32_t s = 0; s < shape.world; ++s) {
     const uint32_t from = source_start(sh.tables, shape, s, tile.expert);
     const uint32_t rows = source_rows(sh.tables, shape, s, tile.expert);
     if (rows == 0 || from >= tile.row0 + tile.rows || from + rows <= tile.row0) continue;
     if constexpr (kPuts) {
       if (sh.heaps[s].base == nullptr) {
-        put_results(sh, place, tile, s);
+        by_put = true;
         continue;
       }
     }
     ptx::store_relaxed_sys(
         sh.heaps[s].template at<uint64_t>(sh.layout.returned) + tile.row_tile_global, place.epoch);
+  }
+  if constexpr (kPuts) {
+    if (by_put) sh.pending[sh.pending_tiles++] = tile.index;
   }
 }
 
@@ -281,6 +286,7 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
   };
   for (;;) {
     make_room();
+    if constexpr (kPuts) put_results(sh, place);
     if (sh.other_left != 0) break;
     // The first pairs are dealt, so that no CTA begins by a round trip to the counter.
     const uint64_t pair = ring.handed == 0 ? place.chunk / place.pair_size
@@ -322,6 +328,7 @@ __device__ inline void follow_schedule(Shared<kTraced>& sh, const Place& place) 
   for (;;) {
     const uint32_t slot = ring.handed % kTasks;
     ring.make_room();
+    if constexpr (kPuts) put_results(sh, place);
     ptx::mbarrier_arrive_cluster(ptx::shared_address(&sh.pair_empty[slot]) + place.to_other);
     ring.await_other(&sh.pair_full[slot], ring.handed / kTasks);
     const PairMessage message = sh.messages[slot];
