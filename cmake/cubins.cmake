@@ -117,14 +117,16 @@ if(nvcc)
     get_filename_component(name "${source}" NAME_WE)
     set(cubin "${cubin_dir}/${name}.cubin")
     set(includes "-I${CMAKE_CURRENT_SOURCE_DIR}/csrc")
+    set(version "nvcc ${FLASHMOE_NVCC_VERSION}")
     if(name MATCHES "_nvshmem_")
       # Not ours, so its warnings are not either.
       list(APPEND includes "-isystem=${nvshmem_include}")
+      string(APPEND version " NVSHMEM ${FLASHMOE_NVSHMEM_VERSION}")
     endif()
     add_custom_command(
       OUTPUT "${cubin}"
       COMMAND
-        "${CMAKE_COMMAND}" "-DNVCC=${nvcc}" "-DSOURCE=${source}" "-DCUBIN=${cubin}"
+        "${CMAKE_COMMAND}" "-DNVCC=${nvcc}" "-DVERSION=${version}" "-DSOURCE=${source}" "-DCUBIN=${cubin}"
         "-DINCLUDES=${includes}" "-DFLAGS=$<$<BOOL:${FLASHMOE_LINEINFO}>:-lineinfo>"
         -P "${CMAKE_CURRENT_SOURCE_DIR}/cmake/compile_cubin.cmake"
       DEPENDS "${source}" "${CMAKE_CURRENT_SOURCE_DIR}/cmake/compile_cubin.cmake"

@@ -71,11 +71,12 @@ def run(request: Request, progress: Progress, say: Say) -> Result:
             "on CPUs: --world host --processes --ranks N",
             exit_code=5,
         )
+    gpus = -(-request.ranks // request.ranks_per_gpu)
     transport, why_transport = choose_transport(
-        request.transport, world, no_pointers=request.no_pointers
+        request.transport, world, no_pointers=request.no_pointers, gpus=gpus
     )
     if world != "host":
-        require_gpus(-(-request.ranks // request.ranks_per_gpu))
+        require_gpus(gpus)
     launch = Launch(request, transport, progress, say)
     try:
         outcome = launch.outcome()

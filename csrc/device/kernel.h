@@ -391,3 +391,10 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
 }
 
 }  // namespace flashmoe
+
+// An entry point of a cubin.
+#define FLASHMOE_KERNEL(name, type, gated, traced)                    \
+  extern "C" __global__ void __launch_bounds__(flashmoe::kThreads, 1) \
+      name(const __grid_constant__ flashmoe::LaunchArgs args) {       \
+    flashmoe::moe_forward<type, gated, traced>(args);                 \
+  }
