@@ -11,6 +11,7 @@ from flashmoe.gpu import ask, handle_of, nvml_session, visible_handles
 from flashmoe.nvlink import Reach, links, p2p_matrix
 from flashmoe_cli.checks import Check
 
+
 def p2p() -> Check | None:
     """The matrix of who reaches whom; None with fewer than two GPUs."""
     matrix = p2p_matrix()
@@ -137,12 +138,15 @@ def nvshmem() -> Check | None:
     library, bindings = installed(LIBRARY), installed(BINDINGS)
     have = f" ({LIBRARY} {library} is installed)" if library else ""
     if "nvshmem" not in info.flavours:
-        return Check("NVSHMEM", "ok",
-                     f"this build holds no cubin for it{have}; GPUs of one node need none")  # fmt: skip
+        return Check(
+            "NVSHMEM", "ok", f"this build holds no cubin for it{have}; GPUs of one node need none"
+        )
     refused = refusal(info)
     if refused is None:
-        return Check("NVSHMEM", "ok",
-                     f"{library}, bindings {bindings}; the cubins are compiled with {info.nvshmem}")  # fmt: skip
+        return Check(
+            "NVSHMEM", "ok",
+            f"{library}, bindings {bindings}; the cubins are compiled with {info.nvshmem}",
+        )  # fmt: skip
     if library is None or bindings is None:
         return Check(
             "NVSHMEM", "warn",

@@ -213,7 +213,7 @@ class NvshmemMemory:
             bindings.free(own)
 
     def close(self) -> None:
-        """``free`` and NVSHMEM's end where all ranks come; else both are left to the process's end."""
+        """``free`` and NVSHMEM's end where all ranks come; else the process's end does both."""
         if self._own == 0:
             return
         with contextlib.suppress(FlashmoeError, RuntimeError):  # the latter of a broken context

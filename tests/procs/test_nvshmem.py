@@ -44,7 +44,7 @@ BUILD = BuildInfo(
 )
 
 
-# -- whether it can be had ---------------------------------------------------------------------------
+# -- whether it can be had -----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -102,9 +102,7 @@ def test_a_build_without_its_kernel_says_why(packages: dict[str, str]) -> None:
     assert "no nvidia-nvshmem-cu13 in the build" in refused.message
 
 
-def test_which_transport_and_why(
-    packages: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_which_transport_and_why(packages: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = {(0, 1): True, (1, 0): True}
 
     def matrix() -> list[list[Reach | None]]:
@@ -135,7 +133,7 @@ def test_only_bf16_is_compiled(packages: dict[str, str]) -> None:
     assert caught.value.exit_code == 2
 
 
-# -- environment -------------------------------------------------------------------------------------
+# -- environment ---------------------------------------------------------------------------------
 
 
 def test_one_node_takes_no_network_and_no_multicast(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +161,7 @@ def test_the_network_is_the_users_to_choose(monkeypatch: pytest.MonkeyPatch) -> 
     assert "NVSHMEM_REMOTE_TRANSPORT" not in nvshmem.environment(1, False, 1)
 
 
-# -- its collective calls ----------------------------------------------------------------------------
+# -- its collective calls ------------------------------------------------------------------------
 
 
 class Library:
@@ -321,7 +319,7 @@ def test_who_is_beyond_pointers_has_no_address(on_each: Any) -> None:
     own, near = 1 << 40, [(1 << 40) + (pe + 1 << 20) for pe in range(3)]
     _, out = on_each(3, act)
     assert out[1] == ([near[0], own, near[2]], 0)
-    library, out = on_each(3, act, prepare=lambda made: made.out_of_reach.add(2))
+    _, out = on_each(3, act, prepare=lambda made: made.out_of_reach.add(2))
     # What has been put must have arrived before a signal may be cleared.
     assert [out[0], out[2]] == [([own, near[1], 0], 1), ([near[0], near[1], own], 0)]
     _, out = on_each(3, act, no_pointers=True)
