@@ -1,32 +1,58 @@
 # One cubin and, beside it, the report of ptxas (registers, spills, shared memory) as CUBIN.ptxas.txt.
 # Run as `cmake -DNVCC= -DVERSION= -DSOURCE= -DCUBIN= -DINCLUDES= -DFLAGS= -P`; a script, since the report
 # must be kept and the compiler's words still be seen where it fails.  Where FLASHMOE_CUBIN_CACHE names a
-# folder, what was compiled before of the same sources by the same compiler comes from there.
-set(options -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -cubin -Xptxas -v ${FLAGS})
+# folder, what was compiled before of the same text by the same compiler comes from there.
+set(options -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a ${FLAGS})
+
+# Name and content of every file that SOURCE is compiled from, headers of CUDA and NVSHMEM too.
+function(flashmoe_text_of source out)
+  execute_process(
+    COMMAND "${NVCC}" ${options} ${INCLUDES} -M -MT "${CUBIN}" -MF "${CUBIN}.d" "${source}"
+    OUTPUT_VARIABLE said
+    ERROR_VARIABLE said
+    RESULT_VARIABLE failed)
+  if(failed)
+    message(FATAL_ERROR "nvcc failed on ${source}:\n${said}")
+  endif()
+  file(READ "${CUBIN}.d" files)
+  string(REGEX REPLACE "^[^\n]* : " "" files "${files}")
+  string(REGEX REPLACE "\\\\\n" " " files "${files}")
+  string(REGEX MATCHALL "([^ \n\\]|\\\\.)+" files "${files}")
+  if(NOT files)
+    message(FATAL_ERROR "nvcc names no file that ${source} is compiled from")
+  endif()
+  set(text "")
+  foreach(file IN LISTS files)
+    string(REGEX REPLACE "\\\\(.)" "\\1" file "${file}")
+    cmake_path(GET file FILENAME name)
+    file(SHA256 "${file}" hash)
+    string(APPEND text " ${name} ${hash}")
+  endforeach()
+  set(${out} "${text}" PARENT_SCOPE)
+endfunction()
+
 set(cached "")
 if(NOT "$ENV{FLASHMOE_CUBIN_CACHE}" STREQUAL "")
-  cmake_path(GET SOURCE PARENT_PATH device)
-  file(GLOB headers "${device}/*.h" "${device}/../core/*.h")
-  set(what "${VERSION} ${options}")
-  foreach(file IN LISTS SOURCE headers)
-    file(SHA256 "${file}" hash)
-    string(APPEND what " ${hash}")
-  endforeach()
+  flashmoe_text_of("${SOURCE}" what)
+  file(SHA256 "${CMAKE_CURRENT_LIST_FILE}" script)
+  string(APPEND what " ${VERSION} ${options} ${script}")
+  if(FLAGS MATCHES "-lineinfo")
+    string(APPEND what " ${SOURCE}") # it is in the cubin
+  endif()
   string(SHA256 what "${what}")
   cmake_path(GET CUBIN FILENAME name)
   set(cached "$ENV{FLASHMOE_CUBIN_CACHE}/${what}-${name}")
-  if(EXISTS "${cached}" AND EXISTS "${cached}.ptxas.txt")
-    file(COPY_FILE "${cached}" "${CUBIN}")
+  if(EXISTS "${cached}")
     file(COPY_FILE "${cached}.ptxas.txt" "${CUBIN}.ptxas.txt")
-    list(JOIN headers " " headers)
-    file(WRITE "${CUBIN}.d" "${CUBIN}: ${SOURCE} ${headers}\n")
+    file(COPY_FILE "${cached}" "${CUBIN}")
     message("${name} as it was compiled before")
     return()
   endif()
 endif()
 execute_process(
   COMMAND
-    "${NVCC}" ${options} --split-compile=0 ${INCLUDES} -MD -MF "${CUBIN}.d" -o "${CUBIN}" "${SOURCE}"
+    "${NVCC}" ${options} -cubin -Xptxas -v --split-compile=0 ${INCLUDES} -MD -MF "${CUBIN}.d" -o
+    "${CUBIN}" "${SOURCE}"
   OUTPUT_VARIABLE report
   ERROR_VARIABLE report
   RESULT_VARIABLE failed)
@@ -48,7 +74,11 @@ foreach(warning IN LISTS warnings)
   message("${warning}")
 endforeach()
 if(cached)
+  # The cubin last and at once: what another build finds is whole.
   file(MAKE_DIRECTORY "$ENV{FLASHMOE_CUBIN_CACHE}")
-  file(COPY_FILE "${CUBIN}.ptxas.txt" "${cached}.ptxas.txt")
-  file(COPY_FILE "${CUBIN}" "${cached}")
+  string(RANDOM LENGTH 8 suffix)
+  file(COPY_FILE "${CUBIN}.ptxas.txt" "${cached}.${suffix}")
+  file(RENAME "${cached}.${suffix}" "${cached}.ptxas.txt")
+  file(COPY_FILE "${CUBIN}" "${cached}.${suffix}")
+  file(RENAME "${cached}.${suffix}" "${cached}")
 endif()
