@@ -17,6 +17,8 @@ import importlib.metadata
 import os
 import re
 import time
+from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashmoe.build_info import BuildInfo, build_info
@@ -37,6 +39,7 @@ BINDINGS = "nvshmem4py-cu13"
 EXTRA = "pip install 'flashmoe-prof[nvshmem]'"
 
 _UID_BYTES = 128  # nvshmemx_uniqueid_t
+_SOCKETS = Path("/tmp")
 _QUIET_S = 5.0
 
 
@@ -138,6 +141,9 @@ def environment(nodes: int, pointers: bool, heap_bytes: int) -> dict[str, str]:
         # Multicast stays off, and NCCL out of what takes no part in a launch.
         "NVSHMEM_DISABLE_NVLS": "1",
         "NVSHMEM_DISABLE_NCCL": "1",
+        # The ranks of a GPU run at once by the size of their grids, not by shares of MPS's, whose sum
+        # NVSHMEM would hold against them.
+        "NVSHMEM_IGNORE_CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "1",
         # The kernel holds no code for it (csrc/device/transport.h).
         "NVSHMEM_IB_ENABLE_IBGDA": "0",
         # Heaps grow on demand where the driver maps memory itself; elsewhere this is all there is.
@@ -149,6 +155,16 @@ def environment(nodes: int, pointers: bool, heap_bytes: int) -> dict[str, str]:
         if pointers:
             usual["NVSHMEM_REMOTE_TRANSPORT"] = "none"
     return fixed | {name: os.environ.get(name, value) for name, value in usual.items()}
+
+
+def tidy(pids: Collection[int]) -> None:
+    """Removes what processes that were killed have left of NVSHMEM's.
+
+    They hand each other their heaps by sockets that have names, with both processes' numbers.
+    """
+    for path in _SOCKETS.glob("nvshmem-socket-*-*"):
+        if not {int(n) for n in path.name.split("-")[2:] if n.isdigit()}.isdisjoint(pids):
+            path.unlink(missing_ok=True)
 
 
 class NvshmemMemory:

@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -144,6 +145,7 @@ def test_one_node_takes_no_network_and_no_multicast(monkeypatch: pytest.MonkeyPa
     assert found == {
         "NVSHMEM_DISABLE_NVLS": "1",
         "NVSHMEM_DISABLE_NCCL": "1",
+        "NVSHMEM_IGNORE_CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "1",
         "NVSHMEM_IB_ENABLE_IBGDA": "0",
         "NVSHMEM_SYMMETRIC_SIZE": "6M",
         "NVSHMEM_REMOTE_TRANSPORT": "none",
@@ -159,6 +161,17 @@ def test_the_network_is_the_users_to_choose(monkeypatch: pytest.MonkeyPatch) -> 
     assert found["NVSHMEM_REMOTE_TRANSPORT"] == "libfabric"
     assert "NVSHMEM_REMOTE_TRANSPORT" not in nvshmem.environment(2, True, 1)
     assert "NVSHMEM_REMOTE_TRANSPORT" not in nvshmem.environment(1, False, 1)
+
+
+def test_sockets_of_those_that_were_killed_are_removed_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nvshmem, "_SOCKETS", tmp_path)
+    others = {"nvshmem-socket-13-14", "nvshmem-socket-112-112", "nvshmem-socket-x-y", "12-12"}
+    for name in others | {"nvshmem-socket-12-12", "nvshmem-socket-11-13", "nvshmem-socket-13-11"}:
+        (tmp_path / name).touch()
+    nvshmem.tidy({11, 12})
+    assert {path.name for path in tmp_path.iterdir()} == others
 
 
 # -- its collective calls ------------------------------------------------------------------------
