@@ -1,4 +1,4 @@
-"""FLASHMOE_CUBIN_CACHE: what was compiled before comes from there, and only where it is the same."""
+"""FLASHMOE_CUBIN_CACHE: what was compiled before is taken where it is the same, and only there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).parents[2] / "cmake" / "compile_cubin.cmake"
 CMAKE = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 pytestmark = pytest.mark.skipif(CMAKE is None, reason="no cmake")
 
-# -M: the files that the source includes; else what it holds, as a cubin, and a word in compiled.log.
+# -M: the files that a source includes.  Else their text, as a cubin, and a line in compiled.log.
 NVCC = """#!/bin/sh
 here=$(dirname "$0")
 for last; do :; done
