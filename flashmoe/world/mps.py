@@ -95,9 +95,9 @@ def private_mps(keeper: Keeper) -> Iterator[dict[str, str]]:
             Path(name).mkdir()
         _start(control, daemon)
         try:
-            # Each kernel's grid is its share of the SMs, and no SM holds two of its CTAs.  MPS's own
-            # shares would keep kernels that wait for each other from running at once (measured on an
-            # H100 with 50 % each).
+            # Each kernel's grid is its share of the SMs, and no SM holds two of its CTAs.  MPS's
+            # own shares would keep kernels that wait for each other from running at once (measured
+            # on an H100 with 50 % each).
             yield {**daemon, _SHARE: "100", "PATH": _path_with(control)}
         finally:
             _end(control, daemon)

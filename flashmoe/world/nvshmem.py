@@ -141,8 +141,8 @@ def environment(nodes: int, pointers: bool, heap_bytes: int) -> dict[str, str]:
         # Multicast stays off, and NCCL out of what takes no part in a launch.
         "NVSHMEM_DISABLE_NVLS": "1",
         "NVSHMEM_DISABLE_NCCL": "1",
-        # The ranks of a GPU run at once by the size of their grids, not by shares of MPS's, whose sum
-        # NVSHMEM would hold against them.
+        # The ranks of a GPU run at once by the size of their grids, not by shares of MPS's, whose
+        # sum NVSHMEM would hold against them.
         "NVSHMEM_IGNORE_CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "1",
         # The kernel holds no code for it (csrc/device/transport.h).
         "NVSHMEM_IB_ENABLE_IBGDA": "0",
