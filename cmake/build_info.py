@@ -117,8 +117,10 @@ def main() -> None:
     parser.add_argument("--system", required=True)
     parser.add_argument("--cxx", required=True)
     parser.add_argument("--nvcc", required=True)
+    parser.add_argument("--nvshmem", default="")
     parser.add_argument("--why-no-host-engine", required=True)
     parser.add_argument("--why-no-cubins", required=True)
+    parser.add_argument("--why-no-nvshmem", default="")
     parser.add_argument("cubins", type=Path, nargs="*")
     options = parser.parse_args()
     info = {
@@ -130,9 +132,11 @@ def main() -> None:
         "python": platform.python_version(),
         "cxx": options.cxx.strip() or None,
         "nvcc": options.nvcc or None,
+        "nvshmem": options.nvshmem or None,
         "why_no_host_engine": options.why_no_host_engine or None,
         "cubins": [cubin_entry(path) for path in options.cubins],
         "why_no_cubins": options.why_no_cubins or None,
+        "why_no_nvshmem": options.why_no_nvshmem or None,
     }
     options.output.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
 

@@ -69,6 +69,8 @@ class BuildInfo:
 
     ``commit`` and ``dirty`` are None where the source came without its history.  ``built`` is UTC,
     ISO 8601.  ``why_no_host_engine`` and ``why_no_cubins`` are empty where the build holds them.
+    ``nvshmem`` is the version that the flavour of that name is compiled with; None where it is left
+    out, and then ``why_no_nvshmem`` says why, should there be other cubins.
     """
 
     version: str
@@ -82,6 +84,8 @@ class BuildInfo:
     why_no_host_engine: str
     cubins: tuple[Cubin, ...]
     why_no_cubins: str
+    nvshmem: str | None = None
+    why_no_nvshmem: str = ""
 
     @property
     def flavours(self) -> tuple[str, ...]:
@@ -99,6 +103,10 @@ class BuildInfo:
         """The build in words, a line a subject: what ``--version -v`` and ``doctor`` print."""
         cubins = ", ".join(f"{c.kernel} {c.flavour} {c.arch}" for c in self.cubins)
         compilers = [self.cxx or "no C++ compiler", f"nvcc {self.nvcc}" if self.nvcc else "no nvcc"]
+        if self.nvshmem:
+            compilers.append(f"NVSHMEM {self.nvshmem}")
+        if self.cubins and self.why_no_nvshmem:
+            cubins += f"; none of the flavour nvshmem: {self.why_no_nvshmem}"
         return [
             f"flashmoe {self.version}, commit {self.revision}, built {self.built or 'never'}",
             f"host engine: {self.why_no_host_engine or 'yes'}",
@@ -127,6 +135,8 @@ def parse(text: str) -> BuildInfo:
                 for entry in raw["cubins"]
             ),
             why_no_cubins=raw["why_no_cubins"] or "",
+            nvshmem=raw["nvshmem"],
+            why_no_nvshmem=raw["why_no_nvshmem"] or "",
         )
     except (ValueError, KeyError, TypeError) as exc:
         raise FlashmoeError(

@@ -45,7 +45,11 @@ def join(request: Request, place: Place, progress: Progress) -> tuple[Result | N
     """
     world, why_world = choose_world(request.world, request.device)
     transport, why_transport = choose_transport(
-        request.transport, world, no_pointers=request.no_pointers, nodes=place.nodes
+        request.transport,
+        world,
+        no_pointers=request.no_pointers,
+        nodes=place.nodes,
+        gpus=place.local_world,
     )
     strike(request, place.rank, "start")
     job = rendezvous(place)

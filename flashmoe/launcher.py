@@ -40,6 +40,7 @@ from flashmoe.session import (
     choose_world,
     refuse_existing,
 )
+from flashmoe.world import nvshmem
 from flashmoe.world.board import Board
 from flashmoe.world.processes import choose_transport, surroundings
 from flashmoe.world.rendezvous import Place
@@ -71,11 +72,12 @@ def run(request: Request, progress: Progress, say: Say) -> Result:
             "on CPUs: --world host --processes --ranks N",
             exit_code=5,
         )
+    gpus = -(-request.ranks // request.ranks_per_gpu)
     transport, why_transport = choose_transport(
-        request.transport, world, no_pointers=request.no_pointers
+        request.transport, world, no_pointers=request.no_pointers, gpus=gpus
     )
     if world != "host":
-        require_gpus(-(-request.ranks // request.ranks_per_gpu))
+        require_gpus(gpus)
     launch = Launch(request, transport, progress, say)
     try:
         outcome = launch.outcome()
@@ -200,6 +202,7 @@ class Launch:
 
     def __init__(self, request: Request, transport: str, progress: Progress, say: Say) -> None:
         self.request, self.progress, self.say = request, progress, say
+        self.transport = transport
         self.deadline_s = request.deadline_s or DEADLINE_S
         self.keeper = Keeper()
         self.board = Board.make(request.ranks)
@@ -214,7 +217,7 @@ class Launch:
         self._around = contextlib.ExitStack()
         try:
             extra = self._around.enter_context(surroundings(transport, request, self.keeper))
-            self._start(transport, extra)
+            self._start(extra)
         except BaseException:
             self.close()
             raise
@@ -232,7 +235,7 @@ class Launch:
             path = request.save_output.absolute()
             self.keeper.order(remove=str(path.with_name(f".{path.name}.{pid}")))
 
-    def _start(self, transport: str, extra: dict[str, str]) -> None:
+    def _start(self, extra: dict[str, str]) -> None:
         request = self.request
         listener = socket.create_server((LOCALHOST, 0), backlog=256)
         env = child_environment(request.ranks) | extra
@@ -241,7 +244,7 @@ class Launch:
         self.progress(f"starting {request.ranks} processes", 0, 0)
         for rank in range(request.ranks):
             place = Place(rank, request.ranks, rank, request.ranks, 1, "flashmoe", LOCALHOST, port)
-            task = Task(request, place, self.board.fd, -1, transport, os.getpid())
+            task = Task(request, place, self.board.fd, -1, self.transport, os.getpid())
             child = Child(rank, task, folder, env)
             self.children.append(child)
             self.keeper.order(watch=child.process.pid)
@@ -429,6 +432,8 @@ class Launch:
             child.code = child.process.wait()
         for child in self.children:
             child.close()
+        if self.transport == "nvshmem":
+            nvshmem.tidy({child.process.pid for child in self.children})
         self._selector.close()
         self._store = None
         self._around.close()

@@ -166,3 +166,15 @@ def p2p_matrix() -> list[list[Reach | None]] | None:
             ]
     except RuntimeError:
         return None
+
+
+def unreached(gpus: int | None = None) -> tuple[int, int] | None:
+    """Two of the first ``gpus`` GPUs (None: of all) of which one reaches the other by no pointer.
+
+    None where all reach each other, as far as NVML tells.
+    """
+    for i, row in enumerate((p2p_matrix() or [])[:gpus]):
+        for j, reach in enumerate(row[:gpus]):
+            if reach is not None and not reach.pointer:
+                return i, j
+    return None

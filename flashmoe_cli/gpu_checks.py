@@ -3,7 +3,6 @@ together: P2P, NVLink, MPS, MIG, NVSHMEM, and whether a launch can be resident a
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,6 @@ from typing import Any
 from flashmoe.gpu import ask, handle_of, nvml_session, visible_handles
 from flashmoe.nvlink import Reach, links, p2p_matrix
 from flashmoe_cli.checks import Check
-
-#: Of the NVSHMEM that the cubins' flavour ``nvshmem`` is linked with: a host library as old as it
-#: or newer runs them, an older one does not load them.
-NVSHMEM_BUILT = (3, 4, 5)
 
 
 def p2p() -> Check | None:
@@ -135,39 +130,31 @@ def _ask_device(device: int, question: str) -> Any:
 def nvshmem() -> Check | None:
     """NVSHMEM's version against the cubins'; None on a machine without a GPU."""
     from flashmoe.build_info import build_info
+    from flashmoe.world.nvshmem import BINDINGS, EXTRA, LIBRARY, installed, refusal
 
     if not _gpus():
         return None
-    built = "nvshmem" in build_info().flavours
-    version = next(
-        (v for v in map(_version, ("nvidia-nvshmem-cu13", "nvidia-nvshmem-cu12")) if v), None
-    )
-    if not built:
-        found = "this build holds no cubin for it"
-        if version is not None:
-            found += f" (nvidia-nvshmem {version} is installed)"
-        return Check("NVSHMEM", "ok", f"{found}; GPUs of one node need none")
-    linked = ".".join(map(str, NVSHMEM_BUILT))
-    if version is None:
+    info = build_info()
+    library, bindings = installed(LIBRARY), installed(BINDINGS)
+    have = f" ({LIBRARY} {library} is installed)" if library else ""
+    if "nvshmem" not in info.flavours:
         return Check(
-            "NVSHMEM", "warn", f"not installed; the cubins are linked with {linked}",
-            "for several nodes: pip install 'flashmoe-prof[nvshmem]'",
-        )  # fmt: skip
-    numbers = tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
-    found = f"{version}, and the cubins are linked with {linked}"
-    if numbers < NVSHMEM_BUILT:
+            "NVSHMEM", "ok", f"this build holds no cubin for it{have}; GPUs of one node need none"
+        )
+    refused = refusal(info)
+    if refused is None:
         return Check(
-            "NVSHMEM", "fail", f"{found}: an older library does not load them",
-            f"pip install 'nvidia-nvshmem-cu13>={linked}'",
+            "NVSHMEM", "ok",
+            f"{library}, bindings {bindings}; the cubins are compiled with {info.nvshmem}",
         )  # fmt: skip
-    return Check("NVSHMEM", "ok", found)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    if library is None or bindings is None:
+        return Check(
+            "NVSHMEM", "warn",
+            f"not all there ({LIBRARY}: {library or 'no'}, {BINDINGS}: {bindings or 'no'}); the "
+            f"cubins are compiled with {info.nvshmem}",
+            f"for several nodes, or GPUs without P2P: {EXTRA}",
+        )  # fmt: skip
+    return Check("NVSHMEM", "fail", refused.message, refused.hint)
 
 
 def _gpus() -> int:

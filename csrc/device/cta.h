@@ -109,8 +109,18 @@ struct TokenBatch {
   uint32_t tokens;
 };
 
+// Row tiles whose results the scheduler has yet to put: those that end in one turn of its loop, in which it
+// hands over two tasks at most.
+template <bool kPut>
+struct PendingResults {};
+template <>
+struct PendingResults<true> {
+  uint32_t pending[kTasks + 2];  // indices of tiles
+  uint32_t pending_tiles;
+};
+
 template <bool kTraced>
-struct Shared {
+struct Shared : PendingResults<kPuts> {
   uint64_t full[kStages];
   uint64_t empty[kStages];
   uint64_t task_full[kTasks];

@@ -45,6 +45,7 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
     sh.bad_ids = 0;
     sh.other_left = 0;
     sh.next_token = 0;
+    if constexpr (kPuts) sh.pending_tiles = 0;
     for (uint32_t i = 0; i < kStages; ++i) {
       ptx::mbarrier_init(&sh.full[i], fills(place.gathers));
       ptx::mbarrier_init(&sh.empty[i], kMathGroups * 4 * args.pair_size);
@@ -377,6 +378,7 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
         } else {
           follow_schedule(sh, place);
         }
+        if constexpr (kPuts) put_results(sh, place);
       }
     } else {
       char* pieces = stages + kStages * kStageBytes + kEpilogueBytes;
@@ -400,3 +402,10 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
 }
 
 }  // namespace flashmoe
+
+// An entry point of a cubin.
+#define FLASHMOE_KERNEL(name, type, gated, traced)                    \
+  extern "C" __global__ void __launch_bounds__(flashmoe::kThreads, 1) \
+      name(const __grid_constant__ flashmoe::LaunchArgs args) {       \
+    flashmoe::moe_forward<type, gated, traced>(args);                 \
+  }

@@ -5,12 +5,6 @@
 // own), and are launched with local_ranks * chunks blocks of 384 threads, all resident at once.
 #include "device/kernel.h"
 
-#define FLASHMOE_KERNEL(name, type, gated, traced)                    \
-  extern "C" __global__ void __launch_bounds__(flashmoe::kThreads, 1) \
-      name(const __grid_constant__ flashmoe::LaunchArgs args) {       \
-    flashmoe::moe_forward<type, gated, traced>(args);                 \
-  }
-
 FLASHMOE_KERNEL(moe_bf16_gated_untraced, __nv_bfloat16, true, false)
 FLASHMOE_KERNEL(moe_bf16_gated_traced, __nv_bfloat16, true, true)
 FLASHMOE_KERNEL(moe_bf16_plain_untraced, __nv_bfloat16, false, false)

@@ -83,22 +83,28 @@ __device__ inline Status await_arrivals(Ring& ring, const Tile& tile, PairMessag
   return Status::kOk;
 }
 
-// The results of a row tile that came from a source beyond pointers, from the pool's rows over which
-// they lie.  One thread, after a fence.
+// The results of row tiles that are complete, to their sources beyond pointers, from the pool's rows over
+// which they lie.  One thread, which has fenced.
 template <bool kTraced>
-__device__ inline void put_results(const Shared<kTraced>& sh, const Place& place, const Tile& tile,
-                                   uint32_t source) {
+__device__ __forceinline__ void put_results(Shared<kTraced>& sh, const Place& place) {
   const Shape& shape = sh.shape;
   const uint64_t row_bytes = 2ull * shape.hidden;
-  const SourceShare share = share_of(sh.tables, shape, tile, source);
-  const uint32_t first = share.prefix - share.rows;  // of the source's rows for the expert
-  const uint64_t from =
-      tile.pool_row0 + (source_start(sh.tables, shape, source, tile.expert) + first - tile.row0);
-  const uint64_t to = return_row(sh.tables, shape, source, tile.expert, first);
-  transport::put(place.heap.at<char>(sh.layout.ret) + to * row_bytes,
-                 place.heap.at<char>(sh.layout.pool) + from * row_bytes, share.rows * row_bytes,
-                 place.heap.at<uint64_t>(sh.layout.returned) + tile.row_tile_global, place.epoch,
-                 source);
+  for (; sh.pending_tiles != 0; --sh.pending_tiles) {
+    const Tile tile = tile_at(sh.tables, shape, place.rank, sh.pending[sh.pending_tiles - 1]);
+    for (uint32_t source = 0; source < shape.world; ++source) {
+      if (sh.heaps[source].base != nullptr) continue;
+      const SourceShare share = share_of(sh.tables, shape, tile, source);
+      if (share.rows == 0) continue;
+      const uint32_t first = share.prefix - share.rows;  // of the source's rows for the expert
+      const uint64_t from = tile.pool_row0 + (source_start(sh.tables, shape, source, tile.expert) +
+                                              first - tile.row0);
+      const uint64_t to = return_row(sh.tables, shape, source, tile.expert, first);
+      transport::put(place.heap.at<char>(sh.layout.ret) + to * row_bytes,
+                     place.heap.at<char>(sh.layout.pool) + from * row_bytes, share.rows * row_bytes,
+                     place.heap.at<uint64_t>(sh.layout.returned) + tile.row_tile_global,
+                     place.epoch, source);
+    }
+  }
 }
 
 // After a warp has found that the results of `expert`'s row tile are here, a lane a result: what put

@@ -51,7 +51,8 @@ __device__ __forceinline__ void record_tile(Shared<kTraced>& sh, uint32_t slot) 
 }
 
 // Counts a stored tile where others wait for it: a GEMM1 tile towards its row tile's `h`; the GEMM2 tile
-// that is its row tile's last tells each source with rows in it.
+// that is its row tile's last tells each source with rows in it; what is put there waits for the next turn of
+// the scheduler's loop, since nothing that it waits for depends on results.
 template <bool kTraced>
 __device__ __forceinline__ void publish_tile(Shared<kTraced>& sh, const Place& place,
                                              const Tile& tile) {
@@ -72,18 +73,22 @@ __device__ __forceinline__ void publish_tile(Shared<kTraced>& sh, const Place& p
   } else {
     ptx::fence_acq_rel_sys();
   }
+  [[maybe_unused]] bool by_put = false;
   for (uint32_t s = 0; s < shape.world; ++s) {
     const uint32_t from = source_start(sh.tables, shape, s, tile.expert);
     const uint32_t rows = source_rows(sh.tables, shape, s, tile.expert);
     if (rows == 0 || from >= tile.row0 + tile.rows || from + rows <= tile.row0) continue;
     if constexpr (kPuts) {
       if (sh.heaps[s].base == nullptr) {
-        put_results(sh, place, tile, s);
+        by_put = true;
         continue;
       }
     }
     ptx::store_relaxed_sys(
         sh.heaps[s].template at<uint64_t>(sh.layout.returned) + tile.row_tile_global, place.epoch);
+  }
+  if constexpr (kPuts) {
+    if (by_put) sh.pending[sh.pending_tiles++] = tile.index;
   }
 }
 
@@ -302,6 +307,7 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
     return true;
   };
   for (;;) {
+    if constexpr (kPuts) put_results(sh, place);
     ring.make_room();
     // Both on their way while the other CTA is awaited.  The first pairs are dealt, so that no CTA begins
     // by a round trip to the counter.
@@ -347,6 +353,7 @@ __device__ inline void follow_schedule(Shared<kTraced>& sh, const Place& place) 
   TaskRing<kTraced> ring{sh, place, sh.actors[static_cast<int>(Lane::k_sched)]};
   for (;;) {
     const uint32_t slot = ring.handed % kTasks;
+    if constexpr (kPuts) put_results(sh, place);
     ring.make_room();
     ptx::mbarrier_expect(&sh.pair_full[slot], kMessageBytes<kTraced>);
     const uint32_t empty = ptx::shared_address(&sh.pair_empty[slot]) + place.to_other;

@@ -1,10 +1,11 @@
 // Put-with-signal on the GPU: what reaches ranks beyond pointers (core/arrival.h).  In the cubin's
 // flavour `nvshmem` it is NVSHMEM's; the flavour `p2p` has none, and no code for it.
 //
-// NVSHMEM's device functions are compiled into the kernel, in one translation unit.  Linked from its
-// library they would be calls out of the unit, under which ptxas puts the products one after another
-// and ignores setmaxnreg: 14 KB of a thread's registers in memory.  Its proxy carries what no pointer
-// reaches; IBGDA's code needs headers of rdma-core, and is left out.
+// NVSHMEM's device functions are inlined into the kernel.  Linked from its library they would be calls out
+// of the translation unit, under which ptxas puts the products one after another and ignores setmaxnreg:
+// 14 KB of a thread's registers in memory (nvcc 13.0.88).  Nor may they be calls within it, which would not
+// know how few registers setmaxnreg has left the warp.  NVSHMEM's proxy carries what no pointer reaches;
+// IBGDA's code needs headers of rdma-core, and is left out.
 #pragma once
 
 #include <cstdint>

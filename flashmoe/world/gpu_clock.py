@@ -12,9 +12,9 @@ from flashmoe.world.base import ClockInfo
 from flashmoe.world.kernel import Kernel
 
 
-def measure_clock(device: torch.device, flavour: str = "p2p") -> ClockInfo:
+def measure_clock(device: torch.device) -> ClockInfo:
     """The global timer's step, one record's cost and the SM clock, as a kernel measures them."""
-    probe = Kernel(device, "flashmoe_clock_probe", flavour=flavour)
+    probe = Kernel(device, "flashmoe_clock_probe")
     out = torch.zeros(4, dtype=torch.int64, device=device)
     scratch = torch.zeros(256 * 32 + 256, dtype=torch.uint8, device=device)
     slot = torch.zeros(64, dtype=torch.uint8).pin_memory()
@@ -32,8 +32,8 @@ class GpuClock:
     LIMIT_S = 5.0
     _TYPES = (ctypes.c_void_p, ctypes.c_uint64)
 
-    def __init__(self, device: torch.device, flavour: str = "p2p") -> None:
-        self._kernel = Kernel(device, "flashmoe_now", flavour=flavour)
+    def __init__(self, device: torch.device) -> None:
+        self._kernel = Kernel(device, "flashmoe_now")
         self._answer = torch.zeros(2, dtype=torch.int64).pin_memory()  # ns, number of the question
         self._words = self._answer.numpy()
         self._number = 0

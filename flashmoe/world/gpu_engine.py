@@ -521,13 +521,13 @@ class GpuEngine:
     def clock(self) -> ClockInfo:
         """The GPU's global timer: its step, one record's cost and the SM clock, measured once."""
         if self._clock is None:
-            self._clock = measure_clock(self.device, self.flavour)
+            self._clock = measure_clock(self.device)
         return self._clock
 
     def now_ns(self) -> int:
         """The GPU's global timer at some moment of this call, between launches."""
         if self._asked is None:
-            self._asked = GpuClock(self.device, self.flavour)
+            self._asked = GpuClock(self.device)
         return self._asked.now_ns()
 
     # -- end ------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import ctypes
 from typing import TYPE_CHECKING, Any
 
 from flashmoe.errors import FlashmoeError
+from flashmoe.nvlink import unreached
 from flashmoe.world.rendezvous import JobFailed
 
 if TYPE_CHECKING:
@@ -44,6 +45,16 @@ def pe_engine(
     return GpuPeEngine(config, weights, tokens, options, peers, memory, "ipc")
 
 
+def refusal(no_pointers: bool, nodes: int, gpus: int) -> FlashmoeError | None:
+    """Why this transport does not serve; None where it does, as far as can be told beforehand."""
+    if no_pointers:
+        return no_pointers_error()
+    if nodes > 1:
+        return several_nodes_error(nodes)
+    pair = unreached(gpus) if gpus > 1 else None
+    return None if pair is None else unreached_error(*pair)
+
+
 def no_pointers_error() -> FlashmoeError:
     """``--no-pointers`` with this transport."""
     return FlashmoeError(
@@ -59,6 +70,14 @@ def several_nodes_error(nodes: int) -> FlashmoeError:
         f"the ipc transport joins the GPUs of one node, and the ranks are on {nodes}",
         "use --transport nvshmem",
         exit_code=2,
+    )
+
+
+def unreached_error(one: int, other: int) -> FlashmoeError:
+    """GPUs of this node that P2P does not join."""
+    return FlashmoeError(
+        f"GPU {one} does not reach GPU {other} by pointers, which the ipc transport needs",
+        "flashmoe doctor shows who reaches whom (P2P); --transport nvshmem goes by the network",
     )
 
 

@@ -107,7 +107,8 @@ def launch_shape(
 
 
 @functools.cache
-def _code(device: int, flavour: str) -> Any:
+def code(device: int, flavour: str) -> Any:
+    """The cubin of this flavour that fits GPU ``device``, loaded once: cuda.core's ObjectCode."""
     return kernels.load(device, flavour)
 
 
@@ -120,14 +121,13 @@ class Kernel:
     def __init__(
         self, device: torch.device, name: str, shared_bytes: int = 0, flavour: str = "p2p"
     ) -> None:
-        code = _code(device.index, flavour)
         from cuda.bindings import driver
 
         self.device = device
         self.shared_bytes = shared_bytes
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # makes torch's context the current one
-            kernel = code.get_kernel(name)
+            kernel = code(device.index, flavour).get_kernel(name)
             self.function = check(driver.cuKernelGetFunction(kernel.handle), "finding the kernel")
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             check(

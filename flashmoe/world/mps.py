@@ -95,14 +95,21 @@ def private_mps(keeper: Keeper) -> Iterator[dict[str, str]]:
             Path(name).mkdir()
         _start(control, daemon)
         try:
-            # Each kernel's grid is its share of the SMs, and no SM holds two of its CTAs.  MPS's own
-            # shares would keep kernels that wait for each other from running at once (measured on an
-            # H100 with 50 % each).
-            yield {**daemon, _SHARE: "100"}
+            # Each kernel's grid is its share of the SMs, and no SM holds two of its CTAs.  MPS's
+            # own shares would keep kernels that wait for each other from running at once (measured
+            # on an H100 with 50 % each).
+            yield {**daemon, _SHARE: "100", "PATH": _path_with(control)}
         finally:
             _end(control, daemon)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _path_with(control: Path) -> str:
+    """PATH for the clients, of whom NVSHMEM asks the control program by its name."""
+    path = os.environ.get("PATH", os.defpath)
+    found = shutil.which(control.name, path=path)
+    return path if found else f"{path}{os.pathsep}{control.parent}"
 
 
 def _start(control: Path, daemon: dict[str, str]) -> None:

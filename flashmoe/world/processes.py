@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
-from flashmoe.errors import EXIT_NO_GPU, FlashmoeError
+from flashmoe.errors import FlashmoeError
 from flashmoe.world.base import Engine
 from flashmoe.world.mps import private_mps
 
@@ -70,12 +69,13 @@ class PeEngine(Engine, Protocol):
 
 
 def choose_transport(
-    asked: str, world: str, *, no_pointers: bool = False, nodes: int = 1
+    asked: str, world: str, *, no_pointers: bool = False, nodes: int = 1, gpus: int = 1
 ) -> tuple[str, str]:
     """The transport for a world of processes, and why that one.
 
-    ``asked``: auto, ipc or nvshmem.  Raises FlashmoeError where it does not go with ``world``, with
-    ``no_pointers`` or with so many ``nodes``, or this installation lacks it.
+    ``asked``: auto, ipc or nvshmem.  ``gpus``: how many of this node's take part.  Raises
+    FlashmoeError where it does not go with ``world``, with ``no_pointers``, with so many ``nodes``
+    or with how these GPUs are joined, or this installation lacks it.
     """
     if world == "host":
         if asked != "auto":
@@ -87,7 +87,7 @@ def choose_transport(
         return "host", "the host engine's ranks share memory"
     refusals: list[FlashmoeError] = []
     for name in ("ipc", "nvshmem") if asked == "auto" else (asked,):
-        refused = _refusal(name, no_pointers, nodes)
+        refused = _refusal(name, no_pointers, nodes, gpus)
         if refused is None:
             if asked != "auto":
                 return name, "asked for"
@@ -96,22 +96,11 @@ def choose_transport(
     raise refusals[-1]
 
 
-def _refusal(name: str, no_pointers: bool, nodes: int) -> FlashmoeError | None:
+def _refusal(name: str, no_pointers: bool, nodes: int, gpus: int) -> FlashmoeError | None:
     """Why a transport cannot be had here."""
-    if name == "ipc":
-        from flashmoe.world import ipc
+    from flashmoe.world import ipc, nvshmem
 
-        if no_pointers:
-            return ipc.no_pointers_error()
-        return ipc.several_nodes_error(nodes) if nodes > 1 else None
-    if importlib.util.find_spec(MODULES[name]) is None:
-        return FlashmoeError(
-            f"this version has no {name} transport",
-            "several GPUs of one node: --transport ipc; processes of the host engine: --world host "
-            "--processes",
-            exit_code=EXIT_NO_GPU,
-        )
-    return None
+    return nvshmem.refusal() if name == "nvshmem" else ipc.refusal(no_pointers, nodes, gpus)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from flashmoe import nvlink
+from flashmoe.world import nvshmem
 from flashmoe_cli import gpu_checks
 
 
@@ -148,22 +149,28 @@ def test_mig(nvml: FakeNvml) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flavours", "installed", "state"),
+    ("flavours", "library", "bindings", "state"),
     [
-        ((), None, "ok"),
-        (("nvshmem", "p2p"), None, "warn"),
-        (("nvshmem", "p2p"), "3.4.5", "ok"),
-        (("nvshmem", "p2p"), "3.8.1", "ok"),
-        (("nvshmem", "p2p"), "3.3.9", "fail"),
+        ((), None, None, "ok"),
+        (("nvshmem", "p2p"), None, None, "warn"),
+        (("nvshmem", "p2p"), "3.4.5", None, "warn"),
+        (("nvshmem", "p2p"), "3.4.5", "0.3.1", "ok"),
+        (("nvshmem", "p2p"), "3.8.1", "0.4.1", "ok"),
+        (("nvshmem", "p2p"), "3.3.9", "0.3.1", "fail"),
     ],
 )
 def test_nvshmem(
-    nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch, flavours: Any, installed: Any, state: str
+    nvml: FakeNvml,
+    monkeypatch: pytest.MonkeyPatch,
+    flavours: Any,
+    library: Any,
+    bindings: Any,
+    state: str,
 ) -> None:
-    monkeypatch.setattr(
-        "flashmoe.build_info.build_info", lambda: SimpleNamespace(flavours=flavours)
-    )
-    monkeypatch.setattr(gpu_checks, "_version", lambda package: installed)
+    info = SimpleNamespace(flavours=flavours, nvshmem="3.4.5")
+    monkeypatch.setattr("flashmoe.build_info.build_info", lambda: info)
+    versions = {nvshmem.LIBRARY: library, nvshmem.BINDINGS: bindings}
+    monkeypatch.setattr(nvshmem, "installed", versions.get)
     check = gpu_checks.nvshmem()
     assert check is not None and check.state == state
     assert (check.state == "ok") != bool(check.remedy)

@@ -10,11 +10,33 @@ import torch
 
 from flashmoe.config import MoEConfig
 from flashmoe.presets import PRESETS
+from flashmoe.world import nvshmem
 
 from ..procs.harness import Done, Job
 from .layers import deal, engine_for, forward, inputs
 
-TRANSPORTS = ("ipc",)
+WAYS = {
+    "ipc": ("--transport", "ipc"),
+    "nvshmem": ("--transport", "nvshmem"),
+    "put-with-signal": ("--transport", "nvshmem", "--no-pointers"),
+}
+"""How ranks reach each other: by pointers of CUDA IPC's or NVSHMEM's, or by its put-with-signal."""
+
+
+def _why_no_nvshmem() -> str:
+    refused = nvshmem.refusal()
+    return "" if refused is None else refused.message
+
+
+needs_nvshmem = pytest.mark.skipif(bool(_why_no_nvshmem()), reason=_why_no_nvshmem() or "-")
+
+
+def ways(*names: str) -> pytest.MarkDecorator:
+    """The test's parameter ``way``: these of ``WAYS``, or all."""
+    return pytest.mark.parametrize("way", [
+        pytest.param(name, marks=() if name == "ipc" else needs_nvshmem) for name in names or WAYS
+    ])  # fmt: skip
+
 
 SEED = 0
 
@@ -44,9 +66,12 @@ def finish(job: Job, code: int = 0, timeout: float = 150) -> Done:
     return done
 
 
-def mps_folders() -> set[str]:
-    """Folders of private MPS daemons that are there now."""
-    return {path.name for path in Path(tempfile.gettempdir()).glob("flashmoe-mps-*")}
+def leavings() -> set[str]:
+    """What private MPS daemons and NVSHMEM have in the file system now."""
+    found = list(Path(tempfile.gettempdir()).glob("flashmoe-mps-*"))
+    found += Path("/tmp").glob("nvshmem-socket-*")
+    found += [*Path("/dev/shm").glob("*nvshmem*"), *Path("/dev/shm").glob("mps_shm_*")]
+    return {str(path) for path in found}
 
 
 def global_batch(folder: Path, preset: str, tokens: int) -> tuple[Path, torch.Tensor]:

@@ -68,7 +68,8 @@ def test_a_cut_that_was_tuned_is_what_later_runs_use(
     tuning.put({**tuning.key_of(TINY.config, ARCH), **cut, "measured": {}})
     out = tmp_path / "a.fmoe"
     config = PRESETS["tiny"].config
-    result = run(Request("tiny", "tiny", config, (200, 200), 2, "local", traced=True, out=out), quiet)
+    request = Request("tiny", "tiny", config, (200, 200), 2, "local", traced=True, out=out)
+    result = run(request, quiet)
     assert result.exit_code == 0
     meta = json.loads((out / "run.json").read_text())["world"]["tiling"]
     assert (meta["tile_rows"], meta["waves"], len(meta["tuned"])) == (32, 2, 64)

@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 import torch
 
+from flashmoe.build_info import build_info
 from flashmoe.presets import PRESETS
 from flashmoe.trace import schema
 from flashmoe.trace.rundir import open_run
+from flashmoe.world import nvshmem
 from flashmoe.world.base import EngineOptions
 from flashmoe.world.board import Board
 from flashmoe.world.peers import Peers
+from flashmoe.world.processes import builder
 from flashmoe.world.rendezvous import Job as Store
 from flashmoe.world.rendezvous import Place
 
@@ -25,16 +28,18 @@ from ..procs.harness import until
 from ..procs.payload import implied, traced
 from .layers import SMALL, inputs
 from .pes import (
-    TRANSPORTS,
+    WAYS,
     apart,
     bits_in,
     bits_of,
     finish,
     global_batch,
+    leavings,
     local_bits,
-    mps_folders,
+    needs_nvshmem,
     shared,
     start,
+    ways,
 )
 
 pytestmark = pytest.mark.slow
@@ -46,10 +51,10 @@ STUCK = ("--fault", "lost-signal:0:7")
 
 
 @pytest.fixture(autouse=True)
-def _no_mps_is_left() -> Any:
-    before = mps_folders()
+def _nothing_is_left() -> Any:
+    before = leavings()
     yield
-    assert mps_folders() <= before
+    assert leavings() <= before
 
 
 @pytest.fixture(scope="module")
@@ -68,40 +73,41 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def run_batch(
-    folder: Path, expected: Any, preset: str, transport: str, where: tuple[str, ...], *more: str
+    folder: Path, expected: Any, preset: str, way: str, where: tuple[str, ...], *more: str
 ) -> None:
     """The global batch by processes has the bits of the local world and of one rank."""
     tokens, bits = expected(preset)
     assert len(set(bits.values())) == 1
-    args = ("run", preset, *where, "--transport", transport, "--tokens", str(tokens), "-n", "2")
+    args = ("run", preset, *where, *WAYS[way], "--tokens", str(tokens), "-n", "2")
     saved = ("--save-output", "out.safetensors", "--json")
     done = finish(start(folder, *args, *saved, *more))
     assert bits_in(folder / "out.safetensors") == bits[1]
-    assert done.said["world"] == done.said["processes"]["transport"] == transport
+    assert done.said["world"] == done.said["processes"]["transport"] == WAYS[way][1]
+    assert done.said["processes"]["pointers"] == (way != "put-with-signal")
     assert done.said["topology"] == ("shared-gpu" if "--ranks-per-gpu" in where else "several-gpus")
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@ways()
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("preset", TOKENS)
 def test_bits_are_those_of_the_local_world_and_of_one_rank(
-    tmp_path: Path, expected: Any, preset: str, ranks: int, transport: str
+    tmp_path: Path, expected: Any, preset: str, ranks: int, way: str
 ) -> None:
     check = () if preset == "qwen3-30b" else ("--no-check",)
-    run_batch(tmp_path, expected, preset, transport, shared(ranks), *check)
+    run_batch(tmp_path, expected, preset, way, shared(ranks), *check)
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@ways()
 @pytest.mark.parametrize("preset", TOKENS)
 def test_bits_are_the_same_over_two_gpus(
-    tmp_path: Path, expected: Any, preset: str, transport: str
+    tmp_path: Path, expected: Any, preset: str, way: str
 ) -> None:
-    run_batch(tmp_path, expected, preset, transport, apart(2))
+    run_batch(tmp_path, expected, preset, way, apart(2))
 
 
-def count_payload(folder: Path, where: tuple[str, ...], tokens: str, transport: str) -> Any:
+def count_payload(folder: Path, where: tuple[str, ...], tokens: str, way: str) -> Any:
     """A traced run whose events count, to the byte, what the ids imply; gives it."""
-    args = ("trace", "qwen3-30b", *where, "--transport", transport, "-T", tokens, "-n", "2")
+    args = ("trace", "qwen3-30b", *where, *WAYS[way], "-T", tokens, "-n", "2")
     saved = ("-o", "run.fmoe", "--save-output", "out.safetensors", "--json")
     done = finish(start(folder, *args, *saved))
     assert done.said["check"]["ok"]
@@ -114,10 +120,10 @@ def count_payload(folder: Path, where: tuple[str, ...], tokens: str, transport: 
     return run
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@ways()
 @pytest.mark.parametrize("tokens", ["150,0", "40,90,1,70"])
-def test_payload_is_what_the_ids_imply(tmp_path: Path, tokens: str, transport: str) -> None:
-    run = count_payload(tmp_path, shared(tokens.count(",") + 1), tokens, transport)
+def test_payload_is_what_the_ids_imply(tmp_path: Path, tokens: str, way: str) -> None:
+    run = count_payload(tmp_path, shared(tokens.count(",") + 1), tokens, way)
     assert run.meta["world"]["topology"] == "shared-gpu"
     gpus = {pe["gpu"] for pe in run.meta["world"]["processes"]["ranks"]}
     assert len(gpus) == 1
@@ -126,33 +132,31 @@ def test_payload_is_what_the_ids_imply(tmp_path: Path, tokens: str, transport: s
         assert how is not None and not how["applied"], how
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-def test_payload_over_two_gpus_is_what_the_ids_imply(tmp_path: Path, transport: str) -> None:
-    run = count_payload(tmp_path, apart(2), "150,90", transport)
+@ways()
+def test_payload_over_two_gpus_is_what_the_ids_imply(tmp_path: Path, way: str) -> None:
+    run = count_payload(tmp_path, apart(2), "150,90", way)
     assert run.meta["world"]["topology"] == "several-gpus"
     assert len({pe["gpu"] for pe in run.meta["world"]["processes"]["ranks"]}) == 2
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-def test_pools_that_overflow_grow_on_all_ranks(
-    tmp_path: Path, expected: Any, transport: str
-) -> None:
+@ways()
+def test_pools_that_overflow_grow_on_all_ranks(tmp_path: Path, expected: Any, way: str) -> None:
     tokens, bits = expected("qwen3-30b")
-    args = ("run", "qwen3-30b", *shared(2), "--transport", transport, "--tokens", str(tokens))
+    args = ("run", "qwen3-30b", *shared(2), *WAYS[way], "--tokens", str(tokens))
     job = start(tmp_path, *args, "--save-output", "out.safetensors", FLASHMOE_TEST_POOL_ROWS="64")
     finish(job)
     assert bits_in(tmp_path / "out.safetensors") == bits[1]
 
 
-def trace_tiny(folder: Path, ranks: int, *more: str, transport: str = "ipc") -> Any:
-    args = ("trace", "tiny", *shared(ranks), "--transport", transport, "-T", "200", "-o", "run.fmoe")
+def trace_tiny(folder: Path, ranks: int, *more: str, way: str = "ipc") -> Any:
+    args = ("trace", "tiny", *shared(ranks), *WAYS[way], "-T", "200", "-o", "run.fmoe")
     return start(folder, *args, *more)
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_pe_killed_inside_the_kernel_is_named(tmp_path: Path, transport: str) -> None:
+@ways()
+def test_a_pe_killed_inside_the_kernel_is_named(tmp_path: Path, way: str) -> None:
     how = ("--fault", "killed:1:kernel:1.0", *STUCK, "--deadline", "2", "--json")
-    done = finish(trace_tiny(tmp_path, 3, *how, transport=transport), 1)
+    done = finish(trace_tiny(tmp_path, 3, *how, way=way), 1)
     hang = done.said["hang"]
     assert (hang["cause"], hang["culprit"]) == ("dead", 1), done
     assert "killed by SIGKILL" in hang["reason"]
@@ -166,10 +170,10 @@ def test_a_pe_killed_inside_the_kernel_is_named(tmp_path: Path, transport: str) 
     assert said[1] == "killed by SIGKILL"
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-def test_survivors_of_a_kill_end_in_time(tmp_path: Path, transport: str) -> None:
+@ways()
+def test_survivors_of_a_kill_end_in_time(tmp_path: Path, way: str) -> None:
     deadline_s = 2.0
-    job = trace_tiny(tmp_path, 4, *STUCK, "--deadline", str(deadline_s), transport=transport)
+    job = trace_tiny(tmp_path, 4, *STUCK, "--deadline", str(deadline_s), way=way)
     job.wait_for("warm-up")
     time.sleep(0.5)
     os.kill(job.pe(2), signal.SIGKILL)
@@ -180,17 +184,18 @@ def test_survivors_of_a_kill_end_in_time(tmp_path: Path, transport: str) -> None
     assert "rank 2 is gone: killed by SIGKILL" in done.out
 
 
+@ways("ipc", "nvshmem")
 @pytest.mark.parametrize("point", ["start", "joined"])
-def test_a_pe_killed_before_any_launch(tmp_path: Path, point: str) -> None:
-    done = finish(trace_tiny(tmp_path, 3, "--fault", f"killed:1:{point}", "--json"), 1)
+def test_a_pe_killed_before_any_launch(tmp_path: Path, point: str, way: str) -> None:
+    done = finish(trace_tiny(tmp_path, 3, "--fault", f"killed:1:{point}", "--json", way=way), 1)
     assert "rank 1 is gone: killed by SIGKILL" in done.said["error"]["message"], done
     assert not (tmp_path / "run.fmoe").exists()
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_pe_that_raises_inside_the_kernel(tmp_path: Path, transport: str) -> None:
+@ways()
+def test_a_pe_that_raises_inside_the_kernel(tmp_path: Path, way: str) -> None:
     how = ("--fault", "raises:1:kernel:1.0", *STUCK, "--deadline", "4", "--json")
-    done = finish(trace_tiny(tmp_path, 3, *how, transport=transport), 1)
+    done = finish(trace_tiny(tmp_path, 3, *how, way=way), 1)
     hang = done.said["hang"]
     assert (hang["cause"], hang["culprit"]) == ("dead", 1), done
     assert "injected at kernel" in hang["reason"]
@@ -199,9 +204,9 @@ def test_a_pe_that_raises_inside_the_kernel(tmp_path: Path, transport: str) -> N
     assert set(run.events["rank"].to_pylist()) >= {0, 2}
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-def test_ctrl_c_ends_kernels_that_wait(tmp_path: Path, transport: str) -> None:
-    job = trace_tiny(tmp_path, 3, *STUCK, "--deadline", "60", transport=transport)
+@ways()
+def test_ctrl_c_ends_kernels_that_wait(tmp_path: Path, way: str) -> None:
+    job = trace_tiny(tmp_path, 3, *STUCK, "--deadline", "60", way=way)
     job.wait_for("warm-up")
     time.sleep(0.5)
     job.process.send_signal(signal.SIGINT)
@@ -222,19 +227,20 @@ def test_ctrl_c_keeps_what_had_run(tmp_path: Path) -> None:
     assert set(run.events["rank"].to_pylist()) == {0, 1, 2}
 
 
-def test_the_launcher_killed_leaves_nothing(tmp_path: Path) -> None:
-    before = mps_folders()
-    job = trace_tiny(tmp_path, 3, *STUCK, "--deadline", "60")
+@ways("ipc", "nvshmem")
+def test_the_launcher_killed_leaves_nothing(tmp_path: Path, way: str) -> None:
+    before = leavings()
+    job = trace_tiny(tmp_path, 3, *STUCK, "--deadline", "60", way=way)
     job.wait_for("warm-up")
     time.sleep(0.5)
     job.process.kill()
     job.process.wait()
     assert job.left(within=5.0) == []
-    until(lambda: mps_folders() <= before, 1.0)
+    until(lambda: leavings() <= before, 1.0)
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_hang_is_explained_as_among_virtual_ranks(tmp_path: Path, transport: str) -> None:
+@ways()
+def test_a_hang_is_explained_as_among_virtual_ranks(tmp_path: Path, way: str) -> None:
     done = finish(trace_tiny(tmp_path, 3, *STUCK, "--deadline", "0.5", "--json"), 124)
     hang = done.said["hang"]
     assert hang["cause"] == "lost-signal", done
@@ -247,17 +253,21 @@ def test_a_rank_that_never_starts_is_named(tmp_path: Path) -> None:
     assert (done.said["hang"]["cause"], done.said["hang"]["culprit"]) == ("never-started", 1), done
 
 
-def test_one_rank_alone_is_an_engine_like_the_local_one() -> None:
+@pytest.mark.parametrize("world", ["ipc", pytest.param("nvshmem", marks=needs_nvshmem)])
+def test_one_rank_alone_is_an_engine_like_the_local_one(
+    world: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In this process, where its heap can be grown and its words read."""
     from torch.distributed import HashStore
 
-    from flashmoe.world.ipc import pe_engine
-
+    for name in nvshmem.environment(1, True, 1).keys() - os.environ.keys():
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)  # so that it is gone again after the test
     weights, x = inputs(SMALL, 300)
     job = Store(Place(0, 1, 0, 1, 1, "flashmoe", "", 0), HashStore())
     options = EngineOptions(ranks=1, traced=True, deadline_s=5.0)
     board = Board.make(1)
-    engine = pe_engine(SMALL, weights, [len(x)], options, Peers(job, board))
+    engine = builder(world)(SMALL, weights, [len(x)], options, Peers(job, board))
     engine.load([x])
     engine.launch()
     due = local_bits(SMALL, x, 1)
@@ -275,3 +285,20 @@ def test_one_rank_alone_is_an_engine_like_the_local_one() -> None:
     engine.close()
     engine.close()
     assert torch.cuda.mem_get_info()[0] > before
+
+
+def test_the_doctor_holds_nvshmem_against_the_kernels(tmp_path: Path) -> None:
+    done = start(tmp_path, "doctor", "--json").end()
+    (said,) = [check for check in done.said["checks"] if check["name"] == "NVSHMEM"]
+    info = build_info()
+    if "nvshmem" not in info.flavours:
+        assert "no cubin for it" in said["found"]
+        return
+    refused = nvshmem.refusal()
+    assert (said["state"] == "ok") == (refused is None), said
+    assert f"compiled with {info.nvshmem}" in said["found"]
+    if refused is None:
+        assert str(nvshmem.installed(nvshmem.LIBRARY)) in said["found"]
+        assert str(nvshmem.installed(nvshmem.BINDINGS)) in said["found"]
+    else:
+        assert said["remedy"]

@@ -77,6 +77,17 @@ def test_daemon_and_directory_are_there_within_and_gone_after(
     assert not pipe.parent.exists()
 
 
+def test_clients_find_the_control_program_by_its_name(
+    control: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with mps.private_mps(Orders()) as environment:  # type: ignore[arg-type]
+        assert environment["PATH"] == os.environ["PATH"]
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setattr(mps, "find_control", lambda: control)
+    with mps.private_mps(Orders()) as environment:  # type: ignore[arg-type]
+        assert environment["PATH"] == f"/usr/bin:/bin:{control.parent}"
+
+
 def test_a_block_that_raises_leaves_nothing(control: Path) -> None:
     with (
         pytest.raises(KeyboardInterrupt),
