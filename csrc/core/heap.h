@@ -38,7 +38,8 @@ struct HeapLayout {
   uint64_t slots;    // [max_tokens][k] u32, index among the chunk's rows for that expert
   uint64_t sorted;   // [max_tokens * k] u32, token * k + j, by expert within each chunk
   uint64_t order;    // [max_tokens] u32, each chunk's tokens, those first whose results come first
-  uint64_t origin;   // [pool_rows] u32, of one rank alone: the token of each row, which is then not copied
+  uint64_t
+      origin;  // [pool_rows] u32, of one rank alone: the token of each row, which is then not copied
   uint64_t histogram;  // [chunks][E] u32, rows of each chunk for each expert
   // [chunks][E] u32, rows of earlier chunks; an expert's column is written by who sends its count,
   // before that, so whoever has the rank's own counts has these too

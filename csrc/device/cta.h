@@ -157,10 +157,7 @@ struct Shared : PendingResults<kPuts> {
 // Whether GEMM1 reads its rows out of x, instead of copies in the pool: where there is one rank, and experts
 // have few rows.  Copies of 16 bytes by threads bring them slower than the tensor cores take those of a
 // high tile, but what is not copied to the pool is not written and not read.
-#ifndef KGATHER
-#define KGATHER 288
-#endif
-inline constexpr uint32_t kGatherRows = KGATHER;  // an expert, on average: two tiles
+inline constexpr uint32_t kGatherRows = 288;  // an expert, on average
 __device__ __forceinline__ bool gathers_rows(const Shape& shape, uint32_t tokens) {
   return shape.world == 1 && tokens * shape.top_k <= kGatherRows * shape.experts;
 }

@@ -54,6 +54,16 @@ struct WeightBox {
   }
 };
 
+// Until the cursor's stage may be filled; adds the cycles that took, should it not have been at once.
+template <bool kTraced>
+__device__ __forceinline__ void await_empty(Shared<kTraced>& sh, const StageCursor& cursor,
+                                            uint32_t& stall) {
+  if (ptx::mbarrier_test(&sh.empty[cursor.stage], cursor.turn ^ 1)) return;
+  [[maybe_unused]] const uint32_t from = kTraced ? ptx::clock32() : 0;
+  ptx::mbarrier_wait(&sh.empty[cursor.stage], cursor.turn ^ 1);
+  if constexpr (kTraced) stall += ptx::clock32() - from;
+}
+
 // The first tile after all GEMM1 tiles of the rank, where rows are gathered; else 0.
 template <bool kTraced>
 __device__ __forceinline__ uint32_t gather_end(const Shared<kTraced>& sh, const Place& place) {
@@ -61,7 +71,8 @@ __device__ __forceinline__ uint32_t gather_end(const Shared<kTraced>& sh, const 
   if (!place.gathers) return 0;
   const uint32_t owned = owned_experts(shape, place.rank), wave = shape.wave_experts;
   const uint32_t before_last = (ceil_div(owned, wave) - 1) * wave;
-  return sh.tables.segments[block_begin(ceil_div(owned, wave) - 1, wave, owned) + owned - before_last];
+  return sh.tables
+      .segments[block_begin(ceil_div(owned, wave) - 1, wave, owned) + owned - before_last];
 }
 
 // The rows of every GEMM1 tile, from x, by a comm warp that shares them with the other one: where there is
@@ -72,8 +83,11 @@ template <bool kTraced>
 __device__ inline void gather_tiles(Shared<kTraced>& sh, const Place& place, uint32_t half,
                                     char* stages) {
   constexpr uint32_t kGroups = kTileRows / 8 / kCommWarps;
-  static_assert(kTileRows % (8 * kCommWarps) == 0, "each warp has the same share of the highest tile");
+  static_assert(kTileRows % (8 * kCommWarps) == 0,
+                "each warp has the same share of the highest tile");
   const uint32_t first = threadIdx.x % 32 / 8, unit = threadIdx.x % 8;
+  GpuActor<kTraced>& actor = sh.actors[static_cast<int>(Lane::k_comm0) + half];
+  const bool leads = threadIdx.x % 32 == 0;
   const uint32_t hidden = sh.shape.hidden;
   const uint32_t* origin = place.heap.at<uint32_t>(sh.layout.origin);
   const uint32_t end = gather_end(sh, place);
@@ -86,8 +100,12 @@ __device__ inline void gather_tiles(Shared<kTraced>& sh, const Place& place, uin
     const Task& task = sh.tasks[slot];
     if (task.tile.gemm == 0 || task.tile.index >= end) return;
     const uint32_t rows = task.tile.gemm == 1 ? task.tile.rows : 0;
-    const uint32_t groups = (ceil_div(rows, 8) + kCommWarps - 1 - half) / kCommWarps;  // this warp's
+    const uint32_t groups =
+        (ceil_div(rows, 8) + kCommWarps - 1 - half) / kCommWarps;  // this warp's
     const uint32_t blocks = task.blocks, turns = task.turns;
+    if (leads && groups != 0) take_up(actor, task, EventKind::k_load);
+    const uint32_t begin_cycles = kTraced ? ptx::clock32() : 0;
+    uint32_t stall = 0;
     uint32_t from[2 * kGroups];  // of the lane's rows in x, in units of 16 bytes
 #pragma unroll
     for (uint32_t i = 0; i < 2 * kGroups; ++i) {
@@ -99,7 +117,7 @@ __device__ inline void gather_tiles(Shared<kTraced>& sh, const Place& place, uin
     }
     for (uint32_t i = 0; i < turns; ++i, cursor.next()) {
       uint64_t* full = &sh.full[cursor.stage];
-      ptx::mbarrier_wait(&sh.empty[cursor.stage], cursor.turn ^ 1);
+      await_empty(sh, cursor, stall);
       if (i < blocks && groups != 0) {
         const uint32_t column = i * kTileK + unit * 8;
         const bool inside = column < hidden;  // beyond it, zeros
@@ -111,13 +129,20 @@ __device__ inline void gather_tiles(Shared<kTraced>& sh, const Place& place, uin
             const uint32_t at = stage + g * kCommWarps * 8 * kRowBytes;
             ptx::copy_async(at, x + from[2 * g] * 16ull, inside ? 16 : 0);
             // Rows 4 to 7 have the swizzle of rows 0 to 3 but for one bit.
-            ptx::copy_async((at ^ 64) + 4 * kRowBytes, x + from[2 * g + 1] * 16ull, inside ? 16 : 0);
+            ptx::copy_async((at ^ 64) + 4 * kRowBytes, x + from[2 * g + 1] * 16ull,
+                            inside ? 16 : 0);
           }
         }
         ptx::copies_join(full);
       }
       __syncwarp();  // all lanes' copies count before the warp's only arrival
-      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(full);
+      if (leads) ptx::mbarrier_arrive(full);
+    }
+    if constexpr (kTraced) {
+      if (leads && groups != 0) {
+        actor.span(EventKind::k_load, kNoPeer, task.tile.expert, task.tile.index,
+                   ptx::clock32() - begin_cycles, stall);
+      }
     }
   }
 }
@@ -162,11 +187,7 @@ __device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char*
         task.tile.rows <= kLowTile && uses == 1 ? ptx::policy_evict_first() : ptx::policy_normal();
     for (uint32_t i = 0; i < turns; ++i, cursor.next()) {
       uint64_t* full = &sh.full[cursor.stage];
-      if (!ptx::mbarrier_test(&sh.empty[cursor.stage], cursor.turn ^ 1)) {
-        const uint32_t from = kTraced ? ptx::clock32() : 0;
-        ptx::mbarrier_wait(&sh.empty[cursor.stage], cursor.turn ^ 1);
-        if constexpr (kTraced) stall += ptx::clock32() - from;
-      }
+      await_empty(sh, cursor, stall);
       if (i >= blocks) {  // the other CTA's tile is deeper
         ptx::mbarrier_arrive_many(full, arrivals);
         continue;

@@ -111,10 +111,9 @@ __device__ __forceinline__ void run_tile(Shared<kTraced>& sh, const Place& place
   const uint32_t warp = threadIdx.x / 32 - kMathWarp;
   char* buffer = stages + kStages * kStageBytes + warp * kEpilogueBytesWarp;
   float sums[2][kN / 2];
-  const uint32_t stall =
-      multiply<T, kN>(sh, ptx::shared_address(stages), cursor, task.blocks,
-                      GroupWeights(kGated && tile.gemm == 1, group),
-                      place.gathers && tile.gemm == 1, release, sums);
+  const uint32_t stall = multiply<T, kN>(sh, ptx::shared_address(stages), cursor, task.blocks,
+                                         GroupWeights(kGated && tile.gemm == 1, group),
+                                         place.gathers && tile.gemm == 1, release, sums);
   pass_turns(sh, cursor, task.turns - task.blocks, release);
   auto stamp_products = [&] {
     if constexpr (kTraced) {
