@@ -48,7 +48,8 @@ WORKS = (("qwen3-30b", 512), ("qwen3-30b", 4096), ("mixtral", 4096))
 def start_once(ranks: int) -> tuple[float, float]:
     """Seconds to all ranks' first launch, and to its end; as the command line's own lines tell."""
     command = [sys.executable, "-P", "-m", "flashmoe_cli", "run", "qwen3-30b", "-T", "64"]
-    command += ["--gpus", "1", "--ranks-per-gpu", str(ranks), "--transport", "ipc", "--no-check", "-n", "1"]
+    where = f"--gpus 1 --ranks-per-gpu {ranks} --transport ipc"
+    command += [*where.split(), "--no-check", "-n", "1"]
     began = time.monotonic()
     seen: dict[str, float] = {}
     said = []
