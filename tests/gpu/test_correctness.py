@@ -132,11 +132,27 @@ def test_bits_do_not_depend_on_ranks_runs_or_sms(traced: bool) -> None:
     config = PRESETS["qwen3-30b"].config
     weights, x = inputs(config, 777)
     seen = set()
-    for ranks, sms in [(1, None), (1, 7), (2, None), (4, 9), (8, None)]:
+    # 4 and 5 CTAs gate more than 128 tokens each, in pairs and alone.
+    for ranks, sms in [(1, None), (1, 7), (1, 4), (1, 5), (2, None), (4, 9), (8, None)]:
         options = EngineOptions(ranks=ranks, sms_per_rank=sms, traced=traced, deadline_s=5.0)
         engine = engine_for(config, weights, deal(x, ranks), options)
         for _ in range(3):
             seen.add(bits(forward(engine)))
+        engine.close()
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("tokens", [1152, 1153])
+def test_rows_read_in_place_and_rows_copied_give_the_same_bits(tokens: int) -> None:
+    """One rank reads rows in place up to 288 an expert, on average; two always copy them."""
+    weights, x = inputs(SMALL, tokens)
+    seen = set()
+    for ranks in (1, 2):
+        engine = engine_for(SMALL, weights, deal(x, ranks))
+        result = forward(engine)
+        seen.add(bits(result))
+        output, routing = hold_to_reference(result, x, weights, SMALL)
+        assert output.ok and routing is not None and routing.ok, (output, routing)
         engine.close()
     assert len(seen) == 1
 
