@@ -70,9 +70,8 @@ __device__ __forceinline__ uint32_t gather_end(const Shared<kTraced>& sh, const 
   const Shape& shape = sh.shape;
   if (!place.gathers) return 0;
   const uint32_t owned = owned_experts(shape, place.rank), wave = shape.wave_experts;
-  const uint32_t before_last = (ceil_div(owned, wave) - 1) * wave;
-  return sh.tables
-      .segments[block_begin(ceil_div(owned, wave) - 1, wave, owned) + owned - before_last];
+  const uint32_t last = ceil_div(owned, wave) - 1;  // wave
+  return sh.tables.segments[block_begin(last, wave, owned) + owned - last * wave];
 }
 
 // The rows of every GEMM1 tile, from x, by a comm warp that shares them with the other one: where there is

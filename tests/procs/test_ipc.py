@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed import HashStore
 
 pytest.importorskip("cuda.bindings.driver")
 
@@ -22,7 +21,9 @@ from cuda.bindings import driver as cuda
 from flashmoe.errors import FlashmoeError
 from flashmoe.world import gpu_pe, ipc
 from flashmoe.world.processes import choose_transport
-from flashmoe.world.rendezvous import Job, JobFailed, Place
+from flashmoe.world.rendezvous import Job, JobFailed
+
+from .ranks import each_rank
 
 
 class Result(int):
@@ -151,24 +152,15 @@ def _fake(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def on_each(ranks: int, act: Callable[[Memory], Any], prepare: Any = None) -> tuple[Gpu, list[Any]]:
     """What ``act`` gives on each rank, all at once; an exception is given like a result."""
-    gpu, store, out = Gpu(), HashStore(), [None] * ranks
+    gpu = Gpu()
 
-    def one(rank: int) -> None:
-        driver = HERE.driver = Driver(gpu, rank)
-        job = Job(Place(rank, ranks, rank, ranks, 1, "test", "", 0), store, timeout_s=20)
+    def one(job: Job) -> Any:
+        driver = HERE.driver = Driver(gpu, job.rank)
         if prepare is not None:
             prepare(driver)
-        try:
-            out[rank] = act(Memory(driver, job))
-        except FlashmoeError as exc:
-            job.fail(f"rank {rank}: {exc.message}")
-            out[rank] = exc
+        return act(Memory(driver, job))
 
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(ranks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    out = each_rank(ranks, one, timeout_s=20)
     assert gpu.wrong == []
     return gpu, out
 

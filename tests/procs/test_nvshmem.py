@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed import HashStore
 
 from flashmoe import nvlink
 from flashmoe.build_info import BuildInfo, Cubin
@@ -24,7 +23,9 @@ from flashmoe.nvlink import Reach
 from flashmoe.world import gpu_pe, kernel, nvshmem
 from flashmoe.world.base import EngineOptions
 from flashmoe.world.processes import choose_transport
-from flashmoe.world.rendezvous import Job, JobFailed, Place
+from flashmoe.world.rendezvous import Job, JobFailed
+
+from .ranks import each_rank
 
 BUILD = BuildInfo(
     version="0.1.0",
@@ -282,25 +283,16 @@ def on_each(
         no_pointers: bool = False,
         prepare: Callable[[Library], None] = lambda library: None,
     ) -> tuple[Library, list[Any]]:
-        library, store, out = Library(ranks), HashStore(), [None] * ranks
+        library = Library(ranks)
         prepare(library)
         for name, module in library.modules().items():
             monkeypatch.setitem(sys.modules, name, module)
 
-        def one(rank: int) -> None:
-            library.here.rank = rank
-            job = Job(Place(rank, ranks, rank, ranks, 1, "test", "", 0), store, timeout_s=10)
-            try:
-                out[rank] = act(Memory(torch.device("cuda", 0), job, no_pointers))
-            except FlashmoeError as exc:
-                job.fail(f"rank {rank}: {exc.message}")
-                out[rank] = exc
+        def one(job: Job) -> Any:
+            library.here.rank = job.rank
+            return act(Memory(torch.device("cuda", 0), job, no_pointers))
 
-        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(ranks)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        out = each_rank(ranks, one, timeout_s=10)
         for name in [n for n in os.environ if n.startswith("NVSHMEM_")]:
             monkeypatch.delenv(name)
         return library, out
