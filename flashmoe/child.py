@@ -114,7 +114,12 @@ def _run(line: Line, task: Task) -> int:
         job = rendezvous(task.place)
         skew_clock(rank)
         board = Board(task.board_fd, task.place.world)
-        pe = run_pe(task.request, job, board, progress, task.transport)
+        try:
+            pe = run_pe(task.request, job, board, progress, task.transport)
+        finally:
+            # The word to stop may come after another rank's abort has ended this one's run: then it
+            # has nothing to end but what is being handed over.  SIGTERM still does.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         part, code = pe.part(), pe.exit_code
     except Ended as ended:
         cause = ended.cause

@@ -170,25 +170,18 @@ def _threads(pid: int) -> int:
 def test_what_stops_the_launcher_stops_all_and_keeps_what_had_run(
     tmp_path: Path, how: signal.Signals
 ) -> None:
-    # A rank that gets no processor for a second and a half is ended before it has handed over its
-    # part.  Where the machine was busy elsewhere that is no fault, and rare: so once more.
-    for attempt in range(3):
-        folder = tmp_path / str(attempt)
-        folder.mkdir()
-        job = trace(folder, "-n", "2000", "--fault", "slow:0:0.002")
-        job.wait_for("running")
-        time.sleep(0.5)
-        job.process.send_signal(how)
-        began = time.monotonic()
-        done = job.end()
-        assert time.monotonic() - began < DEADLINE_S + GRACE_S
-        assert done.code == 130, done
-        assert "saved what had run: run.fmoe" in done.err
-        assert job.left() == []
-        run = open_run(folder / "run.fmoe")
-        assert run.meta["status"] == {"code": 130, "message": "interrupted"}
-        if set(run.events["rank"].to_pylist()) == {0, 1, 2}:
-            break
+    job = trace(tmp_path, "-n", "2000", "--fault", "slow:0:0.002")
+    job.wait_for("running")
+    time.sleep(0.5)
+    job.process.send_signal(how)
+    began = time.monotonic()
+    done = job.end()
+    assert time.monotonic() - began < DEADLINE_S + GRACE_S
+    assert done.code == 130, done
+    assert "saved what had run: run.fmoe" in done.err
+    assert job.left() == []
+    run = open_run(tmp_path / "run.fmoe")
+    assert run.meta["status"] == {"code": 130, "message": "interrupted"}
     assert set(run.events["rank"].to_pylist()) == {0, 1, 2}
     assert run.meta["iterations"] > 0
 
