@@ -117,7 +117,7 @@ def pairs(preset: str, tokens: int, count: int) -> dict[str, Any]:
     del works
     process.close()
     local.close()
-    machine.clear()
+    torch.cuda.empty_cache()
     return result
 
 
