@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
+
+# A shell that starts its children in the background makes them ignore Ctrl-C, and an ignored signal
+# is inherited: neither these tests nor what they start would ever be interrupted.  Unlike SIG_IGN, a
+# handler is not kept through exec, so that children have the default.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The tests' tensors are small, and torch's worker threads spin: with one a core they take four
 # times as long as one alone where anything else runs on the machine.
