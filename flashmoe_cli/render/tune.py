@@ -33,5 +33,5 @@ def tune_lines(report: dict[str, Any], where: Terminal) -> list[str]:
         verdict = f"chosen: {chosen}" if result["tuned"] else f"nothing is surely ahead of {chosen}"
         lines += [f"  {verdict}", ""]
     table_ = report["table"]
-    lines.append("written nowhere (--dry-run)" if table_ is None else f"written to {table_}")
-    return [clip(line, where.width) for line in lines]
+    written = "written nowhere (--dry-run)" if table_ is None else f"written to {table_}"
+    return [*(clip(line, where.width) for line in lines), written]  # a path whole, to be copied

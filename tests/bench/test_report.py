@@ -102,9 +102,9 @@ def test_a_peer_that_breaks_the_context_costs_its_shape() -> None:
 
 def test_a_process_that_says_nothing_is_ended() -> None:
     began = time.monotonic()
-    with pytest.raises(Lost, match="said nothing for 1 s during hanging"):
-        apart(_hang, quiet, patience_s=1)
-    assert time.monotonic() - began < 10
+    with pytest.raises(Lost, match="said nothing for 4 s during hanging"):
+        apart(_hang, quiet, patience_s=4)  # time to start in, where the machine is busy
+    assert time.monotonic() - began < 20
 
 
 def _hang(progress: Progress) -> None:

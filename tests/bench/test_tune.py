@@ -18,7 +18,7 @@ from flashmoe.tuning import Tiling, described, put, tiling_of
 from flashmoe.world.kernel import ARCH, TILE_ROWS_STEP, UNTUNED, launch_shape, tiling
 
 from . import fakes
-from .fakes import TorchEngine, machine, opened_gpu, quiet
+from .fakes import HostStopwatch, TorchEngine, machine, opened_gpu, quiet
 
 TINY = PRESETS["tiny"].config
 CUT = Tiling(160, 2)
@@ -127,14 +127,14 @@ def test_only_what_is_surely_ahead_is_chosen() -> None:
 
 
 class Uneven(TorchEngine):
-    """Takes time by its cut: 160 rows and 2 waves are the fastest."""
+    """Takes time by its cut, on a clock of its own: 160 rows and 2 waves are the fastest."""
+
+    now_s = 0.0
 
     def enqueue(self) -> None:
-        import time
-
         cut = self.options.tiling
         assert cut is not None
-        time.sleep(0.002 + 0.002 * (cut.tile_rows != 160) + 0.002 * (cut.waves != 2))
+        Uneven.now_s += 0.002 + 0.002 * (cut.tile_rows != 160) + 0.002 * (cut.waves != 2)
         super().enqueue()
 
 
@@ -142,8 +142,9 @@ def test_the_fastest_cut_is_found_in_two_steps() -> None:
     from dataclasses import replace
 
     shapes = [Shape("tiny", TINY, t) for t in (8, 16)]
-    found = tune_layer(TINY, shapes, replace(machine(), build=Uneven), TuneOptions(UNTUNED, 16, 5),
-                       quiet)  # fmt: skip
+    stopwatch = HostStopwatch(lambda: Uneven.now_s)
+    fake = replace(machine(), build=Uneven, stopwatch=stopwatch)
+    found = tune_layer(TINY, shapes, fake, TuneOptions(UNTUNED, 16, 5), quiet)
     assert found["chosen"] == {"tile_rows": 160, "waves": 2}
     assert found["tuned"]
     assert 0.2 < found["ratio"] < 0.8

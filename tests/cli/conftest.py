@@ -55,8 +55,12 @@ def made_up(runs: Path) -> Any:
 
 
 @pytest.fixture
-def cli() -> Any:
-    """Runs the command line in this process: ``cli("timeline", "--json")`` gives typer's Result."""
+def cli(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs the command line in this process: ``cli("timeline", "--json")`` gives typer's Result.
+
+    It is 100 columns wide, whatever width whoever runs the tests has.
+    """
+    monkeypatch.setenv("COLUMNS", "100")
     from typer.testing import CliRunner
 
     from flashmoe_cli.main import app
