@@ -6,8 +6,8 @@ import os
 import signal
 
 # A shell that starts its children in the background makes them ignore Ctrl-C, and an ignored signal
-# is inherited: neither these tests nor what they start would ever be interrupted.  Unlike SIG_IGN, a
-# handler is not kept through exec, so that children have the default.
+# is inherited: neither these tests nor what they start would ever be interrupted.  A handler is not
+# kept through exec as SIG_IGN is, so that children have the default.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
