@@ -43,7 +43,8 @@ def shares(run: Run, lane: Lane, begin: int, size: int, columns: int) -> np.ndar
     share[State.IDLE] = 1 - share.sum(axis=0)
     edges = np.linspace(0, size, columns + 1)
     until = np.concatenate([np.zeros((256, 1)), np.cumsum(share, axis=1)], axis=1)
-    at = np.array([[np.interp(e, np.arange(size + 1), u) for e in edges] for u in until])
+    places = np.arange(size + 1)
+    at = np.array([np.interp(edges, places, u) for u in until])
     return np.diff(at, axis=1) * columns / size
 
 
