@@ -53,7 +53,7 @@ nb::dict heap_layout_dict(const nb::dict& shape) {
   FLASHMOE_OFFSET(weights);
   FLASHMOE_OFFSET(slots);
   FLASHMOE_OFFSET(sorted);
-  FLASHMOE_OFFSET(order);
+  FLASHMOE_OFFSET(results);
   FLASHMOE_OFFSET(origin);
   FLASHMOE_OFFSET(histogram);
   FLASHMOE_OFFSET(chunk_rows);

@@ -37,7 +37,7 @@ struct HeapLayout {
   uint64_t weights;  // [max_tokens][k] f32
   uint64_t slots;    // [max_tokens][k] u32, index among the chunk's rows for that expert
   uint64_t sorted;   // [max_tokens * k] u32, token * k + j, by expert within each chunk
-  uint64_t order;    // [max_tokens] u32, each chunk's tokens, those first whose results come first
+  uint64_t results;  // [max_tokens][k] Result, each chunk's tokens in the order they come back
   uint64_t
       origin;  // [pool_rows] u32, of one rank alone: the token of each row, which is then not copied
   uint64_t histogram;  // [chunks][E] u32, rows of each chunk for each expert
@@ -46,6 +46,14 @@ struct HeapLayout {
   uint64_t chunk_rows;
   uint64_t tables;  // [chunks] PlanTables, each CTA its own copy
   uint64_t bytes;   // of the whole heap
+};
+
+// One of the k result rows of a token.
+struct alignas(16) Result {
+  uint32_t token;
+  uint32_t row;   // in the return buffer
+  uint32_t tile;  // the row tile, over all experts, that it comes with
+  float weight;
 };
 
 inline constexpr uint64_t kSectionAlign = 1024;
@@ -107,7 +115,7 @@ inline HeapLayout heap_layout(const Shape& s) {
   l.weights = take(4 * rows_sent, kSectionAlign);
   l.slots = take(4 * rows_sent, kSectionAlign);
   l.sorted = take(4 * rows_sent, kSectionAlign);
-  l.order = take(4ull * s.max_tokens, kSectionAlign);
+  l.results = take(sizeof(Result) * rows_sent, kSectionAlign);
   l.origin = take(4ull * s.pool_rows, kSectionAlign);
   l.histogram = take(4ull * s.chunks * s.experts, kSectionAlign);
   l.chunk_rows = take(4ull * s.chunks * s.experts, kSectionAlign);

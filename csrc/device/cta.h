@@ -21,18 +21,27 @@ inline constexpr uint32_t kCommWarp = 2;  // and the one after
 inline constexpr uint32_t kMathWarp = 4;
 inline constexpr uint32_t kMathGroups = 2;
 inline constexpr uint32_t kGroupThreads = 128;
+inline constexpr uint32_t kTeamWarps = kGroupThreads / 32;
 
 // The tile family: 256 weight rows (M of the product) times up to 192 rows of tokens (its N, in steps
 // of 16, or 8), 64 of K a stage.
 inline constexpr uint32_t kTileWeights = 256;
 inline constexpr uint32_t kTileRows = 192;
 inline constexpr uint32_t kTileK = 64;
-inline constexpr uint32_t kStages = 3;
 inline constexpr uint32_t kRowBytes = kTileK * 2;  // of a stage
 inline constexpr uint32_t kBoxRows = 16;           // the least that is fetched of a tile's rows
 inline constexpr uint32_t kStageBytesWeights = kTileWeights * kRowBytes;
+inline constexpr uint32_t kStages = 3;
 inline constexpr uint32_t kStageBytes = kStageBytesWeights + kTileRows * kRowBytes;
-inline constexpr uint32_t kEpilogueBytesWarp = 2048;
+// Where rows are gathered (gathers_rows() below) tiles of at most three quarters of the height have four stages:
+// nothing is dispatched then, and what comm warps still move needs less room.
+inline constexpr uint32_t kLowTileRows = kTileRows * 3 / 4;
+inline constexpr uint32_t kMostStages = 4;
+inline constexpr uint32_t kLowStageBytes = kStageBytesWeights + kLowTileRows * kRowBytes;
+__device__ __forceinline__ uint32_t stages_bytes(bool gathers) {
+  return gathers ? kMostStages * kLowStageBytes : kStages * kStageBytes;
+}
+inline constexpr uint32_t kEpilogueBytesWarp = 1024;
 inline constexpr uint32_t kEpilogueBytes = kMathGroups * 4 * kEpilogueBytesWarp;
 
 // Rows that comm warps move bounce through pieces of shared memory, eight in turn.
@@ -40,6 +49,15 @@ inline constexpr uint32_t kCommWarps = 2;
 inline constexpr uint32_t kPieces = 8;
 inline constexpr uint32_t kPieceBytes = 2048;
 inline constexpr uint32_t kCommBytes = kCommWarps * kPieces * kPieceBytes;
+// The same beside gathered rows, for results alone.
+inline constexpr uint32_t kGatherPieces = 4;
+inline constexpr uint32_t kGatherPieceBytes = 1024;
+
+// Result rows on their way to the math warps that sum them, each warp's own ring, in the memory of the
+// tiles' stages when there are no more tiles.
+inline constexpr uint32_t kRingUnits = 4;  // of 16 bytes, a lane and row
+inline constexpr uint32_t kRingPieces =
+    kStages * kStageBytes / (kMathGroups * kTeamWarps * 2 * 512 * kRingUnits);
 
 // The gate's ring of stages, in the same memory as the tiles' before there are any.
 inline constexpr uint32_t kGateStages = 8;
@@ -66,6 +84,7 @@ struct Task {
   uint32_t blocks;     // of kTileK columns, the tile's depth
   uint32_t turns;      // of the stages: the deeper tile's blocks, so that both CTAs stay in step
   uint32_t shared;     // both CTAs' tiles have the same weights
+  uint32_t low;        // both CTAs' tiles have at most kLowTileRows rows
   uint32_t wait_kind;  // EventKind the scheduler waited for, 0 if it did not
   uint32_t wait_lacking;
   uint64_t wait_from;
@@ -84,10 +103,10 @@ struct TileStamps {
 
 // What the first CTA of a pair tells the second: a pair of tiles and the wait for their rows.
 struct alignas(16) PairMessage {
-  uint32_t index;  // of the second CTA's tile, or of the first's where `has` is 0
-  uint32_t has;    // the second CTA has a tile; kNoWork: no more
-  uint32_t turns;  // Task
-  uint32_t shared;
+  uint32_t index;       // of the second CTA's tile, or of the first's where `has` is 0
+  uint32_t has;         // the second CTA has a tile; kNoWork: no more
+  uint32_t turns;       // Task
+  uint32_t shared_low;  // Task: bit 0, bit 1
   uint64_t wait_kind_lacking;
   uint64_t wait_from;
   uint64_t wait_to;
@@ -109,6 +128,14 @@ struct TokenBatch {
   uint32_t tokens;
 };
 
+// What the warps of a math group, which combine each for itself, tell each other.
+struct CombineTeam {
+  uint64_t awaited[kTeamWarps];  // the batch whose results a warp lacks (from << 32 | tokens), or 0
+  uint32_t summed;               // tokens, not yet in the trace
+  uint32_t finished;             // warps but for the first that have no tokens left
+  uint32_t failed;               // a wait did not end well
+};
+
 // Row tiles whose results the scheduler has yet to put: those that end in one turn of its loop, in which it
 // hands over two tasks at most.
 template <bool kPut>
@@ -121,8 +148,8 @@ struct PendingResults<true> {
 
 template <bool kTraced>
 struct Shared : PendingResults<kPuts> {
-  uint64_t full[kStages];
-  uint64_t empty[kStages];
+  uint64_t full[kMostStages];
+  uint64_t empty[kMostStages];
   uint64_t task_full[kTasks];
   uint64_t task_empty[kTasks];
   uint64_t pair_full[kTasks];   // second CTA: a message is here, of kMessageBytes
@@ -151,15 +178,19 @@ struct Shared : PendingResults<kPuts> {
   uint64_t order_full;  // that order is there
   uint32_t due[32];     // tokens of the chunk by when they are due, while the order is made
   TokenBatch batches[kMathGroups];  // being combined
+  CombineTeam teams[kMathGroups];
+  uint32_t math_combines;  // the math groups have no tiles left
+  uint64_t ring_full[kMathGroups * kTeamWarps][kRingPieces];
   uint32_t table_words[kTableWords];
 };
 
-// Whether GEMM1 reads its rows out of x, instead of copies in the pool: where there is one rank, and experts
-// have few rows.  Copies of 16 bytes by threads bring them slower than the tensor cores take those of a
-// high tile, but what is not copied to the pool is not written and not read.
-inline constexpr uint32_t kGatherRows = 288;  // an expert, on average
+// Whether GEMM1 reads its rows out of x, instead of copies in the pool: where there is one rank, and experts do not
+// have very many rows.  What is not copied to the pool is not written and not read; where each row is used by
+// much arithmetic, that is little beside it.
+inline constexpr uint32_t kGatherRows = 1280;  // an expert, on average
 __device__ __forceinline__ bool gathers_rows(const Shape& shape, uint32_t tokens) {
-  return shape.world == 1 && tokens * shape.top_k <= kGatherRows * shape.experts;
+  return shape.world == 1 && tokens * shape.top_k <= kGatherRows * shape.experts &&
+         tokens <= 0x7fffffff / shape.hidden;  // rows are found by 32 bits from x
 }
 // Arrivals that fill a stage: the loading warp's and those of the comm warps that gather.
 __device__ __forceinline__ uint32_t fills(bool gathers) { return gathers ? 1 + kCommWarps : 1; }
@@ -194,8 +225,12 @@ inline constexpr uint32_t kSharedState = 4096 + 4 * kTableWords;
 static_assert(sizeof(Shared<true>) <= kSharedState,
               "barriers, tasks, actors and tables must fit their part");
 #endif
-inline constexpr uint32_t kSharedBytes =
-    kStages * kStageBytes + kEpilogueBytes + kCommBytes + kSharedState + 1024;
+// Stages, what a tile's sums and moved rows pass through.
+inline constexpr uint32_t kWorkBytes =
+    kMostStages * kLowStageBytes + kEpilogueBytes + kCommWarps * kGatherPieces * kGatherPieceBytes;
+static_assert(kStages * kStageBytes + kEpilogueBytes + kCommBytes <= kWorkBytes,
+              "either cut fits the same memory");
+inline constexpr uint32_t kSharedBytes = kWorkBytes + kSharedState + 1024;
 static_assert(kSharedBytes <= kSharedBudget, "a block of sm_90 has 232,448 bytes of shared memory");
 
 // The actor whose leader this thread is, or -1.

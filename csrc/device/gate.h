@@ -35,7 +35,7 @@ struct GateScratch {
   };
   float logits[kGateLogits];  // [tokens][gate_stride(E)]
 };
-static_assert(sizeof(GateScratch) <= kStages * kStageBytes + kEpilogueBytes + kCommBytes,
+static_assert(sizeof(GateScratch) <= kWorkBytes,
               "the gate's scratch must fit the stages and what follows them");
 
 // Tokens of a pass: as many as there is room for the logits of, and two products only where both are

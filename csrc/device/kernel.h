@@ -45,8 +45,10 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
     sh.bad_ids = 0;
     sh.other_left = 0;
     sh.next_token = 0;
+    sh.math_combines = 0;
+    for (uint32_t g = 0; g < kMathGroups; ++g) sh.teams[g] = {};
     if constexpr (kPuts) sh.pending_tiles = 0;
-    for (uint32_t i = 0; i < kStages; ++i) {
+    for (uint32_t i = 0; i < kMostStages; ++i) {
       ptx::mbarrier_init(&sh.full[i], fills(place.gathers));
       ptx::mbarrier_init(&sh.empty[i], kMathGroups * 4 * args.pair_size);
     }
@@ -58,6 +60,9 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
     }
     for (uint32_t i = 0; i < kCommWarps * kPieces; ++i) {
       ptx::mbarrier_init(&sh.piece_full[i / kPieces][i % kPieces], 1);
+    }
+    for (uint32_t i = 0; i < kMathGroups * kTeamWarps * kRingPieces; ++i) {
+      ptx::mbarrier_init(&sh.ring_full[i / kRingPieces][i % kRingPieces], 1);
     }
     for (uint32_t i = 0; i < kWarps; ++i) ptx::mbarrier_init(&sh.first_full[i], 1);
     ptx::mbarrier_init(&sh.order_full, 1);
@@ -350,8 +355,7 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
   extern __shared__ char dynamic[];
   // Swizzled stages start at multiples of 1,024 bytes.
   char* stages = dynamic + (1024 - (ptx::shared_address(dynamic) & 1023) & 1023);
-  Shared<kTraced>& sh = *reinterpret_cast<Shared<kTraced>*>(stages + kStages * kStageBytes +
-                                                            kEpilogueBytes + kCommBytes);
+  Shared<kTraced>& sh = *reinterpret_cast<Shared<kTraced>*>(stages + kWorkBytes);
   if (args.fault.never_starts_rank == args.ranks[blockIdx.x / args.shape.chunks].rank) return;
   const Place place = enter(sh, args);
   Status status = static_cast<Status>(sh.status);
@@ -381,7 +385,7 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
         if constexpr (kPuts) put_results(sh, place);
       }
     } else {
-      char* pieces = stages + kStages * kStageBytes + kEpilogueBytes;
+      char* pieces = stages + stages_bytes(place.gathers) + kEpilogueBytes;
       uint32_t used = 0;
       if (place.gathers) {
         gather_tiles(sh, place, warp - kCommWarp, stages);
@@ -389,14 +393,19 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
         used = dispatch(sh, place, args.fault, warp - kCommWarp, pieces);
       }
       if (warp == kCommWarp) order_tokens(sh, place);
-      combine_stream<T>(sh, place, warp - kCommWarp, pieces, used);
+      if (place.gathers) {
+        combine_beside_tiles<T, kGatherPieces, kGatherPieceBytes>(sh, place, warp - kCommWarp,
+                                                                  pieces, used);
+      } else {
+        combine_beside_tiles<T, kPieces, kPieceBytes>(sh, place, warp - kCommWarp, pieces, used);
+      }
     }
     __syncwarp();
   } else {
     ptx::registers_increase<224>();
     const uint32_t group = (warp - kMathWarp) / 4;
     multiply_tiles<T, kGated>(sh, place, stages, group);
-    combine<T>(sh, place, group);
+    combine<T>(sh, place, group, stages);
   }
   leave(sh, place, Status::kOk);
 }

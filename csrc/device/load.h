@@ -9,15 +9,31 @@ namespace flashmoe {
 
 inline constexpr uint32_t kLowTile = 64;
 
-// Position in the ring of stages: which stage, and which turn of its barriers.
+// Position in the ring of stages, whose number and size follow the tiles: which stage, and a bit a stage that
+// says its barriers' turn.
 struct StageCursor {
+  uint32_t stages;
   uint32_t stage = 0;
-  uint32_t turn = 0;
+  uint32_t turns = 0;
+  __device__ __forceinline__ explicit StageCursor(bool gathers)
+      : stages(gathers ? kMostStages : kStages) {}
+  __device__ __forceinline__ uint32_t turn() const { return turns >> stage & 1; }
+  // From the first stage to this one, in bytes.
+  __device__ __forceinline__ uint32_t offset() const {
+    return stage * (stages == kMostStages ? kLowStageBytes : kStageBytes);
+  }
   __device__ __forceinline__ void next() {
-    if (++stage == kStages) {
-      stage = 0;
-      turn ^= 1;
-    }
+    turns ^= 1u << stage;
+    if (++stage == stages) stage = 0;
+  }
+  // For the next tile; true where that cuts the ring anew: then nothing may be filled before all that was
+  // filled has been read.
+  __device__ __forceinline__ bool cut(bool gathers, bool low) {
+    const uint32_t now = gathers && low ? kMostStages : kStages;
+    if (now == stages) return false;
+    stages = now;
+    stage = 0;
+    return true;
   }
 };
 
@@ -54,14 +70,22 @@ struct WeightBox {
   }
 };
 
-// Until the cursor's stage may be filled; adds the cycles that took, should it not have been at once.
+// Until a stage may be filled; adds the cycles that took, should it not have been at once.
 template <bool kTraced>
-__device__ __forceinline__ void await_empty(Shared<kTraced>& sh, const StageCursor& cursor,
+__device__ __forceinline__ void await_empty(Shared<kTraced>& sh, uint32_t stage, uint32_t turn,
                                             uint32_t& stall) {
-  if (ptx::mbarrier_test(&sh.empty[cursor.stage], cursor.turn ^ 1)) return;
+  if (ptx::mbarrier_test(&sh.empty[stage], turn ^ 1)) return;
   [[maybe_unused]] const uint32_t from = kTraced ? ptx::clock32() : 0;
-  ptx::mbarrier_wait(&sh.empty[cursor.stage], cursor.turn ^ 1);
+  ptx::mbarrier_wait(&sh.empty[stage], turn ^ 1);
   if constexpr (kTraced) stall += ptx::clock32() - from;
+}
+
+// The stages of a task, before the first of them is filled.
+template <bool kTraced>
+__device__ __forceinline__ void cut_stages(Shared<kTraced>& sh, const Place& place,
+                                           StageCursor& cursor, const Task& task, uint32_t& stall) {
+  if (!cursor.cut(place.gathers, task.low != 0)) return;
+  for (uint32_t i = 0; i < kMostStages; ++i) await_empty(sh, i, cursor.turns >> i & 1, stall);
 }
 
 // The first tile after all GEMM1 tiles of the rank, where rows are gathered; else 0.
@@ -82,17 +106,17 @@ template <bool kTraced>
 __device__ inline void gather_tiles(Shared<kTraced>& sh, const Place& place, uint32_t half,
                                     char* stages) {
   constexpr uint32_t kGroups = kTileRows / 8 / kCommWarps;
-  static_assert(kTileRows % (8 * kCommWarps) == 0,
+  static_assert(kTileRows % (8 * kCommWarps) == 0 && kGroups == 12,
                 "each warp has the same share of the highest tile");
   const uint32_t first = threadIdx.x % 32 / 8, unit = threadIdx.x % 8;
   GpuActor<kTraced>& actor = sh.actors[static_cast<int>(Lane::k_comm0) + half];
   const bool leads = threadIdx.x % 32 == 0;
-  const uint32_t hidden = sh.shape.hidden;
+  const uint32_t row_bytes = sh.shape.hidden * 2;
   const uint32_t* origin = place.heap.at<uint32_t>(sh.layout.origin);
   const uint32_t end = gather_end(sh, place);
   const uint32_t to = ptx::shared_address(stages) + kStageBytesWeights + half * 8 * kRowBytes +
                       first * kRowBytes + (unit ^ first) * 16;
-  StageCursor cursor;
+  StageCursor cursor(place.gathers);
   for (uint32_t n = 0;; ++n) {
     const uint32_t slot = n % kTasks;
     ptx::mbarrier_wait(&sh.task_full[slot], n / kTasks & 1);
@@ -105,34 +129,48 @@ __device__ inline void gather_tiles(Shared<kTraced>& sh, const Place& place, uin
     if (leads && groups != 0) take_up(actor, task, EventKind::k_load);
     const uint32_t begin_cycles = kTraced ? ptx::clock32() : 0;
     uint32_t stall = 0;
-    uint32_t from[2 * kGroups];  // of the lane's rows in x, in units of 16 bytes
+    uint32_t from[2 * kGroups];  // bytes from x to the lane's unit of its rows' first block
 #pragma unroll
     for (uint32_t i = 0; i < 2 * kGroups; ++i) {
       if (i / 2 < groups) {
         const uint32_t row = (i / 2 * kCommWarps + half) * 8 + i % 2 * 4 + first;
         // Past L1, where an older launch's may still lie.
-        from[i] = __ldcg(origin + task.tile.pool_row0 + min_u32(row, rows - 1)) * (hidden / 8);
+        from[i] =
+            __ldcg(origin + task.tile.pool_row0 + min_u32(row, rows - 1)) * row_bytes + unit * 16;
       }
     }
+    cut_stages(sh, place, cursor, task, stall);
     for (uint32_t i = 0; i < turns; ++i, cursor.next()) {
       uint64_t* full = &sh.full[cursor.stage];
-      await_empty(sh, cursor, stall);
-      if (i < blocks && groups != 0) {
-        const uint32_t column = i * kTileK + unit * 8;
-        const bool inside = column < hidden;  // beyond it, zeros
-        const char* x = static_cast<const char*>(place.args->x) + (inside ? column * 2 : 0);
-        const uint32_t stage = to + cursor.stage * kStageBytes;
-#pragma unroll
-        for (uint32_t g = 0; g < kGroups; ++g) {
-          if (g < groups) {
-            const uint32_t at = stage + g * kCommWarps * 8 * kRowBytes;
-            ptx::copy_async(at, x + from[2 * g] * 16ull, inside ? 16 : 0);
-            // Rows 4 to 7 have the swizzle of rows 0 to 3 but for one bit.
-            ptx::copy_async((at ^ 64) + 4 * kRowBytes, x + from[2 * g + 1] * 16ull,
-                            inside ? 16 : 0);
-          }
+      await_empty(sh, cursor.stage, cursor.turn(), stall);
+      if (i < blocks) {
+        const char* x = static_cast<const char*>(place.args->x) + i * kRowBytes;
+        const uint32_t inside = i * kRowBytes + unit * 16 < row_bytes ? 16 : 0;  // beyond it, zeros
+        // Rows 4 to 7 have the swizzle of rows 0 to 3 but for one bit.
+        const uint32_t low = to + cursor.offset(), high = (low ^ 64) + 4 * kRowBytes;
+        // One jump, and no condition between the copies, which would cost as much as they do.
+        switch (groups) {
+#define FLASHMOE_COPY(n)                                                                       \
+  case n:                                                                                      \
+    ptx::copy_async(low + (n - 1) * kCommWarps * 8 * kRowBytes, x + from[2 * n - 2], inside);  \
+    ptx::copy_async(high + (n - 1) * kCommWarps * 8 * kRowBytes, x + from[2 * n - 1], inside); \
+    [[fallthrough]];
+          FLASHMOE_COPY(12)
+          FLASHMOE_COPY(11)
+          FLASHMOE_COPY(10)
+          FLASHMOE_COPY(9)
+          FLASHMOE_COPY(8)
+          FLASHMOE_COPY(7)
+          FLASHMOE_COPY(6)
+          FLASHMOE_COPY(5)
+          FLASHMOE_COPY(4)
+          FLASHMOE_COPY(3)
+          FLASHMOE_COPY(2)
+          FLASHMOE_COPY(1)
+#undef FLASHMOE_COPY
+          default:
+            ptx::copies_join(full);
         }
-        ptx::copies_join(full);
       }
       __syncwarp();  // all lanes' copies count before the warp's only arrival
       if (leads) ptx::mbarrier_arrive(full);
@@ -156,7 +194,7 @@ __device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char*
   const uint32_t expert0 = first_expert(sh.shape, place.rank);
   const uint32_t gathered_until = gather_end(sh, place);
   constexpr uint32_t kHalfBytes = kStageBytesWeights / 2;
-  StageCursor cursor;
+  StageCursor cursor(place.gathers);
   for (uint32_t n = 0;; ++n) {
     const uint32_t slot = n % kTasks;
     ptx::mbarrier_wait(&sh.task_full[slot], n / kTasks & 1);
@@ -184,14 +222,15 @@ __device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char*
         ceil_div(expert_row_tiles(sh.tables, sh.shape, task.tile.expert), shared ? 2 : 1);
     const uint64_t policy =
         task.tile.rows <= kLowTile && uses == 1 ? ptx::policy_evict_first() : ptx::policy_normal();
+    cut_stages(sh, place, cursor, task, stall);
     for (uint32_t i = 0; i < turns; ++i, cursor.next()) {
       uint64_t* full = &sh.full[cursor.stage];
-      await_empty(sh, cursor, stall);
+      await_empty(sh, cursor.stage, cursor.turn(), stall);
       if (i >= blocks) {  // the other CTA's tile is deeper
         ptx::mbarrier_arrive_many(full, arrivals);
         continue;
       }
-      char* weights = stages + cursor.stage * kStageBytes;
+      char* weights = stages + cursor.offset();
       char* rows = weights + kStageBytesWeights;
       const int32_t k = static_cast<int32_t>(i * kTileK);
       ptx::mbarrier_expect_more(full, bytes);

@@ -99,7 +99,7 @@ __device__ __forceinline__ void send_message(Shared<kTraced>& sh, const Place& p
                                              const PairMessage& message) {
   const uint32_t to = ptx::shared_address(&sh.messages[slot]) + place.to_other;
   const uint32_t full = ptx::shared_address(&sh.pair_full[slot]) + place.to_other;
-  ptx::store_async(to, full, {message.index, message.has, message.turns, message.shared});
+  ptx::store_async(to, full, {message.index, message.has, message.turns, message.shared_low});
   if constexpr (kTraced) {
     auto low = [](uint64_t v) { return static_cast<uint32_t>(v); };
     auto high = [](uint64_t v) { return static_cast<uint32_t>(v >> 32); };
@@ -195,20 +195,20 @@ struct TaskRing {
     actor.span(EventKind::k_schedule, kNoPeer, tile.expert, tile.index, 0);
   }
   // Hands over a tile, whose rows may be 0: then only the other CTA of the pair has one.
-  __device__ __forceinline__ void hand_over(const Tile& tile, uint32_t turns, uint32_t shared,
-                                            const PairMessage& wait) {
+  __device__ __forceinline__ void hand_over(const Tile& tile, const PairMessage& message) {
     const uint32_t slot = handed % kTasks;
     Task& task = sh.tasks[slot];
     task.tile = tile;
     task.blocks = tile.rows == 0 ? 0 : ceil_div(depth_of(sh.shape, tile.gemm), kTileK);
-    task.turns = turns;
-    task.shared = shared;
+    task.turns = message.turns;
+    task.shared = message.shared_low & 1;
+    task.low = message.shared_low >> 1;
     if (tile.gemm == 2 && tile.rows != 0) find_returns(sh, tile, task.returns);
     if constexpr (kTraced) {
-      task.wait_kind = static_cast<uint32_t>(wait.wait_kind_lacking);
-      task.wait_lacking = static_cast<uint32_t>(wait.wait_kind_lacking >> 32);
-      task.wait_from = wait.wait_from;
-      task.wait_to = wait.wait_to;
+      task.wait_kind = static_cast<uint32_t>(message.wait_kind_lacking);
+      task.wait_lacking = static_cast<uint32_t>(message.wait_kind_lacking >> 32);
+      task.wait_from = message.wait_from;
+      task.wait_to = message.wait_to;
     }
     ptx::mbarrier_arrive(&sh.task_full[slot]);
     ++handed;
@@ -300,10 +300,12 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
     message.index = two.index;
     message.has = two.rows != 0;
     message.turns = ceil_div(depth, kTileK);
-    message.shared = one.rows != 0 && two.rows != 0 && one.gemm == two.gemm &&
-                     one.expert == two.expert && one.col_tile == two.col_tile;
+    const bool shared = one.rows != 0 && two.rows != 0 && one.gemm == two.gemm &&
+                        one.expert == two.expert && one.col_tile == two.col_tile;
+    const bool low = max_u32(one.rows, two.rows) <= kLowTileRows;
+    message.shared_low = (shared ? 1 : 0) | (low ? 2 : 0);
     tell_other(message);
-    ring.hand_over(one, message.turns, message.shared, message);
+    ring.hand_over(one, message);
     return true;
   };
   for (;;) {
@@ -369,7 +371,7 @@ __device__ inline void follow_schedule(Shared<kTraced>& sh, const Place& place) 
     if (message.has == kNoWork) break;
     Tile tile = tile_at(sh.tables, sh.shape, place.rank, message.index);
     if (message.has == 0) tile.rows = 0;
-    ring.hand_over(tile, message.turns, message.shared, message);
+    ring.hand_over(tile, message);
   }
   ring.hand_over_exit();
 }

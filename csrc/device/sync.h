@@ -44,6 +44,16 @@ struct GpuPlatform {
 template <bool kTraced>
 using GpuActor = Actor<GpuPlatform, kTraced>;
 
+// A word of shared memory that another warp reads or writes meanwhile.
+template <class U>
+__device__ __forceinline__ U load_volatile(const U* word) {
+  return *const_cast<const volatile U*>(word);
+}
+template <class U>
+__device__ __forceinline__ void store_volatile(U* word, U value) {
+  *const_cast<volatile U*>(word) = value;
+}
+
 // The sum of `value` over this lane and the ones before it.
 __device__ __forceinline__ uint32_t warp_running_sum(uint32_t value) {
   uint32_t sum = value;

@@ -38,24 +38,24 @@ __device__ __forceinline__ uint32_t multiply(Shared<kTraced>& sh, uint32_t stage
                                              const StageRelease& release,
                                              float (&sums)[2][kN / 2]) {
   uint32_t stall = 0;
-  uint32_t previous = kStages;  // read, once its products are done, and not yet given back
+  uint32_t previous = kMostStages;  // read, once its products are done, and not yet given back
   auto give_back = [&] {
     ptx::wgmma_wait<0>();
     release(&sh.empty[previous]);
-    previous = kStages;
+    previous = kMostStages;
   };
   // Issues the products of the cursor's stage; `first` is a compile-time constant.
   auto issue = [&](auto first) {
-    if (!ptx::mbarrier_test(&sh.full[cursor.stage], cursor.turn)) {
+    if (!ptx::mbarrier_test(&sh.full[cursor.stage], cursor.turn())) {
       // A stage that is late is no reason to keep the one before from being filled.
       if constexpr (!decltype(first)::value) give_back();
       [[maybe_unused]] const uint32_t from = kTraced ? ptx::clock32() : 0;
-      ptx::mbarrier_wait(&sh.full[cursor.stage], cursor.turn);
+      ptx::mbarrier_wait(&sh.full[cursor.stage], cursor.turn());
       if constexpr (kTraced) stall += ptx::clock32() - from;
     }
     // Rows that threads have copied are not the tensor cores' to see without it.
     if (gathered) ptx::fence_proxy_async_shared();
-    const uint32_t stage = stages + cursor.stage * kStageBytes;
+    const uint32_t stage = stages + cursor.offset();
     const uint64_t a = ptx::wgmma_descriptor(stage + weights.of_group, weights.atom_stride);
     const uint64_t b = ptx::wgmma_descriptor(stage + kStageBytesWeights, 1024);
     ptx::wgmma_fence();
@@ -78,7 +78,7 @@ __device__ __forceinline__ uint32_t multiply(Shared<kTraced>& sh, uint32_t stage
   for (uint32_t i = 1; i < blocks; ++i) {
     issue(std::false_type{});
     // One stage's products stay in flight; the stage before it is read.
-    if (previous != kStages) {
+    if (previous != kMostStages) {
       ptx::wgmma_wait<1>();
       release(&sh.empty[previous]);
     }
@@ -94,7 +94,7 @@ template <bool kTraced>
 __device__ __forceinline__ void pass_turns(Shared<kTraced>& sh, StageCursor& cursor, uint32_t turns,
                                            const StageRelease& release) {
   for (uint32_t i = 0; i < turns; ++i) {
-    ptx::mbarrier_wait(&sh.full[cursor.stage], cursor.turn);
+    ptx::mbarrier_wait(&sh.full[cursor.stage], cursor.turn());
     __syncwarp();
     release(&sh.empty[cursor.stage]);
     cursor.next();
@@ -109,7 +109,7 @@ __device__ __forceinline__ void run_tile(Shared<kTraced>& sh, const Place& place
   const Tile& tile = task.tile;
   const bool leads = threadIdx.x % kGroupThreads == 0;
   const uint32_t warp = threadIdx.x / 32 - kMathWarp;
-  char* buffer = stages + kStages * kStageBytes + warp * kEpilogueBytesWarp;
+  char* buffer = stages + stages_bytes(place.gathers) + warp * kEpilogueBytesWarp;
   float sums[2][kN / 2];
   const uint32_t stall = multiply<T, kN>(sh, ptx::shared_address(stages), cursor, task.blocks,
                                          GroupWeights(kGated && tile.gemm == 1, group),
@@ -199,13 +199,14 @@ __device__ __forceinline__ void multiply_tiles(Shared<kTraced>& sh, const Place&
                                                char* stages, uint32_t group) {
   const bool leads = threadIdx.x % kGroupThreads == 0;
   const StageRelease release{place.to_other};
-  StageCursor cursor;
+  StageCursor cursor(place.gathers);
   for (uint32_t n = 0;; ++n) {
     const uint32_t slot = n % kTasks;
     ptx::mbarrier_wait(&sh.task_full[slot], n / kTasks & 1);
     const Task& task = sh.tasks[slot];
     const Tile& tile = task.tile;  // read when needed: the sums leave few registers
     if (tile.gemm == 0) return;
+    cursor.cut(place.gathers, task.low != 0);
     if (leads) {
       sh.actors[static_cast<int>(Lane::k_math0) + group].doing(
           tile.gemm == 1 ? EventKind::k_gemm1 : EventKind::k_gemm2, kNoPeer, tile.expert,
