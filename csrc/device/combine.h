@@ -445,7 +445,7 @@ struct TeamCombiner {
     if (status == Status::kOk) {
       actor.doing(EventKind::k_combine, kNoPeer, kNoExpert, place.chunk);
     } else {
-      store_volatile(&team.failed, 1u);
+      store_atomic(&team.failed, 1u);
     }
     return status;
   }
@@ -460,12 +460,12 @@ struct TeamCombiner {
     for (bool asked = false; !__all_sync(0xffffffffu, ptx::load_relaxed_sys(word) >= place.epoch);
          asked = true) {
       if (lane == 0 && !asked) {
-        store_volatile(&team.awaited[warp], static_cast<uint64_t>(from) << 32 | tokens);
+        store_atomic(&team.awaited[warp], static_cast<uint64_t>(from) << 32 | tokens);
       }
       if (__any_sync(0xffffffffu, load_volatile(&team.failed) != 0)) return Status::kHang;
       __nanosleep(100);
     }
-    if (lane == 0) store_volatile(&team.awaited[warp], uint64_t{0});
+    if (lane == 0) store_atomic(&team.awaited[warp], uint64_t{0});
     ptx::load_acquire_sys(word);
     if constexpr (kPuts) {
       const uint32_t k = sh.shape.top_k;
@@ -558,7 +558,7 @@ __device__ inline Status combine(Shared<kTraced>& sh, const Place& place, uint32
   if (sh.shape.top_k > 32) return combine_in_step<T>(sh, place, group);
   // Neither group reads tiles from the stages any more.
   ptx::named_barrier(1 + kMathGroups, kMathGroups * kGroupThreads);
-  if (threadIdx.x == kMathWarp * 32) store_volatile(&sh.math_combines, 1u);
+  if (threadIdx.x == kMathWarp * 32) store_atomic(&sh.math_combines, 1u);
   using Ring = RowRing<kRingPieces, kRingUnits>;
   const uint32_t warp = threadIdx.x / 32 % kTeamWarps, ring = group * kTeamWarps + warp;
   TeamCombiner<kTraced> waiter{sh, place, sh.actors[static_cast<int>(Lane::k_math0) + group],

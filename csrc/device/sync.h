@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "core/actor.h"
 #include "device/ptx.h"
@@ -49,9 +50,11 @@ template <class U>
 __device__ __forceinline__ U load_volatile(const U* word) {
   return *const_cast<const volatile U*>(word);
 }
+// Stores it as an atomic operation, which racecheck knows from a race.
 template <class U>
-__device__ __forceinline__ void store_volatile(U* word, U value) {
-  *const_cast<volatile U*>(word) = value;
+__device__ __forceinline__ void store_atomic(U* word, U value) {
+  using Word = std::conditional_t<sizeof(U) == 8, unsigned long long, unsigned int>;
+  atomicExch(reinterpret_cast<Word*>(word), static_cast<Word>(value));
 }
 
 // The sum of `value` over this lane and the ones before it.
