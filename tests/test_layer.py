@@ -198,7 +198,10 @@ class TestModule:
         assert seen[0].dtype == torch.int32
         assert seen[0].tolist() == [[0, 1], [0x7FFFFFFF, 1], [-1, 2]]
 
-    @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+    # The GPU tests compile by inductor too.
+    @pytest.mark.parametrize(
+        "backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+    )
     def test_compiles_whole_and_for_any_number_of_tokens(self, backend: str) -> None:
         torch._dynamo.reset()
         first, second = made(), made(replace(CONFIG, intermediate=48))

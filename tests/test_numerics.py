@@ -108,7 +108,10 @@ def _preset_case(name: str) -> Case:
     return _case(replace(config, experts=config.top_k + 1, routing=routing), 3, few=True)
 
 
-@pytest.mark.parametrize("name", DIMENSIONS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n == "mixtral" else []) for n in DIMENSIONS],
+)
 def test_honest_rounding_is_inside_with_margin(name: str) -> None:
     case = _preset_case(name)
     verdict = case.check(case.rows)
