@@ -98,11 +98,12 @@ def test_bits_are_those_of_the_local_world_and_of_one_rank(
 
 
 @ways()
+@pytest.mark.parametrize("gpus", [2, 4, 8])
 @pytest.mark.parametrize("preset", TOKENS)
-def test_bits_are_the_same_over_two_gpus(
-    tmp_path: Path, expected: Any, preset: str, way: str
+def test_bits_are_the_same_over_several_gpus(
+    tmp_path: Path, expected: Any, preset: str, gpus: int, way: str
 ) -> None:
-    run_batch(tmp_path, expected, preset, way, apart(2))
+    run_batch(tmp_path, expected, preset, way, apart(gpus))
 
 
 def count_payload(folder: Path, where: tuple[str, ...], tokens: str, way: str) -> Any:
@@ -133,10 +134,14 @@ def test_payload_is_what_the_ids_imply(tmp_path: Path, tokens: str, way: str) ->
 
 
 @ways()
-def test_payload_over_two_gpus_is_what_the_ids_imply(tmp_path: Path, way: str) -> None:
-    run = count_payload(tmp_path, apart(2), "150,90", way)
+@pytest.mark.parametrize("tokens", ["150,90", "40,90,1,70,0,33,128,64"])
+def test_payload_over_several_gpus_is_what_the_ids_imply(
+    tmp_path: Path, tokens: str, way: str
+) -> None:
+    gpus = tokens.count(",") + 1
+    run = count_payload(tmp_path, apart(gpus), tokens, way)
     assert run.meta["world"]["topology"] == "several-gpus"
-    assert len({pe["gpu"] for pe in run.meta["world"]["processes"]["ranks"]}) == 2
+    assert len({pe["gpu"] for pe in run.meta["world"]["processes"]["ranks"]}) == gpus
 
 
 @ways()
@@ -168,6 +173,18 @@ def test_a_pe_killed_inside_the_kernel_is_named(tmp_path: Path, way: str) -> Non
     assert {0, 1, 2} == set(np.asarray(slots["rank"])[np.asarray(slots["epoch"]) > 0].tolist())
     said = [pe["message"] for pe in run.meta["world"]["processes"]["ranks"]]
     assert said[1] == "killed by SIGKILL"
+
+
+@ways()
+def test_a_kill_on_one_of_two_gpus_is_named(tmp_path: Path, way: str) -> None:
+    args = ("trace", "tiny", *apart(2), *WAYS[way], "-T", "200", "-o", "run.fmoe")
+    how = ("--fault", "killed:1:kernel:1.0", *STUCK, "--deadline", "2", "--json")
+    done = finish(start(tmp_path, *args, *how), 1)
+    hang = done.said["hang"]
+    assert (hang["cause"], hang["culprit"]) == ("dead", 1), done
+    run = open_run(tmp_path / "run.fmoe")
+    # Its GPU is another one's: the survivor's memory is whole, and so is its trace.
+    assert 0 in set(np.asarray(run.events["rank"]).tolist())
 
 
 @ways()
