@@ -348,9 +348,13 @@ def test_heaps_are_freed_together_and_another_takes_their_place(on_each: Any) ->
 
 
 def test_nothing_collective_is_called_once_a_rank_is_known_to_have_failed(on_each: Any) -> None:
+    # Else a rank could hear of the failure while it still asks for its peers.
+    all_have_peers = threading.Barrier(3)
+
     def act(memory: Memory) -> None:
         memory.allocate(4096)
         memory.peers()
+        all_have_peers.wait(10)
         if memory.job.rank == 1:
             memory.job.fail("rank 1 is gone: killed by SIGKILL")
             return
