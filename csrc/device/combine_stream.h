@@ -28,7 +28,7 @@ __device__ __forceinline__ TokenParts token_parts(const Shape& shape, uint32_t t
   const uint32_t row_bytes = shape.hidden * 2;
   const uint32_t wanted = kMathGroups * kTeamWarps / max_u32(tokens, 1);
   if (wanted <= 1) return {1, row_bytes};
-  const uint32_t bytes = static_cast<uint32_t>(align_up(ceil_div(row_bytes, wanted), kLeast));
+  const uint32_t bytes = align_up_u32(ceil_div(row_bytes, wanted), kLeast);
   return {ceil_div(row_bytes, bytes), bytes};
 }
 

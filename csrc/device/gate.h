@@ -16,6 +16,7 @@ inline constexpr uint32_t kGateRows = 64;      // of a product: tokens
 inline constexpr uint32_t kGateTokens = 128;   // two products, the most that one pass takes
 inline constexpr uint32_t kGateExperts = 128;  // columns of the widest product
 inline constexpr uint32_t kGateRingBytes = 144 * 1024;
+inline constexpr uint32_t kGateLoaders = 2;  // warps, the first ones
 
 // Floats from a token's row of logits to the next one's.  Eight more than a multiple of 32: the rows
 // that a warp stores at once then lie in different banks.
@@ -85,142 +86,6 @@ __device__ __forceinline__ TokenRange chunk_part(const Shape& shape, const Place
   const uint32_t end = chunk_begin(shape, place.tokens, chunk + 1);
   const uint32_t begin = min_u32(chunk_begin(shape, place.tokens, chunk) + skip, end);
   return {begin, min_u32(end - begin, most)};
-}
-
-// Logits of the tokens `here` into scratch.logits, by kProducts products that share the
-// weights.  `block` counts the stages of all calls, which must have the same kN and kProducts, in both
-// CTAs of a pair: each fetches half of the weights for both, so they go through the same stages, even
-// one that has no tokens.
-template <class T, uint32_t kN, uint32_t kProducts, bool kTraced>
-__device__ __forceinline__ void gate_logits(Shared<kTraced>& sh, GateScratch& scratch,
-                                            const Place& place, const TokenRange& here,
-                                            uint32_t& block) {
-  const RankArgs& args = *place.args;
-  const StageRelease release{place.to_other};
-  const Shape& shape = sh.shape;
-  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  constexpr uint32_t kBytesX = kProducts * kGateRows * kRowBytes;
-  constexpr uint32_t kBytes = kBytesX + kN * kRowBytes;  // of a stage
-  // The groups take blocks in turn.  An even number of stages gives each stage to one group for good,
-  // which then sees every turn of its barrier: by parity alone it could take the turn before the one
-  // that the other group still waits for.
-  constexpr uint32_t kCount =
-      (kGateRingBytes / kBytes < kGateStages ? kGateRingBytes / kBytes : kGateStages) / 2 * 2;
-  const uint32_t depth = ceil_div(shape.hidden, kTileK);
-  const bool multiplies = warp >= kMathWarp;
-  const uint32_t group = (warp - kMathWarp) / 4;
-  for (uint32_t e0 = 0; e0 < shape.experts; e0 += kN, block += depth) {
-    // What ordinary accesses left in the rings of both CTAs is done with.
-    if (block != 0) {
-      ptx::fence_proxy_async();
-      if (place.pair_size == 1) {
-        __syncthreads();
-      } else {
-        __syncwarp();
-        ptx::cluster_barrier();
-      }
-    }
-    // A thread takes longer to issue a block's copies than the copies take, so the movers issue them in turn.
-    // Whoever waits for a stage's turn n has waited for the block kMathWarp before its own, which the same
-    // group reads as turn n - 2 of this stage, or later: so no wait sees a turn that is two too early.
-    static_assert(kCount >= kMathWarp && kMathWarp % kMathGroups == 0, "the wait's parity is enough");
-    if (warp < kMathWarp && lane == 0) {
-      const uint32_t box = args.gate_box_tokens, boxes = ceil_div(here.tokens, box);
-      for (uint32_t i = warp; i < depth; i += kMathWarp) {
-        const uint32_t stage = (block + i) % kCount;
-        ptx::mbarrier_wait(&sh.gate_empty[stage], ((block + i) / kCount & 1) ^ 1);
-        char* x = scratch.ring + stage * kBytes;
-        const int32_t k = static_cast<int32_t>(i * kTileK);
-        uint64_t* full = &sh.gate_full[stage];
-        ptx::mbarrier_expect(full, (boxes * box + kN) * kRowBytes);
-        constexpr uint32_t kHalf = kN / 2;  // of the weights
-        for (uint32_t row = place.pair_rank * kHalf; row < kN; row += place.pair_size * kHalf) {
-          char* to = x + kBytesX + row * kRowBytes;
-          const int32_t expert = static_cast<int32_t>(e0 + row);
-          if (place.pair_size == 1) {
-            ptx::tma_load_2d(to, args.map_gate, full, k, expert);
-          } else {
-            ptx::tma_load_2d_both(to, args.map_gate, full, k, expert);
-          }
-        }
-        for (uint32_t b = 0; b < boxes; ++b) {
-          ptx::tma_load_2d(x + b * box * kRowBytes, args.map_x, full, k,
-                           static_cast<int32_t>(here.begin + b * box));
-        }
-      }
-    }
-    float sums[kProducts][kN / 2] = {};
-    if (multiplies) {
-      for (uint32_t i = (group + block) % kMathGroups; i < depth; i += kMathGroups) {
-        const uint32_t stage = (block + i) % kCount;
-        ptx::mbarrier_wait(&sh.gate_full[stage], (block + i) / kCount & 1);
-        const uint32_t x = ptx::shared_address(scratch.ring + stage * kBytes);
-        const uint64_t a = ptx::wgmma_descriptor(x, 1024);
-        const uint64_t b = ptx::wgmma_descriptor(x + kBytesX, 1024);
-        ptx::wgmma_fence();
-#pragma unroll
-        for (uint32_t k = 0; k < kTileK / 16; ++k) {
-#pragma unroll
-          for (uint32_t p = 0; p < kProducts; ++p) {
-            ptx::wgmma<T, kN>(sums[p], a + p * (kGateRows * kRowBytes / 16) + 2 * k, b + 2 * k);
-          }
-        }
-        ptx::wgmma_commit();
-        ptx::wgmma_wait<0>();
-        release(&sh.gate_empty[stage]);
-      }
-    }
-    // Group 0 completes the first product and, where there is one, group 1 the second.  What a thread
-    // hands over is for the same thread of the other group.
-    const uint32_t thread = threadIdx.x % kGroupThreads;
-    auto hand_over = [&](const float (&own)[kN / 2], uint32_t product) {
-      float4* to = scratch.sums + product * (kN / 8 * kGroupThreads) + thread;
-#pragma unroll
-      for (uint32_t n = 0; n < kN / 8; ++n) {
-        const float* v = own + 4 * n;
-        to[n * kGroupThreads] = make_float4(v[0], v[1], v[2], v[3]);
-      }
-    };
-    auto complete = [&](const float (&own)[kN / 2], uint32_t product) {
-      const float4* from = scratch.sums + product * (kN / 8 * kGroupThreads) + thread;
-      const uint32_t row = product * kGateRows + warp % 4 * 16 + lane / 4, col = e0 + lane % 4 * 2;
-      const uint32_t stride = gate_stride(shape.experts);
-      float* to = scratch.logits + row * stride + col;
-#pragma unroll
-      for (uint32_t n = 0; n < kN / 8; ++n) {
-        const float* v = own + 4 * n;
-        const float4 other = from[n * kGroupThreads];
-        if (col + n * 8 >= shape.experts) continue;  // of an odd E, one more goes into the gap
-        if (row < here.tokens) {
-          *reinterpret_cast<float2*>(to + n * 8) = make_float2(v[0] + other.x, v[1] + other.y);
-        }
-        if (row + 8 < here.tokens) {
-          *reinterpret_cast<float2*>(to + n * 8 + 8 * stride) =
-              make_float2(v[2] + other.z, v[3] + other.w);
-        }
-      }
-    };
-    constexpr uint32_t kLast = kProducts - 1;
-    __syncthreads();  // the ring is drained
-    if (multiplies && group == 1) hand_over(sums[0], 0);
-    if (kProducts > 1 && multiplies && group == 0) hand_over(sums[kLast], kLast);
-    __syncthreads();
-    if (multiplies && group == 0) complete(sums[0], 0);
-    if (kProducts > 1 && multiplies && group == 1) complete(sums[kLast], kLast);
-  }
-  __syncthreads();
-}
-
-// The same by two products, or by one.
-template <class T, uint32_t kN, bool kTraced>
-__device__ __forceinline__ void gate_logits(Shared<kTraced>& sh, GateScratch& scratch,
-                                            const Place& place, const TokenRange& here, bool two,
-                                            uint32_t& block) {
-  if (two) {
-    gate_logits<T, kN, 2>(sh, scratch, place, here, block);
-  } else {
-    gate_logits<T, kN, 1>(sh, scratch, place, here, block);
-  }
 }
 
 // The groups a token may choose from, a bit a group: those with the largest sum of their two best.
@@ -317,6 +182,167 @@ __device__ __forceinline__ void choose(const Shape& shape, float* logits, float*
   }
 }
 
+// The same for any number of experts.  One copy of the code, which rehearse_choice() runs first.
+__device__ __noinline__ void choose_any(const Shape& shape, float* logits, float* choice,
+                                        const float* bias, uint32_t* ids, float* weights) {
+  if (shape.experts <= 128) {
+    choose<4>(shape, logits, choice, bias, ids, weights);
+  } else if (shape.experts <= 256) {
+    choose<8>(shape, logits, choice, bias, ids, weights);
+  } else {
+    choose<32>(shape, logits, choice, bias, ids, weights);
+  }
+}
+
+// Brings the code of choose_any() to the SM by running it on rows of logits that are not there yet, by a warp
+// that would only wait.  A launch finds its code in neither cache, and what is run once, in line, costs what
+// its instructions take to come, not to run.
+__device__ __forceinline__ void rehearse_choice(const Shape& shape, GateScratch& scratch,
+                                                const float* bias) {
+  const uint32_t stride = gate_stride(shape.experts);
+  float* row = scratch.logits;
+  choose_any(shape, row, row + stride, bias, reinterpret_cast<uint32_t*>(row + 2 * stride),
+             row + 3 * stride);
+}
+
+// Logits of the tokens `here` into scratch.logits, by kProducts products that share the
+// weights.  `block` counts the stages of all calls, which must have the same kN and kProducts, in both
+// CTAs of a pair: each fetches half of the weights for both, so they go through the same stages, even
+// one that has no tokens.
+template <class T, uint32_t kN, uint32_t kProducts, bool kTraced>
+__device__ __forceinline__ void gate_logits(Shared<kTraced>& sh, GateScratch& scratch,
+                                            const Place& place, const TokenRange& here,
+                                            uint32_t& block) {
+  const RankArgs& args = *place.args;
+  const StageRelease release{place.to_other};
+  const Shape& shape = sh.shape;
+  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  constexpr uint32_t kBytesX = kProducts * kGateRows * kRowBytes;
+  constexpr uint32_t kBytes = kBytesX + kN * kRowBytes;  // of a stage
+  // The groups take blocks in turn.  An even number of stages gives each stage to one group for good,
+  // which then sees every turn of its barrier: by parity alone it could take the turn before the one
+  // that the other group still waits for.
+  constexpr uint32_t kCount =
+      (kGateRingBytes / kBytes < kGateStages ? kGateRingBytes / kBytes : kGateStages) / 2 * 2;
+  const uint32_t depth = ceil_div(shape.hidden, kTileK);
+  const bool multiplies = warp >= kMathWarp;
+  const uint32_t group = (warp - kMathWarp) / 4;
+  for (uint32_t e0 = 0; e0 < shape.experts; e0 += kN, block += depth) {
+    // What ordinary accesses left in the rings of both CTAs is done with.
+    if (block != 0) {
+      ptx::fence_proxy_async();
+      if (place.pair_size == 1) {
+        __syncthreads();
+      } else {
+        __syncwarp();
+        ptx::cluster_barrier();
+      }
+    }
+    // A thread takes longer to issue a block's copies than the copies take, so two warps issue them in turn.
+    // Whoever waits for a stage's turn n has waited for the block kGateLoaders before its own, which the same
+    // group reads as turn n - 2 of this stage, or later: so no wait sees a turn that is two too early.
+    static_assert(kCount >= kGateLoaders && kGateLoaders % kMathGroups == 0,
+                  "the wait's parity is enough");
+    if (warp == kGateLoaders && block == 0) rehearse_choice(shape, scratch, args.bias);
+    if (warp < kGateLoaders && lane == 0) {
+      const uint32_t box = args.gate_box_tokens, boxes = ceil_div(here.tokens, box);
+      for (uint32_t i = warp; i < depth; i += kGateLoaders) {
+        const uint32_t stage = (block + i) % kCount;
+        ptx::mbarrier_wait(&sh.gate_empty[stage], ((block + i) / kCount & 1) ^ 1);
+        char* x = scratch.ring + stage * kBytes;
+        const int32_t k = static_cast<int32_t>(i * kTileK);
+        uint64_t* full = &sh.gate_full[stage];
+        ptx::mbarrier_expect(full, (boxes * box + kN) * kRowBytes);
+        constexpr uint32_t kHalf = kN / 2;  // of the weights
+        for (uint32_t row = place.pair_rank * kHalf; row < kN; row += place.pair_size * kHalf) {
+          char* to = x + kBytesX + row * kRowBytes;
+          const int32_t expert = static_cast<int32_t>(e0 + row);
+          if (place.pair_size == 1) {
+            ptx::tma_load_2d(to, args.map_gate, full, k, expert);
+          } else {
+            ptx::tma_load_2d_both(to, args.map_gate, full, k, expert);
+          }
+        }
+        for (uint32_t b = 0; b < boxes; ++b) {
+          ptx::tma_load_2d(x + b * box * kRowBytes, args.map_x, full, k,
+                           static_cast<int32_t>(here.begin + b * box));
+        }
+      }
+    }
+    float sums[kProducts][kN / 2] = {};
+    if (multiplies) {
+      for (uint32_t i = (group + block) % kMathGroups; i < depth; i += kMathGroups) {
+        const uint32_t stage = (block + i) % kCount;
+        ptx::mbarrier_wait(&sh.gate_full[stage], (block + i) / kCount & 1);
+        const uint32_t x = ptx::shared_address(scratch.ring + stage * kBytes);
+        const uint64_t a = ptx::wgmma_descriptor(x, 1024);
+        const uint64_t b = ptx::wgmma_descriptor(x + kBytesX, 1024);
+        ptx::wgmma_fence();
+#pragma unroll
+        for (uint32_t k = 0; k < kTileK / 16; ++k) {
+#pragma unroll
+          for (uint32_t p = 0; p < kProducts; ++p) {
+            ptx::wgmma<T, kN>(sums[p], a + p * (kGateRows * kRowBytes / 16) + 2 * k, b + 2 * k);
+          }
+        }
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<0>();
+        release(&sh.gate_empty[stage]);
+      }
+    }
+    // Group 0 completes the first product and, where there is one, group 1 the second.  What a thread
+    // hands over is for the same thread of the other group.
+    const uint32_t thread = threadIdx.x % kGroupThreads;
+    auto hand_over = [&](const float (&own)[kN / 2], uint32_t product) {
+      float4* to = scratch.sums + product * (kN / 8 * kGroupThreads) + thread;
+#pragma unroll
+      for (uint32_t n = 0; n < kN / 8; ++n) {
+        const float* v = own + 4 * n;
+        to[n * kGroupThreads] = make_float4(v[0], v[1], v[2], v[3]);
+      }
+    };
+    auto complete = [&](const float (&own)[kN / 2], uint32_t product) {
+      const float4* from = scratch.sums + product * (kN / 8 * kGroupThreads) + thread;
+      const uint32_t row = product * kGateRows + warp % 4 * 16 + lane / 4, col = e0 + lane % 4 * 2;
+      const uint32_t stride = gate_stride(shape.experts);
+      float* to = scratch.logits + row * stride + col;
+#pragma unroll
+      for (uint32_t n = 0; n < kN / 8; ++n) {
+        const float* v = own + 4 * n;
+        const float4 other = from[n * kGroupThreads];
+        if (col + n * 8 >= shape.experts) continue;  // of an odd E, one more goes into the gap
+        if (row < here.tokens) {
+          *reinterpret_cast<float2*>(to + n * 8) = make_float2(v[0] + other.x, v[1] + other.y);
+        }
+        if (row + 8 < here.tokens) {
+          *reinterpret_cast<float2*>(to + n * 8 + 8 * stride) =
+              make_float2(v[2] + other.z, v[3] + other.w);
+        }
+      }
+    };
+    constexpr uint32_t kLast = kProducts - 1;
+    __syncthreads();  // the ring is drained
+    if (multiplies && group == 1) hand_over(sums[0], 0);
+    if (kProducts > 1 && multiplies && group == 0) hand_over(sums[kLast], kLast);
+    __syncthreads();
+    if (multiplies && group == 0) complete(sums[0], 0);
+    if (kProducts > 1 && multiplies && group == 1) complete(sums[kLast], kLast);
+  }
+  __syncthreads();
+}
+
+// The same by two products, or by one.
+template <class T, uint32_t kN, bool kTraced>
+__device__ __forceinline__ void gate_logits(Shared<kTraced>& sh, GateScratch& scratch,
+                                            const Place& place, const TokenRange& here, bool two,
+                                            uint32_t& block) {
+  if (two) {
+    gate_logits<T, kN, 2>(sh, scratch, place, here, block);
+  } else {
+    gate_logits<T, kN, 1>(sh, scratch, place, here, block);
+  }
+}
+
 // Takes external ids of one token; true if they are distinct and in range.
 __device__ inline bool take_external(const Shape& shape, const int32_t* from,
                                      const float* weights_from, uint32_t* ids, float* weights) {
@@ -409,13 +435,7 @@ __device__ __forceinline__ void route_chunk(Shared<kTraced>& sh, const Place& pl
       const uint64_t at = static_cast<uint64_t>(here.begin + t) * shape.top_k;
       float* logits = scratch.logits + t * gate_stride(shape.experts);
       float* choice = scratch.choice + t * gate_stride(shape.experts);
-      if (shape.experts <= 128) {
-        choose<4>(shape, logits, choice, bias, ids + at, weights + at);
-      } else if (shape.experts <= 256) {
-        choose<8>(shape, logits, choice, bias, ids + at, weights + at);
-      } else {
-        choose<32>(shape, logits, choice, bias, ids + at, weights + at);
-      }
+      choose_any(shape, logits, choice, bias, ids + at, weights + at);
     }
   }
 }

@@ -222,15 +222,17 @@ __device__ inline void own_counts(const Shared<kTraced>& sh, const Place& place)
   __syncthreads();
 }
 
-// Sends this rank's rows per expert to every rank, the experts spread over the CTAs.
+// Sends this rank's rows per expert to every rank, the experts spread over the CTAs.  By one warp; a rank
+// alone leaves them for the diagnosis.
 template <bool kTraced>
 __device__ inline void send_counts(Shared<kTraced>& sh, const Place& place) {
   const Shape& shape = sh.shape;
   const uint32_t* own = own_rows(sh, place);
-  const uint32_t share = place.chunk < shape.experts
-                             ? ceil_div(shape.experts - place.chunk, shape.chunks) * shape.world
-                             : 0;
+  uint32_t share = 0;
   if (threadIdx.x < 32) {
+    share = place.chunk < shape.experts
+                ? ceil_div(shape.experts - place.chunk, shape.chunks) * shape.world
+                : 0;
     for (uint32_t i = threadIdx.x; i < share; i += 32) {
       const uint32_t to = i % shape.world, e = place.chunk + i / shape.world * shape.chunks;
       uint64_t* word = counts_words(sh.heaps[to], sh.layout, shape, place.epoch, place.rank) + e;

@@ -324,11 +324,18 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
     if (sh.other_left != 0) break;
     const uint32_t first = static_cast<uint32_t>(pair) * place.pair_size;
     if (first >= tiles || aborted != 0) break;
-    const Tile one = tile_at(sh.tables, shape, place.rank, first);
-    Tile two = one;
-    two.rows = 0;
-    if (place.pair_size == 2 && first + 1 < tiles) {
-      two = tile_at(sh.tables, shape, place.rank, first + 1);
+    // By a loop, so that the second is found by code that is there already.
+    Tile one{}, two{};
+    const uint32_t count = min_u32(place.pair_size, tiles - first);
+#pragma unroll 1
+    for (uint32_t i = 0; i < count; ++i) {
+      const Tile tile = tile_at(sh.tables, shape, place.rank, first + i);
+      if (i == 0) {
+        one = two = tile;
+        two.rows = 0;
+      } else {
+        two = tile;
+      }
     }
     // Where an expert has an odd number of tiles, a pair may hold its last GEMM1 tile and its first GEMM2
     // tile: the one waits for the other.
