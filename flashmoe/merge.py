@@ -217,6 +217,7 @@ class Merged:
             processes=self.describe(),
             tiling=engine.get("tiling"),
             topology=saving.topology(engine.get("world", "host"), ranks, self._ranks_per_gpu()),
+            nvlink=self.nvlink(),
         )
 
     def _ranks_per_gpu(self) -> int:
@@ -225,6 +226,19 @@ class Merged:
             r["device"]["uuid"] for r in self.reports.values() if r.get("device", {}).get("uuid")
         ]
         return max([self.request.ranks_per_gpu, *(gpus.count(gpu) for gpu in gpus)])
+
+    def nvlink(self) -> dict[str, Any] | None:
+        """``nvlink`` of run.json; None where not all ranks came to its end, or one GPU is all."""
+        found = [(rank, self.reports[rank]["nvlink"]) for rank in sorted(self.reports)]
+        if len(found) < self.request.ranks or any(said is None for _, said in found):
+            return None
+        return {
+            "launches": found[0][1]["launches"],  # alike on all
+            "ranks": [
+                {"rank": rank} | {name: said[name] for name in said if name != "launches"}
+                for rank, said in found
+            ],
+        }
 
     def clock(self) -> dict[str, Any] | None:
         """``clock`` of run.json: rank 0's clock, and how the others' were put on it."""
