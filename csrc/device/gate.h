@@ -120,13 +120,9 @@ __device__ __forceinline__ void gate_logits(Shared<kTraced>& sh, GateScratch& sc
         ptx::cluster_barrier();
       }
     }
-    // A thread takes longer to issue a block's copies than the copies take, so the movers issue them in turn.
-    // Whoever waits for a stage's turn n has waited for the block kMathWarp before its own, which the same
-    // group reads as turn n - 2 of this stage, or later: so no wait sees a turn that is two too early.
-    static_assert(kCount >= kMathWarp && kMathWarp % kMathGroups == 0, "the wait's parity is enough");
-    if (warp < kMathWarp && lane == 0) {
+    if (threadIdx.x == kLoadWarp * 32) {
       const uint32_t box = args.gate_box_tokens, boxes = ceil_div(here.tokens, box);
-      for (uint32_t i = warp; i < depth; i += kMathWarp) {
+      for (uint32_t i = 0; i < depth; ++i) {
         const uint32_t stage = (block + i) % kCount;
         ptx::mbarrier_wait(&sh.gate_empty[stage], ((block + i) / kCount & 1) ^ 1);
         char* x = scratch.ring + stage * kBytes;

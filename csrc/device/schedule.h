@@ -290,15 +290,11 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
       ring.await_other(&sh.pair_empty[ring.handed % kTasks], ring.handed / kTasks);
     }
   };
-  // Once the rows of `one` and `two` are here, the CTAs begin them; rows 0: no tile for that CTA.  Of the first
-  // tiles whoever gathers the rows awaits them, so that weights are on their way meanwhile.
+  // Once the rows of `one` and `two` are here, the CTAs begin them; rows 0: no tile for that CTA.
   auto run = [&](const Tile& one, const Tile& two) {
     PairMessage message{};
-    auto await = [&](const Tile& tile) {
-      if (tile.rows == 0 || (tile.gemm == 1 && gathers_unawaited(place, ring.handed))) return true;
-      return await_operands(ring, tile, message) == Status::kOk;
-    };
-    if (!await(one) || !await(two)) return false;
+    if (one.rows != 0 && await_operands(ring, one, message) != Status::kOk) return false;
+    if (two.rows != 0 && await_operands(ring, two, message) != Status::kOk) return false;
     const uint32_t depth = max_u32(one.rows == 0 ? 0 : depth_of(shape, one.gemm),
                                    two.rows == 0 ? 0 : depth_of(shape, two.gemm));
     message.index = two.index;
