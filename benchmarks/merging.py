@@ -49,6 +49,7 @@ def parts_of(shape: synthetic.Shape) -> tuple[list[Part], MoEConfig]:
         report = {
             "rank": rank, "pid": 1, "exit_code": 0, "message": "ok", "status": 0,
             "launch_ms": about["timing"]["launch_ms"], "rows_needed": 0, "check": None,
+            "nvlink": None,
             "clock": {"start": start, "end": end},
             "inputs": {"name": "made-up", "config": config.to_dict(), "remarks": [],
                        "tokens": [shape.tokens] * shape.ranks, "shared_expert": False},
@@ -69,7 +70,7 @@ def _core_shape(shape: synthetic.Shape) -> dict[str, Any]:
     return {
         "world": shape.ranks, "experts": shape.experts, "top_k": shape.top_k,
         "hidden": shape.hidden, "inter": shape.intermediate, "max_tokens": shape.tokens,
-        "pool_rows": 1, "chunks": shape.sms, "tile_m": shape.tile_m, "tile_step": synthetic.STEP,
+        "pool_rows": 1, "chunks": shape.sms, "tile_m": shape.tile_m, "tile_step": shape.tile_step,
         "tile_n1": shape.tile_n // 2, "tile_n2": shape.tile_n,
         "wave_experts": max(1, -(-owned // shape.waves)), "activation": "swiglu",
         "routing": "softmax", "renormalize": True, "scale": 1.0, "groups": 1, "top_groups": 1,

@@ -23,6 +23,7 @@ from flashmoe.session import EXIT_HANG, EXIT_STOPPED, EXIT_WRONG, Progress, Requ
 from flashmoe.trace import schema
 from flashmoe.trace.align import Alignment, Exchange, align_rings
 from flashmoe.trace.rings import Rings
+from flashmoe.trace.tighten import Tightened, pairs, tighten
 from flashmoe.world.base import Routing, Status
 from flashmoe.world.tiles import tile_plan
 
@@ -63,7 +64,11 @@ class Merged:
         self.inputs: dict[str, Any] = known[0]["inputs"] if known else {}
         built = [r for r in self.reports.values() if "engine" in r]
         self.engine: dict[str, Any] | None = built[0]["engine"] if built else None
+        self.routings = self._routings()
         self.clocks = {rank: _alignment(r) for rank, r in self.reports.items()}
+        self.tightened = self._tighten()
+        if self.tightened is not None:
+            self.clocks = dict(enumerate(self.tightened.clocks))
 
     @property
     def config(self) -> MoEConfig:
@@ -81,7 +86,23 @@ class Merged:
         """Launches that all surviving ranks have measured."""
         return min((len(p.arrays.get("counts", ())) for p in self.parts.values()), default=0)
 
-    def routings(self) -> list[Routing]:
+    def _tighten(self) -> Tightened | None:
+        """The clocks as the order of events tightens them; None where a rank or a clock lacks."""
+        ranks = range(self.request.ranks)
+        known = [self.clocks.get(rank) for rank in ranks]
+        clocks = [how for how in known if how is not None and how.drift is not None]
+        ended = all(report["status"] == Status.OK for report in self.reports.values())
+        if len(clocks) < max(len(ranks), 2) or not ended or not self.routings:
+            return None
+        rings = [self._own_rings(rank) for rank in ranks]
+        spans = [span for own in rings if (span := _span(own)) is not None]
+        if len(spans) < len(ranks):
+            return None
+        step_ns = max(r["engine"]["clock"]["step_ns"] for r in self.reports.values())
+        found = pairs(rings, [routing.tiles for routing in self.routings])
+        return tighten(clocks, found, spans, step_ns)
+
+    def _routings(self) -> list[Routing]:
         """Counts and tiles of each launch of which all ranks have left their counts."""
         ranks = self.request.ranks
         if len(self.parts) < ranks or self.engine is None:
@@ -102,7 +123,7 @@ class Merged:
         return tile_plan(self.engine["shape"], chunk_counts, self.engine["family"])
 
     def rings(self) -> Rings:
-        """All ranks' rings on rank 0's clock; a rank that left none has rings that never began."""
+        """All ranks' rings on rank 0's clock, to be asked for once: records are moved in place."""
         per_rank = max(
             (len(p.arrays.get("ring_headers", ())) for p in self.parts.values()), default=0
         )
@@ -110,25 +131,25 @@ class Merged:
             per_rank = len(self.outcome.flight) // self.request.ranks
         headers, stored = [], []
         for rank in range(self.request.ranks):
-            part = self.parts.get(rank)
-            if part is None or "ring_headers" not in part.arrays:
-                lost = np.zeros(per_rank, schema.RING_HEADER)
-                lost["rank"] = rank
-                place = np.arange(per_rank)
-                lost["cta"], lost["lane"] = place // schema.N_LANES, place % schema.N_LANES
-                headers.append(lost)
-                stored += [np.zeros(0, schema.RECORD)] * per_rank
-                continue
-            own = part.arrays["ring_headers"]
-            records = [part.arrays[f"ring{i}"] for i in range(len(own))]
-            clock = self.clocks[rank]
+            own = self._own_rings(rank, per_rank)
+            clock = self.clocks.get(rank)
             if clock is not None:
-                align_rings(own, records, clock)
-            headers.append(own)
-            stored += records
-        return Rings(
-            np.concatenate(headers) if headers else np.zeros(0, schema.RING_HEADER), stored
-        )
+                align_rings(own.headers, own.stored, clock)
+            headers.append(own.headers)
+            stored += own.stored
+        return Rings(np.concatenate(headers), stored)
+
+    def _own_rings(self, rank: int, per_rank: int = 0) -> Rings:
+        """A rank's rings on its own clock; of one that left none ``per_rank`` that never began."""
+        part = self.parts.get(rank)
+        if part is not None and "ring_headers" in part.arrays:
+            headers = part.arrays["ring_headers"]
+            return Rings(headers, [part.arrays[f"ring{i}"] for i in range(len(headers))])
+        lost = np.zeros(per_rank, schema.RING_HEADER)
+        lost["rank"] = rank
+        place = np.arange(per_rank)
+        lost["cta"], lost["lane"] = place // schema.N_LANES, place % schema.N_LANES
+        return Rings(lost, [np.zeros(0, schema.RECORD)] * per_rank)
 
     def flight(self) -> np.ndarray | None:
         """All ranks' slots on rank 0's clock, as the launcher read them, else from the parts."""
@@ -193,8 +214,7 @@ class Merged:
     def result(self) -> Result:
         """The run as it ended, not judged yet."""
         config, ranks = self.config, self.request.ranks
-        routings = self.routings()
-        rows, traffic = verdict.traffic_of(routings[-1:], config, ranks)
+        rows, traffic = verdict.traffic_of(self.routings[-1:], config, ranks)
         times = [r["launch_ms"] for r in self.reports.values()]
         count = min((len(t) for t in times), default=0)
         engine = self.engine or {}
@@ -217,6 +237,7 @@ class Merged:
             processes=self.describe(),
             tiling=engine.get("tiling"),
             topology=saving.topology(engine.get("world", "host"), ranks, self._ranks_per_gpu()),
+            nvlink=self.nvlink(),
         )
 
     def _ranks_per_gpu(self) -> int:
@@ -225,6 +246,19 @@ class Merged:
             r["device"]["uuid"] for r in self.reports.values() if r.get("device", {}).get("uuid")
         ]
         return max([self.request.ranks_per_gpu, *(gpus.count(gpu) for gpu in gpus)])
+
+    def nvlink(self) -> dict[str, Any] | None:
+        """``nvlink`` of run.json; None where not all ranks came to its end, or one GPU is all."""
+        found = [(rank, self.reports[rank]["nvlink"]) for rank in sorted(self.reports)]
+        if len(found) < self.request.ranks or any(said is None for _, said in found):
+            return None
+        return {
+            "launches": found[0][1]["launches"],  # alike on all
+            "ranks": [
+                {"rank": rank} | {name: said[name] for name in said if name != "launches"}
+                for rank, said in found
+            ],
+        }
 
     def clock(self) -> dict[str, Any] | None:
         """``clock`` of run.json: rank 0's clock, and how the others' were put on it."""
@@ -236,6 +270,10 @@ class Merged:
             None if (how := self.clocks.get(rank)) is None else how.as_dict()
             for rank in range(self.request.ranks)
         ]
+        closer = self.tightened
+        clock["tightening"] = None if closer is None else {
+            "pairs": closer.pairs, "contradiction_ns": closer.contradiction_ns,
+        }  # fmt: skip
         return clock
 
     def describe(self) -> dict[str, Any]:
@@ -261,6 +299,13 @@ class Merged:
             "pointers": not self.request.no_pointers,
             "ranks": pes,
         }
+
+
+def _span(own: Rings) -> tuple[int, int] | None:
+    """First and last time of a rank's events, by its own clock; None where there are none."""
+    begins = [int(records["t0_ns"].min()) for records in own.stored if len(records)]
+    ends = own.headers["end_ns"][own.began]
+    return (min(begins), int(ends.max())) if begins and ends.any() else None
 
 
 def _alignment(report: dict[str, Any]) -> Alignment | None:
@@ -352,7 +397,6 @@ def _save(
     from flashmoe.trace.rundir import RunWriter
 
     request = merged.request
-    routings = merged.routings()
     out = request.out or (request.hang_out if result.hang is not None else None)
     if out is None or (only_with_launches and not merged.launches()):
         return
@@ -366,7 +410,7 @@ def _save(
         )
         if request.traced:
             writer.add_rings(merged.rings())
-        for i, routing in enumerate(routings):
+        for i, routing in enumerate(merged.routings):
             writer.add_routing(i, routing)
         if result.flight is not None:
             writer.add_flight(result.flight)

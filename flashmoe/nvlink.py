@@ -2,12 +2,12 @@
 
 The counters are of the whole GPU, by whoever sends, and step by a KiB; so they are read around
 enough launches to rise well above a step, and shown beside what the trace counted, never in its
-place.
+place.  Who reads them around launches is ``flashmoe.world.links``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,10 +16,19 @@ from flashmoe.gpu import ask, handle_of, nvml_session
 STEP_BYTES = 1024
 """What one step of a counter stands for."""
 
-ENOUGH_STEPS = 1000
-"""A difference of so many steps is certain to a tenth of a per cent."""
+ENOUGH_BYTES = 1000 * STEP_BYTES
+"""A difference of so many is certain to a tenth of a per cent."""
+
+SETTLE_S = 0.05
+"""Two readings so far apart that agree tell that nothing moves any more."""
+
+MOST_READINGS = 10
 
 _ALL_LINKS = 0xFFFFFFFF  # NVML's scope for the sum over a GPU's links
+
+
+class NoCountersError(Exception):
+    """This GPU or driver gives no counters; the text says why, in a few words."""
 
 
 @dataclass(frozen=True)
@@ -37,66 +46,48 @@ class Counters:
         return Counters(*(getattr(self, n) - getattr(before, n) for n in asdict(self)))
 
 
-def read_counters(device: int = 0) -> Counters | None:
-    """The counters of GPU ``device``; None where NVML does not answer or this GPU has none."""
+def read_counters(device: int = 0) -> tuple[Counters, bool]:
+    """The counters of GPU ``device`` once nothing moves, and whether that was so.
+
+    False where two readings in a row still differed in their data after half a second: somebody
+    else uses the links.  Raises NoCountersError where NVML does not answer, or not this question.
+    """
     try:
         with nvml_session() as nvml:
             handle = handle_of(nvml, device)
-            return None if handle is None else _read(nvml, handle)
-    except RuntimeError:
-        return None
+            if handle is None:
+                raise NoCountersError(f"NVML shows no GPU {device}")
+            last = _read(nvml, handle)
+            for _ in range(MOST_READINGS):
+                time.sleep(SETTLE_S)
+                now = _read(nvml, handle)
+                if (now.data_tx, now.data_rx) == (last.data_tx, last.data_rx):
+                    return now, True
+                last = now
+            return last, False
+    except RuntimeError as exc:
+        raise NoCountersError(str(exc)) from exc
 
 
-def _read(nvml: Any, handle: Any) -> Counters | None:
-    fields = [
-        nvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX,
-        nvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX,
-        nvml.NVML_FI_DEV_NVLINK_THROUGHPUT_RAW_TX,
-        nvml.NVML_FI_DEV_NVLINK_THROUGHPUT_RAW_RX,
-    ]
-    wanted = [(field, _ALL_LINKS) for field in fields]
-    values = ask(nvml, nvml.nvmlDeviceGetFieldValues, handle, wanted)
-    if values is None or any(value.nvmlReturn != nvml.NVML_SUCCESS for value in values):
-        return None
+def _read(nvml: Any, handle: Any) -> Counters:
+    try:
+        fields = [
+            nvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX,
+            nvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX,
+            nvml.NVML_FI_DEV_NVLINK_THROUGHPUT_RAW_TX,
+            nvml.NVML_FI_DEV_NVLINK_THROUGHPUT_RAW_RX,
+        ]
+        get = nvml.nvmlDeviceGetFieldValues
+    except AttributeError as exc:
+        raise NoCountersError("this nvidia-ml-py does not know them") from exc
+    try:
+        values = get(handle, [(field, _ALL_LINKS) for field in fields])
+        for value in values:
+            if value.nvmlReturn != nvml.NVML_SUCCESS:
+                raise nvml.NVMLError(value.nvmlReturn)
+    except nvml.NVMLError as exc:
+        raise NoCountersError(str(exc)) from exc
     return Counters(*(int(value.value.ullVal) * STEP_BYTES for value in values))
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Bytes over NVLink while ``launches`` ran; ``certain``: far above the counters' step."""
-
-    launches: int
-    bytes: Counters
-    certain: bool
-
-
-def measure(
-    run: Callable[[], None], device: int = 0, most: int = 1024, payload_bytes: int = 0
-) -> Measured | None:
-    """Runs launches until the counters of ``device`` have risen by ``ENOUGH_STEPS``.
-
-    ``run`` does one launch and waits for it.  ``payload_bytes``, what a launch is known to send and
-    receive, decides how many are run before the counters are read again; 0: one, then twice as
-    many, and so on.  Gives up counting as certain after ``most``.  None without counters.
-    """
-    before = read_counters(device)
-    if before is None:
-        return None
-    enough = ENOUGH_STEPS * STEP_BYTES
-    done, batch = 0, max(1, -(-enough // payload_bytes)) if payload_bytes else 1
-    while True:
-        batch = min(batch, most - done)
-        for _ in range(batch):
-            run()
-        done += batch
-        after = read_counters(device)
-        if after is None:
-            return None
-        moved = after.since(before)
-        certain = min(moved.data_tx, moved.data_rx) >= enough
-        if certain or done >= most:
-            return Measured(done, moved, certain)
-        batch = done
 
 
 @dataclass(frozen=True)

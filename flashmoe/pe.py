@@ -56,6 +56,7 @@ class Pe:
     check: dict[str, Any] | None = None
     output: dict[str, np.ndarray] = field(default_factory=dict)
     exchanges: list[Exchange] = field(default_factory=list)
+    nvlink: dict[str, Any] | None = None
     exit_code: int = 0
     message: str = "ok"
     interrupted: bool = False  # by Ctrl-C, or whoever started it
@@ -71,6 +72,7 @@ class Pe:
             "launch_ms": [launch.elapsed_ms for launch in self.launches],
             "rows_needed": max((launch.rows_needed for launch in self.launches), default=0),
             "check": self.check,
+            "nvlink": self.nvlink,
             "clock": {"start": None, "end": None},
         }
         arrays: dict[str, np.ndarray] = dict(self.output)
@@ -228,23 +230,51 @@ def _compare_clocks(pe: Pe, board: Board) -> None:
 
 
 def _launch_all(pe: Pe, engine: PeEngine, progress: Progress) -> None:
-    """Warm-up, then the measured launches; stops at the first that fails."""
+    """Warm-up, then the measured launches; stops at the first that fails.
+
+    NVLink's bytes are counted over both; where they are too few, over some launches more, but never
+    of a traced run, whose rings these would fill.
+    """
+    from flashmoe.world.links import LinkBytes
+
     request = pe.request
+    links = LinkBytes(pe.job, engine.options.device, engine.gpus)
+    links.begin()
     with _struck(request, pe.job.rank):
-        for phase, count in (("warm-up", request.warmup), ("running", request.iterations)):
-            for i in range(count):
-                progress(phase, i, count)
-                launch = engine.launch()
-                measured = phase == "running"
-                if measured or launch.status is not Status.OK:
-                    pe.launches.append(launch)
-                if launch.status is not Status.OK:
-                    pe.status = launch.status
-                    return
-                if measured:
-                    pe.counts.append(engine.chunk_counts()[0].copy())
-            if phase == "warm-up" and count:
-                engine.reset_rings()
+        for i in range(request.warmup):
+            progress("warm-up", i, request.warmup)
+            if not _launch(pe, engine, measured=False):
+                return
+        if request.warmup:
+            engine.reset_rings()
+        for i in range(request.iterations):
+            progress("running", i, request.iterations)
+            if not _launch(pe, engine, measured=True):
+                return
+            pe.counts.append(engine.chunk_counts()[0].copy())
+        more = links.more(
+            request.warmup + request.iterations,
+            engine.config,
+            pe.counts[-1].sum(axis=0),
+            pe.launches[-1].elapsed_ms,
+            may_run=not request.traced,
+        )
+        for i in range(more):
+            progress("counting NVLink's bytes", i, more)
+            if not _launch(pe, engine, measured=False):
+                return
+    links.end()
+    pe.nvlink = links.report
+
+
+def _launch(pe: Pe, engine: PeEngine, *, measured: bool) -> bool:
+    """One launch; whether it ended well.  One that did not is kept though nobody measures it."""
+    launch = engine.launch()
+    if measured or launch.status is not Status.OK:
+        pe.launches.append(launch)
+    if launch.status is not Status.OK:
+        pe.status = launch.status
+    return launch.status is Status.OK
 
 
 def _judge(pe: Pe, engine: PeEngine, inputs: Inputs, progress: Progress) -> None:

@@ -90,6 +90,7 @@ def metadata_of(
         "deadline_s": deadline_s,
         "faults": [fault.kind for fault in request.faults],
         "timing": {"launch_ms": result.launch_ms},
+        "nvlink": result.nvlink,
         "check": result.check,
         "status": {"code": result.exit_code, "message": result.message},
         "hang": None if result.hang is None else result.hang.as_dict(),

@@ -96,8 +96,8 @@ class Result:
     said after the last launch (None: no GPU), ``why_world`` why ``auto`` chose as it did.
     ``message`` says in a few words how it ended, ``unsaved`` why the output or the run that was
     asked for is not there.  ``processes`` tells of ranks that are processes:
-    see ``world.processes`` in docs/trace-format.md, and there ``world.tiling`` and
-    ``world.topology``.
+    see ``world.processes`` in docs/trace-format.md, and there ``world.tiling``,
+    ``world.topology`` and ``nvlink``.
     """
 
     name: str
@@ -124,6 +124,7 @@ class Result:
     processes: dict[str, Any] | None = None
     tiling: dict[str, Any] | None = None
     topology: str = ""
+    nvlink: dict[str, Any] | None = None
     unsaved: FlashmoeError | None = None
 
     @contextlib.contextmanager

@@ -18,6 +18,7 @@ import typer
 
 from flashmoe.config import MoEConfig
 from flashmoe.session import Request, Result, run
+from flashmoe.trace.links import link_figures
 from flashmoe.trace.place import SUFFIX, run_path, runs_folder
 from flashmoe.world.rendezvous import Place, find_place
 from flashmoe_cli import request as parse
@@ -180,6 +181,7 @@ def result_json(verb: str, result: Result) -> dict[str, Any]:
         "time_source": time_source(result.world),
         "check": result.check,
         "payload_bytes": result.traffic.tolist(),
+        "nvlink": link_figures(result.nvlink),
         "rows_per_expert": result.rows.tolist(),
         "shared_expert": "added by torch, outside the kernel" if result.shared_expert else None,
         "device": result.device,

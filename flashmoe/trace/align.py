@@ -6,13 +6,14 @@ and answered at ``there`` by the reference's.  The answer was given somewhere be
     there - back <= offset <= there - sent        (reference = own + offset)
 
 Exchanges close to each other in time are all true, so their intervals are intersected.  Between one
-offset at the start of a run and one at its end the clock is taken to drift evenly.
+offset at the start of a run and one at its end the clock is taken to drift evenly.  What the trace
+says of the order of events may tighten the result: ``flashmoe.trace.tighten``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -57,18 +58,32 @@ class Alignment:
     """How one rank's clock becomes rank 0's.
 
     ``applied`` is false where the exchanges are consistent with one and the same clock: then times
-    stay as they are, since a correction within its own error only adds noise.
+    stay as they are, since a correction within its own error only adds noise.  ``tightened``, by
+    the order of events, is used in place of the exchanges where there is one; ``start``, ``end``
+    and what follows from them stay the exchanges' own.
     """
 
     start: Exchange
     end: Exchange | None
     applied: bool
+    tightened: Alignment | None = None
 
     @classmethod
     def of(cls, start: Exchange, end: Exchange | None) -> Alignment:
         """From what was measured."""
         known = [e for e in (start, end) if e is not None]
         return cls(start, end, any(abs(e.offset_ns) > e.bound_ns for e in known))
+
+    @property
+    def used(self) -> Alignment:
+        """What times are mapped by."""
+        return self if self.tightened is None else self.tightened
+
+    def offset(self, times: np.ndarray) -> np.ndarray:
+        """int64 [n]: the offset between ``start`` and ``end`` at times of the own clock, applied or
+        not."""
+        since = times.astype(np.int64) - self.start.at_ns
+        return self.start.offset_ns + np.rint(since * (self.drift or 0.0)).astype(np.int64)
 
     @property
     def drift(self) -> float | None:
@@ -84,17 +99,35 @@ class Alignment:
             return MAX_DRIFT
         return (self.start.bound_ns + self.end.bound_ns) / (self.end.at_ns - self.start.at_ns)
 
+    def mapped(self, times: np.ndarray) -> np.ndarray:
+        """int64 [n]: times of the own clock with that offset."""
+        return times.astype(np.int64) + self.offset(times)
+
     def to_reference(self, times: np.ndarray) -> np.ndarray:
         """Times of the own clock (int64 or uint64 ns) as times of the reference."""
-        if not self.applied:
+        how = self.used
+        if not how.applied:
             return times
+        return how.mapped(times).astype(times.dtype)
+
+    def from_reference(self, times: np.ndarray) -> np.ndarray:
+        """int64 [n]: what ``mapped`` made of times of the own clock, undone.
+
+        What the clock drifts while it drifts, which this leaves out, is below a nanosecond.
+        """
         own = times.astype(np.int64)
-        since = own - self.start.at_ns
-        offset = self.start.offset_ns + np.rint(since * (self.drift or 0.0)).astype(np.int64)
-        return (own + offset).astype(times.dtype)
+        return own - self.offset(own - self.start.offset_ns)
+
+    def as_exchanged(self, times: np.ndarray) -> np.ndarray:
+        """int64 [n]: times that ``to_reference`` gave as the exchanges alone would give them."""
+        if self.tightened is None:
+            return times.astype(np.int64)
+        how, own = self.tightened, times.astype(np.int64)
+        own = how.from_reference(own) if how.applied else own
+        return Alignment.of(self.start, self.end).to_reference(own)
 
     def bound_ns(self, times: np.ndarray) -> np.ndarray:
-        """float64 [n]: how far ``to_reference`` of each time may be off."""
+        """float64 [n]: how far the exchanges alone may be off at each time of the own clock."""
         own = times.astype(np.int64)
         if self.end is None:
             return self.start.bound_ns + np.abs(own - self.start.at_ns) * MAX_DRIFT
@@ -105,18 +138,30 @@ class Alignment:
     def as_dict(self) -> dict[str, Any]:
         """For run.json; ``from_dict`` takes it back."""
         return {
-            "start": asdict(self.start),
-            "end": None if self.end is None else asdict(self.end),
+            **self.ends(),
             "drift_ppm": None if self.drift is None else self.drift * 1e6,
             "drift_bound_ppm": self.drift_bound * 1e6,
-            "applied": self.applied,
+            "applied": self.used.applied,
+            "tightened": None if self.tightened is None else self.tightened.ends(),
+        }
+
+    def ends(self) -> dict[str, Any]:
+        """``start`` and ``end`` for run.json."""
+        return {
+            "start": asdict(self.start),
+            "end": None if self.end is None else asdict(self.end),
         }
 
     @classmethod
     def from_dict(cls, said: dict[str, Any]) -> Alignment:
         """The inverse of ``as_dict``."""
         end = None if said["end"] is None else Exchange(**said["end"])
-        return cls(Exchange(**said["start"]), end, said["applied"])
+        closer = said.get("tightened")
+        if closer is None:
+            return cls(Exchange(**said["start"]), end, said["applied"])
+        ends = (Exchange(**closer[name]) for name in ("start", "end"))
+        how = cls.of(Exchange(**said["start"]), end)
+        return replace(how, tightened=replace(cls.of(*ends), applied=said["applied"]))
 
 
 def align_rings(headers: np.ndarray, stored: list[np.ndarray], how: Alignment) -> None:
@@ -124,7 +169,7 @@ def align_rings(headers: np.ndarray, stored: list[np.ndarray], how: Alignment) -
 
     Begins and ends are mapped, and durations follow: spans that touched still do.
     """
-    if not how.applied:
+    if not how.used.applied:
         return
     for name in ("begin_ns", "end_ns"):
         known = headers[name] != 0

@@ -7,7 +7,9 @@ Three kinds of waits are looked at, each with a cause on another rank that canno
                   this rank; where the wait names none, none of the sources with rows of the expert
     wait_return   the owner had not begun the first GEMM2 tile of that row tile
 
-A wait that ends before its cause by more than both clocks' bounds and steps is a violation.
+A wait that ends before its cause by more than both clocks' bounds and steps is a violation.  Where
+the order itself has tightened clocks (``flashmoe.trace.tighten``), that proves nothing of it: so
+waits are held to what the exchanges alone say of the clocks.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ def order_of(run: Run, events: Events) -> dict[str, Any] | None:
     """How many waits were held to their causes, and which broke the order; None without clocks.
 
     ``checked`` and ``violations`` count waits between different ranks; ``worst_ns`` is by how much
-    the worst ended too early beyond the bound, ``worst`` says which it was.
+    the worst ended too early beyond the bound, ``worst`` says which it was.  ``contradiction_ns``:
+    by how much waits contradict each other, though each may be within the bounds; 0 if they do not.
     """
     clock = run.meta.get("clock") or {}
     clocks = clock.get("ranks")
@@ -43,9 +46,12 @@ def order_of(run: Run, events: Events) -> dict[str, Any] | None:
     peer = np.concatenate([p for _, _, p in found]) if found else np.zeros(0, np.int64)
     known = (cause != _NEVER) & (peer != events.rank[wait])
     wait, cause, peer = wait[known], cause[known], peer[known]
-    end = events.t0_ns[wait] + events.dur_ns[wait]
-    bound = _bounds(clocks, events.rank[wait].astype(np.int64), end)
-    bound += _bounds(clocks, peer, cause) + 2 * float(clock.get("step_ns") or 0.0)
+    here = events.rank[wait].astype(np.int64)
+    known_clocks = [None if said is None else Alignment.from_dict(said) for said in clocks]
+    end = _as_exchanged(known_clocks, here, events.t0_ns[wait] + events.dur_ns[wait])
+    cause = _as_exchanged(known_clocks, peer, cause)
+    bound = _bounds(known_clocks, here, end)
+    bound += _bounds(known_clocks, peer, cause) + 2 * float(clock.get("step_ns") or 0.0)
     early = cause - end - bound
     broken = early > 0
     out: dict[str, Any] = {
@@ -54,6 +60,7 @@ def order_of(run: Run, events: Events) -> dict[str, Any] | None:
         "bound_ns": float(bound.max(initial=0.0)),
         "worst_ns": float(early[broken].max(initial=0.0)),
         "worst": None,
+        "contradiction_ns": (clock.get("tightening") or {}).get("contradiction_ns", 0.0),
     }
     if broken.any():
         at = int(early.argmax())
@@ -70,16 +77,29 @@ def order_of(run: Run, events: Events) -> dict[str, Any] | None:
 Found = list[tuple[np.ndarray, np.ndarray, np.ndarray]]  # waits, their causes' begin, their peers
 
 
-def _bounds(clocks: list[dict[str, Any] | None], rank: np.ndarray, times: np.ndarray) -> np.ndarray:
+def _as_exchanged(
+    clocks: list[Alignment | None], rank: np.ndarray, times: np.ndarray
+) -> np.ndarray:
+    """int64 [n]: the run's times as the exchanges alone would have put them on the reference."""
+    out = times.astype(np.int64)
+    for r, how in enumerate(clocks):
+        if how is not None and how.tightened is not None:
+            mine = np.flatnonzero(rank == r)
+            out[mine] = how.as_exchanged(times[mine])
+    return out
+
+
+def _bounds(clocks: list[Alignment | None], rank: np.ndarray, times: np.ndarray) -> np.ndarray:
     """float64 [n]: how far each time, on the reference clock, may be off as one of its rank."""
     out = np.zeros(len(rank))
-    for r, said in enumerate(clocks):
+    for r, how in enumerate(clocks):
         mine = np.flatnonzero(rank == r)
-        if said is None or not len(mine):
+        if how is None or not len(mine):
             continue
-        how = Alignment.from_dict(said)
-        own = times[mine] - (how.start.offset_ns if how.applied else 0)
-        out[mine] = how.bound_ns(own)
+        if how.applied:
+            out[mine] = how.bound_ns(times[mine] - how.start.offset_ns)
+        else:
+            out[mine] = how.bound_ns(times[mine]) + np.abs(how.offset(times[mine]))
     return out
 
 

@@ -43,6 +43,24 @@ def _ring(value: Any) -> bool:
     return isinstance(value, dict) and all(_count(value.get(name)) for name in _RING)
 
 
+def _linked(value: Any) -> bool:
+    """A rank's entry of ``nvlink``."""
+    if not isinstance(value, dict) or not _count(value.get("rank")):
+        return False
+    counters = value.get("counters")
+    names = ("data_tx", "data_rx", "raw_tx", "raw_rx")
+    known = counters is None or (
+        isinstance(counters, dict) and all(_count(counters.get(name)) for name in names)
+    )
+    payload = _count(value.get("payload_tx")) and _count(value.get("payload_rx"))
+    texts = _text(value.get("why")) and _text(value.get("gpu"))
+    return known and payload and texts and _flag(value.get("certain"))
+
+
+def _process(value: Any) -> bool:
+    return isinstance(value, dict) and _count(value.get("rank"))
+
+
 # A key that ends in ? may be missing or null.
 _RULES: Final[dict[str, Rule]] = {
     "config": {
@@ -59,6 +77,7 @@ _RULES: Final[dict[str, Rule]] = {
         "experts_of_rank": _list_of(_pair),
         "tokens": _list_of(_count),
         **dict.fromkeys(("row_bytes?", "tile_rows?"), _count),
+        "processes?": {"nodes": _count, "pointers": _flag, "ranks": _list_of(_process)},
     },
     "rings": {
         **dict.fromkeys(("n", "capacity", "records", "dropped"), _count),
@@ -69,6 +88,7 @@ _RULES: Final[dict[str, Rule]] = {
     "device?": {"name": _text},
     "clock?": {"source": _text, "step_ns": _number, "record_cost_ns": _number, "sm_mhz?": _number},
     "iterations?": _count,
+    "nvlink?": {"launches": lambda n: _count(n) and n > 0, "ranks": _list_of(_linked)},
     "timing?": {"launch_ms": _list_of(_number)},
     "check?": {
         "output": {

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from flashmoe.trace.columns import Events, column
+from flashmoe.trace.links import link_figures
 from flashmoe.trace.rundir import Run
 from flashmoe.trace.schema import EventKind
 
@@ -35,6 +36,7 @@ def traffic_summary(run: Run, iteration: int | None = None, bins: int = 64) -> d
     start, end = window(events, iteration)
     launches = 1 if iteration is not None else _iterations(events)
     of_counts = int(events.bytes[_moved(events, EventKind.COUNTS, iteration)].sum())
+    links = link_figures(meta.get("nvlink"))
     row_bytes = world.get("row_bytes")
     counts, plan = (_of_iteration(table, iteration) for table in (run.counts, run.plan))
     other = None
@@ -68,6 +70,11 @@ def traffic_summary(run: Run, iteration: int | None = None, bins: int = 64) -> d
         "span_ns": end - start,
         "mean_gb_per_s": payload / (end - start) if end > start else None,
         "rate": rate(events, crossing, start, end, bins),
+        "way": way_of(world, links),
+        "per_gpu": per_gpu(events, crossing, start, end, bins, ranks)
+        if world.get("topology") == "several-gpus"
+        else None,
+        "nvlink": links,
         "alternatives": other,
     }
 
@@ -89,6 +96,45 @@ def rate(events: Events, rows: np.ndarray, start: int, end: int, bins: int) -> d
         "bytes": per_bin.tolist(),
         "gb_per_s": (per_bin / width).tolist(),
         "peak_gb_per_s": float(per_bin.max(initial=0) / width),
+    }
+
+
+def way_of(world: dict[str, Any], links: dict[str, Any] | None) -> str:
+    """What the bytes between ranks went over, as far as the run knows: in words."""
+    topology, processes = world.get("topology"), world.get("processes") or {}
+    if world.get("kind") == "host":
+        return f"{'processes' if processes else 'threads'} of one host: no link"
+    if topology != "several-gpus":
+        several = len({rank.get("gpu") for rank in processes.get("ranks", ())}) > 1
+        return "several ranks a GPU: not a link's rate" if several else "within one GPU"
+    nodes = processes.get("nodes", 1)
+    how = "by pointer" if processes.get("pointers", True) else "by put-with-signal"
+    if nodes > 1:
+        return f"between GPUs of {nodes} nodes"
+    share = links["total"]["data_over_payload"] if links and links["total"] else None
+    if share is None:
+        return f"between GPUs of one node, {how}"
+    # The counters see all that goes over NVLink: at least the payload, or it went elsewhere.
+    return f"{'over NVLink' if share > 0.9 else 'between GPUs, not over NVLink'}, {how}"
+
+
+def per_gpu(
+    events: Events, rows: np.ndarray, start: int, end: int, bins: int, ranks: int
+) -> dict[str, Any] | None:
+    """What a GPU of its own sends to the others, GB/s, where each rank has one.
+
+    ``mean_gb_per_s`` by rank; ``peak_gb_per_s`` of ``peak_rank``, in the fullest of the time bins.
+    It is what nccl-tests call the bus bandwidth of an all-to-all.  None where nothing ran.
+    """
+    if end <= start:
+        return None
+    source = events.rank[rows]
+    rates = [rate(events, rows[source == rank], start, end, bins) for rank in range(ranks)]
+    peaks = [each["peak_gb_per_s"] for each in rates]
+    return {
+        "mean_gb_per_s": [sum(each["bytes"]) / (end - start) for each in rates],
+        "peak_gb_per_s": max(peaks),
+        "peak_rank": int(np.argmax(peaks)),
     }
 
 

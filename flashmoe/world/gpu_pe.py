@@ -57,7 +57,8 @@ class GpuPeEngine(GpuEngine):
         self._peers = peers
         self._registered = 0
         own = device_uuid(options.device)
-        on_gpu = peers.job.gather("gpu", own).count(own)
+        self.gpus = tuple(peers.job.gather("gpu", own))
+        on_gpu = self.gpus.count(own)
         if on_gpu > 1:
             require_mps(options.device, on_gpu)
         local = range(peers.rank, peers.rank + 1)

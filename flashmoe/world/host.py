@@ -91,6 +91,7 @@ class HostEngine:
 
     world: WorldKind = "host"
     lost = False  # what lies in memory can always be read
+    gpus: tuple[bytes, ...] = ()
 
     def __init__(
         self,

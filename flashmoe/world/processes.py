@@ -43,6 +43,9 @@ class PeEngine(Engine, Protocol):
     ``launch`` is collective, and each rank may see another status of a launch that failed.
     """
 
+    gpus: tuple[bytes, ...]
+    """The GPU of each rank, by a name of its own among all GPUs; empty where there are none."""
+
     @property
     def shape(self) -> dict[str, Any]:
         """The fields of csrc/core/shape.h by name, as ``tile_plan`` takes them."""

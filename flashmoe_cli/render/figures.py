@@ -193,26 +193,53 @@ def _remarks(summary: dict[str, Any], where: Terminal) -> list[str]:
     return lines
 
 
+def _off_by(ends: dict[str, Any], applied: bool) -> float:
+    """How far times of a clock between ``start`` and ``end`` may be off; as they were, where no
+    offset was applied."""
+    known = [ends[name] for name in ("start", "end") if ends[name] is not None]
+    return max(e["bound_ns"] + (0 if applied else abs(e["offset_ns"])) for e in known)
+
+
 def clock_lines(clock: dict[str, Any], where: Terminal) -> list[str]:
     """How ranks' clocks were put on one, and whether the order of events agrees."""
     known = [how for how in clock.get("ranks") or () if how is not None]
     if len(known) < 2:
         return []
-    bound = max(max(e["bound_ns"] for e in (h["start"], h["end"]) if e) for h in known)
+    by_exchange = max(_off_by(h, h["applied"] or bool(h.get("tightened"))) for h in known)
+    bound = max(_off_by(h.get("tightened") or h, h["applied"]) for h in known)
     moved = [h for h in known if h["applied"]]
+    sign = "±" if where.unicode else "+-"
     if not moved:
-        text = f"clocks of {len(known)} ranks agree to {time_text(bound)}, and are left as they are"
+        text = f"clocks of {len(known)} ranks agree to {sign}{time_text(bound)}"
+        left = ", and are left as they are"
     else:
-        offset = max((abs(h["start"]["offset_ns"]) for h in moved), default=0)
+        text = f"clocks of {len(known)} ranks put on rank 0's, each to {sign}{time_text(bound)}"
+        left = ""
+    if any(h.get("tightened") for h in known):
+        pairs = count_text(clock["tightening"]["pairs"])
+        text += f" by the order of {pairs} waits ({sign}{time_text(by_exchange)} by exchanges)"
+    text += left
+    if moved:
+        offset = max(abs(h["start"]["offset_ns"]) for h in moved)
         drifts = [abs(h["drift_ppm"]) for h in moved if h["drift_ppm"] is not None]
-        text = f"clocks of {len(known)} ranks put on rank 0's to {time_text(bound)}"
-        text += f": offsets up to {time_text(offset)}"
+        text += f"; offsets up to {time_text(offset)}"
         if drifts:
             text += f", drift up to {max(drifts):.1f} ppm"
     order = clock.get("order")
     if order and not order["violations"]:
-        text += f"; {count_text(order['checked'])} waits end after what they awaited"
+        text += (
+            f"; all {count_text(order['checked'])} waits on other ranks end after what they "
+            "awaited began"
+        )
     lines = wrap(text, where.width)
+    if order and order.get("contradiction_ns"):
+        text = (
+            f"waits contradict each other: some end at least "
+            f"{time_text(order['contradiction_ns'])} too early by any clocks that the exchanges "
+            "allow, so nothing was tightened by their order, and times between ranks are not to "
+            "be trusted"
+        )
+        lines += [paint(part, "33", where.colour) for part in wrap(text, where.width)]
     if order and order["violations"]:
         worst = order["worst"]
         text = (

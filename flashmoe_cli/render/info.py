@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from flashmoe.trace.links import link_figures
 from flashmoe_cli.output import Terminal
 from flashmoe_cli.render.figures import clock_lines
+from flashmoe_cli.render.links import link_text
 from flashmoe_cli.render.result import (
     check_text,
     device_text,
@@ -48,6 +50,7 @@ def info_lines(
         ("clocks", " ".join(clock_lines(meta.get("clock") or {}, where))),
         ("ranks", _processes(world.get("processes"))),
         ("launches", f"{meta.get('iterations')} after {meta.get('warmup')} of warm-up"),
+        ("NVLink", _links(meta.get("nvlink"))),
         ("time", _time(world["kind"], meta)),
         ("rings", _rings(rings)),
         ("files", _files(path)),
@@ -103,6 +106,11 @@ def _clock(clock: dict[str, Any] | None, world: str) -> str | None:
 def _time(world: str, meta: dict[str, Any]) -> str | None:
     times = (meta.get("timing") or {}).get("launch_ms")
     return time_text(world, times) if times else None
+
+
+def _links(said: dict[str, Any] | None) -> str | None:
+    figures = link_figures(said)
+    return None if figures is None else link_text(figures)
 
 
 def _rings(rings: dict[str, Any]) -> str:

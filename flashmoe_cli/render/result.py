@@ -7,7 +7,9 @@ import statistics
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
+from flashmoe.trace.links import link_figures
 from flashmoe_cli.output import Terminal
+from flashmoe_cli.render.links import link_lines, link_text
 from flashmoe_cli.render.text import bytes_text, paint, plural
 
 if TYPE_CHECKING:
@@ -101,6 +103,10 @@ def result_lines(result: Result, where: Terminal, *, verbose: bool = False) -> l
         lines.append(f"  check    {paint(text, '32' if good else '1;31', where.colour)}")
         lines.append(f"  time     {time_text(result.world, result.launch_ms)}")
         lines += _traffic(result, verbose)
+        links = link_figures(result.nvlink)
+        if links is not None:
+            lines.append(f"  NVLink   {link_text(links)}")
+            lines += link_lines(links, where.width, "    ") if verbose else []
     lines += [f"  note     {remark}" for remark in result.remarks]
     if verbose:
         lines += _verbose(result)

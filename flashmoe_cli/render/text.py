@@ -87,6 +87,11 @@ def time_text(ns: float) -> str:
     return f"{_digits(ns)} s"
 
 
+def rate_text(gb_per_s: float) -> str:
+    """A rate in GB/s, without its unit: three significant digits, never in exponent form."""
+    return f"{gb_per_s:.0f}" if gb_per_s >= 999.5 else f"{gb_per_s:.3g}"
+
+
 def percent(share: float | None, digits: int = 1) -> str:
     """A share of one in percent; a dash where there is none."""
     return "-" if share is None else f"{100 * share:.{digits}f}%"

@@ -6,7 +6,16 @@ from textwrap import wrap
 from typing import Any
 
 from flashmoe_cli.output import Terminal
-from flashmoe_cli.render.text import bytes_text, paint, percent, plural, table, time_text
+from flashmoe_cli.render.links import link_lines, link_text
+from flashmoe_cli.render.text import (
+    bytes_text,
+    paint,
+    percent,
+    plural,
+    rate_text,
+    table,
+    time_text,
+)
 
 #: Where the figures begin, in columns.
 _INDENT = 17
@@ -35,17 +44,24 @@ def traffic_lines(figures: dict[str, Any], where: Terminal) -> list[str]:
         f"  stayed         {bytes_text(figures['local_bytes'])}",
     ]
     if figures["mean_gb_per_s"] is not None:
+        width = time_text(figures["rate"]["bin_ns"])
         lines.append(
-            f"  rate           {figures['mean_gb_per_s']:.3g} GB/s over "
-            f"{time_text(figures['span_ns'])}, at most {figures['rate']['peak_gb_per_s']:.3g} in "
-            f"{time_text(figures['rate']['bin_ns'])}{_not_a_link(figures)}"
+            f"  rate           {rate_text(figures['mean_gb_per_s'])} GB/s over "
+            f"{time_text(figures['span_ns'])}, at most "
+            f"{rate_text(figures['rate']['peak_gb_per_s'])} in {width} ({_way(figures)})"
         )
+        lines += _per_gpu(figures["per_gpu"], width)
         lines.append(f"  over time      {_spark(figures['rate']['bytes'], where)}")
     lines += _alternatives(figures)
+    links = figures["nvlink"]
+    if links is not None:
+        lines.append(f"  NVLink         {link_text(links)}")
     lines = [part for line in lines for part in _fit(line, where.width)]
     if figures["bounds"]:
         dropped = wrap("  records were dropped: these are lower bounds", where.width)
         lines += [paint(line, "33", where.colour) for line in dropped]
+    if links is not None:
+        lines += link_lines(links, where.width, "    ")
     return [*matrix, *lines]
 
 
@@ -56,8 +72,21 @@ def _fit(line: str, width: int) -> list[str]:
     return wrap(line, width, subsequent_indent=" " * min(_INDENT, width // 2))
 
 
-def _not_a_link(figures: dict[str, Any]) -> str:
-    return " (threads of one host: no link)" if figures["world"] == "host" else " (within one GPU)"
+def _way(figures: dict[str, Any]) -> str:
+    several = f"{figures['ranks']} GPUs together, " if figures["per_gpu"] else ""
+    return several + str(figures["way"])
+
+
+def _per_gpu(rates: dict[str, Any] | None, width: str) -> list[str]:
+    """What one GPU sends: it is this that is held against a link's rate."""
+    if rates is None:
+        return []
+    means = [rate_text(f(rates["mean_gb_per_s"])) for f in (min, max)]
+    mean = means[0] if means[0] == means[1] else " to ".join(means)
+    return [
+        f"  per GPU        {mean} GB/s sent, at most {rate_text(rates['peak_gb_per_s'])} in "
+        f"{width} (rank {rates['peak_rank']}); as nccl-tests' busbw"
+    ]
 
 
 def _matrix(figures: dict[str, Any], where: Terminal) -> list[str]:

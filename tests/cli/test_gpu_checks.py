@@ -12,72 +12,7 @@ from flashmoe import nvlink
 from flashmoe.world import nvshmem
 from flashmoe_cli import gpu_checks
 
-
-class NVMLError(Exception):
-    """As pynvml raises it."""
-
-
-class FakeNvml:
-    """Two Hopper GPUs on NVLink; what a test changes, it changes on the instance."""
-
-    NVMLError = NVMLError
-    NVML_SUCCESS = 0
-    NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX = 138
-    NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX = 139
-    NVML_FI_DEV_NVLINK_THROUGHPUT_RAW_TX = 140
-    NVML_FI_DEV_NVLINK_THROUGHPUT_RAW_RX = 141
-    NVML_NVLINK_MAX_LINKS = 36
-    NVML_P2P_CAPS_INDEX_READ = (0,)  # as some versions of pynvml hold it
-    NVML_P2P_CAPS_INDEX_WRITE = 1
-    NVML_P2P_CAPS_INDEX_NVLINK = 2
-    NVML_P2P_STATUS_OK = 0
-    NVML_COMPUTEMODE_EXCLUSIVE_THREAD = 1
-    NVML_COMPUTEMODE_PROHIBITED = 2
-    NVML_COMPUTEMODE_EXCLUSIVE_PROCESS = 3
-
-    def __init__(self) -> None:
-        self.gpus = 2
-        self.kib = dict.fromkeys((138, 139, 140, 141), 0)
-        self.down: set[int] = set()
-        self.p2p: dict[int, int] = {}
-        self.mode = 0
-        self.mig = [0, 0]
-
-    def nvmlInit(self) -> None: ...
-    def nvmlShutdown(self) -> None: ...
-
-    def nvmlDeviceGetCount(self) -> int:
-        return self.gpus
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
-        if index >= self.gpus:
-            raise NVMLError("no such GPU")
-        return index
-
-    def nvmlDeviceGetFieldValues(self, handle: int, wanted: list[Any]) -> list[Any]:
-        assert all(scope == 0xFFFFFFFF for _, scope in wanted)  # of all links together
-        return [
-            SimpleNamespace(nvmlReturn=0, value=SimpleNamespace(ullVal=self.kib[field]))
-            for field, _ in wanted
-        ]
-
-    def nvmlDeviceGetNvLinkState(self, handle: int, link: int) -> int:
-        if link >= 18:
-            raise NVMLError("not supported")
-        return int(link not in self.down)
-
-    def nvmlDeviceGetNvLinkVersion(self, handle: int, link: int) -> int:
-        return 4
-
-    def nvmlDeviceGetP2PStatus(self, a: int, b: int, index: int) -> int:
-        assert isinstance(index, int)
-        return self.p2p.get(index, 0)
-
-    def nvmlDeviceGetComputeMode(self, handle: int) -> int:
-        return self.mode
-
-    def nvmlDeviceGetMigMode(self, handle: int) -> list[int]:
-        return self.mig
+from ..fake_nvml import FakeNvml
 
 
 @pytest.fixture
@@ -181,37 +116,47 @@ def test_without_nvml_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     for check in (gpu_checks.p2p(), gpu_checks.nvlink(0), gpu_checks.mps(0), gpu_checks.mig(0),
                   gpu_checks.nvshmem()):  # fmt: skip
         assert check is None
-    assert nvlink.read_counters() is None
+    with pytest.raises(nvlink.NoCountersError, match="nvidia-ml-py is not installed"):
+        nvlink.read_counters()
 
 
-def test_counters_are_read_around_enough_launches(nvml: FakeNvml) -> None:
-    ran = 0
+def test_counters_are_read_once_nothing_moves(
+    nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvml.kib[1] = dict(zip((138, 139, 140, 141), (100, 90, 125, 120), strict=True))
+    monkeypatch.setattr(nvlink, "SETTLE_S", 0.0)
+    assert nvlink.read_counters(1) == (
+        nvlink.Counters(*(kib * 1024 for kib in (100, 90, 125, 120))),
+        True,
+    )
+    still = nvml.nvmlDeviceGetFieldValues
 
-    def launch() -> None:
-        nonlocal ran
-        ran += 1
-        for field, kib in ((138, 100), (139, 90), (140, 125), (141, 120)):
-            nvml.kib[field] += kib
+    def moving(readings: int) -> Any:
+        def read(handle: int, wanted: list[Any]) -> list[Any]:
+            nonlocal readings
+            readings -= 1
+            if readings > 0:
+                nvml.kib[1][139] += 5
+            return still(handle, wanted)
 
-    nvml.kib = dict.fromkeys(nvml.kib, 7)  # counted since the driver was loaded
-    found = nvlink.measure(launch)
-    assert found is not None and found.certain
-    assert found.launches == ran
-    assert found.bytes == nvlink.Counters(*(kib * 1024 * ran for kib in (100, 90, 125, 120)))
-    assert found.bytes.data_rx >= nvlink.ENOUGH_STEPS * nvlink.STEP_BYTES
+        return read
 
-    ran = 0
-    known = nvlink.measure(launch, payload_bytes=90 * 1024)
-    assert known is not None and known.launches == ran == 12  # 1000 steps of a KiB, 90 a launch
-
-    few = nvlink.measure(launch, most=3)
-    assert few is not None and few.launches == 3 and not few.certain
+    monkeypatch.setattr(nvml, "nvmlDeviceGetFieldValues", moving(4))
+    found, settled = nvlink.read_counters(1)
+    assert settled and found.data_rx == (90 + 3 * 5) * 1024
+    monkeypatch.setattr(nvml, "nvmlDeviceGetFieldValues", moving(1000))
+    assert not nvlink.read_counters(1)[1]
 
 
-def test_a_gpu_without_counters_gives_none(nvml: FakeNvml) -> None:
+def test_a_gpu_without_counters_says_why(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(handle: int, wanted: list[Any]) -> list[Any]:
         return [SimpleNamespace(nvmlReturn=3, value=None) for _ in wanted]
 
+    with pytest.raises(nvlink.NoCountersError, match="NVML shows no GPU 2"):
+        nvlink.read_counters(2)
     nvml.nvmlDeviceGetFieldValues = refuse  # type: ignore[method-assign]
-    assert nvlink.read_counters() is None
-    assert nvlink.measure(lambda: None) is None
+    with pytest.raises(nvlink.NoCountersError, match="3"):
+        nvlink.read_counters()
+    monkeypatch.delattr(FakeNvml, "NVML_FI_DEV_NVLINK_THROUGHPUT_RAW_RX")
+    with pytest.raises(nvlink.NoCountersError, match="does not know them"):
+        nvlink.read_counters()

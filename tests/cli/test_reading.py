@@ -242,6 +242,75 @@ def test_colour_only_where_it_is_wanted(
     assert "\x1b" not in cli("timeline").stdout
 
 
+def among_gpus(run: Path, **nvlink: Any) -> None:
+    """Makes a made-up run of two ranks one of two GPUs, whose links carried what ``nvlink`` says
+    over three launches."""
+    meta = json.loads((run / "run.json").read_text())
+    meta["world"] |= {
+        "topology": "several-gpus", "kind": "ipc",
+        "processes": {"launcher": "flashmoe", "nodes": 1, "transport": "ipc", "why_transport": "",
+                      "pointers": True, "ranks": [{"rank": r, "pid": r, "message": "ok",
+                                                   "gpu": f"GPU-{r}"} for r in (0, 1)]},
+    }  # fmt: skip
+    if nvlink:
+        entry = {"counters": None, "certain": True, "why": "", "payload_tx": 20480,
+                 "payload_rx": 20480} | nvlink  # fmt: skip
+        ranks = [{"rank": r, "gpu": f"GPU-{r}"} | entry for r in (0, 1)]
+        meta["nvlink"] = {"launches": 3, "ranks": ranks}
+    (run / "run.json").write_text(json.dumps(meta))
+
+
+COUNTED = {"data_tx": 64512, "data_rx": 64512, "raw_tx": 73728, "raw_rx": 73728}
+
+
+def test_the_traffic_of_several_gpus_names_their_link(made_up: Any, cli: Any) -> None:
+    path = made_up()
+
+    def said() -> str:
+        done = cli("traffic")
+        assert done.exit_code == 0, done.output
+        return " ".join(done.stdout.split())
+
+    among_gpus(path)
+    assert "(2 GPUs together, between GPUs of one node, by pointer)" in said()
+    assert "NVLink" not in said()
+    among_gpus(path, counters=COUNTED)
+    assert "(2 GPUs together, over NVLink, by pointer)" in said()
+    assert "NVLink 43.0 kB of data a launch, 1.050 times the payload; 49.2 kB with headers, " \
+        "1.200 times (the GPUs' counters, 3 launches)" in said()  # fmt: skip
+    among_gpus(path, counters=COUNTED, certain=False)
+    assert "3 launches; uncertain: few bytes, or others' among them)" in said()
+    among_gpus(path, counters=dict.fromkeys(COUNTED, 3072))
+    assert "between GPUs, not over NVLink, by pointer)" in said()
+    among_gpus(path, why="Not Supported")
+    assert "NVLink this driver gives no NVLink counters: Not Supported" in said()
+
+
+def test_what_a_gpu_sends_is_what_its_link_is_held_to(made_up: Any, cli: Any) -> None:
+    among_gpus(made_up(), counters=COUNTED)
+    figures = json.loads(cli("traffic", "--json").stdout)
+    matrix, span = figures["matrix_bytes"], figures["span_ns"]
+    rates = figures["per_gpu"]
+    assert rates["mean_gb_per_s"] == pytest.approx([matrix[0][1] / span, matrix[1][0] / span])
+    assert sum(rates["mean_gb_per_s"]) == pytest.approx(figures["mean_gb_per_s"])
+    whole = figures["rate"]["peak_gb_per_s"]
+    assert whole / 2 <= rates["peak_gb_per_s"] <= whole and rates["peak_rank"] in (0, 1)
+    (first, second) = figures["nvlink"]["gpus"]
+    assert (first["ranks"], second["ranks"]) == ([0], [1])
+    assert first["data_tx"] == 21504 and first["data_over_payload_tx"] == pytest.approx(1.05)
+    text = cli("traffic").stdout
+    assert "per GPU" in text and "busbw" in text
+    (line,) = [line for line in text.splitlines() if line.split()[:1] == ["1"]]
+    data, raw = ["21.5", "kB", "x1.050"], ["24.6", "kB", "x1.200"]
+    assert line.split()[1:] == ["20.5", "kB", *data, *data, *raw, *raw]
+
+
+def test_one_gpu_has_no_link_to_be_held_to(made_up: Any, cli: Any) -> None:
+    made_up()
+    figures = json.loads(cli("traffic", "--json").stdout)
+    assert figures["per_gpu"] is None and figures["nvlink"] is None
+
+
 def test_a_narrow_terminal_shows_all_of_the_traffic(
     made_up: Any, cli: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,8 @@ import torch
 from flashmoe.build_info import build_info
 from flashmoe.presets import PRESETS
 from flashmoe.trace import schema
+from flashmoe.trace.causality import order_of
+from flashmoe.trace.columns import Events
 from flashmoe.trace.rundir import open_run
 from flashmoe.world import nvshmem
 from flashmoe.world.base import EngineOptions
@@ -142,6 +144,45 @@ def test_payload_over_several_gpus_is_what_the_ids_imply(
     run = count_payload(tmp_path, apart(gpus), tokens, way)
     assert run.meta["world"]["topology"] == "several-gpus"
     assert len({pe["gpu"] for pe in run.meta["world"]["processes"]["ranks"]}) == gpus
+
+
+@ways("ipc", "nvshmem")
+@pytest.mark.parametrize("gpus", [2, 4, 8])
+def test_nvlink_carries_the_payload_and_little_more(tmp_path: Path, gpus: int, way: str) -> None:
+    args = ("run", "qwen3-30b", *apart(gpus), *WAYS[way], "-T", "512", "-n", "5", "--json")
+    said = finish(start(tmp_path, *args)).said
+    links, payload = said["nvlink"], np.array(said["payload_bytes"])
+    assert links is not None
+    if links["total"] is None:
+        pytest.skip(f"no counters: {links['why']}")
+    assert links["certain"] and links["launches"] >= 6, links
+    assert [gpu["ranks"] for gpu in links["gpus"]] == [[rank] for rank in range(gpus)]
+    for rank, gpu in enumerate(links["gpus"]):
+        assert gpu["payload_tx"] == payload[rank].sum() == payload[:, rank].sum()
+        for side in ("tx", "rx"):
+            assert 0.99 <= gpu[f"data_over_payload_{side}"] < 1.2, gpu
+            assert gpu[f"raw_{side}"] > gpu[f"data_{side}"]
+
+
+@ways("ipc", "nvshmem")
+@pytest.mark.parametrize("gpus", [2, 8])
+def test_the_order_of_events_tightens_the_clocks_of_several_gpus(
+    tmp_path: Path, gpus: int, way: str
+) -> None:
+    args = ("trace", "qwen3-30b", *apart(gpus), *WAYS[way], "-T", "512", "-n", "3")
+    finish(start(tmp_path, *args, "-o", "run.fmoe", "--json"))
+    run = open_run(tmp_path / "run.fmoe")
+    clock = run.meta["clock"]
+    assert clock["tightening"]["pairs"] > 0 and clock["tightening"]["contradiction_ns"] == 0
+    order = order_of(run, Events.of(run.events))
+    assert order is not None and order["checked"] > 0 and order["violations"] == 0, order
+    for how in clock["ranks"][1:]:
+        assert how["tightened"] is not None, clock
+        before, after = (
+            max(ends[name]["bound_ns"] for name in ("start", "end"))
+            for ends in (how, how["tightened"])
+        )
+        assert after < before / 2, clock
 
 
 @ways()

@@ -20,6 +20,8 @@ from flashmoe.trace import schema
 from flashmoe.trace.causality import order_of
 from flashmoe.trace.columns import Events
 from flashmoe.trace.rundir import open_run
+from flashmoe_cli.output import Terminal
+from flashmoe_cli.render.figures import clock_lines
 
 from .harness import Job
 from .payload import implied, traced
@@ -113,6 +115,22 @@ def test_clocks_that_are_off_are_found_out(tmp_path: Path) -> None:
     assert order is not None
     assert order["checked"] > 0
     assert order["violations"] == 0
+    tightening = run.meta["clock"]["tightening"]
+    assert tightening["pairs"] > 0 and tightening["contradiction_ns"] == 0
+    for said in clocks:
+        if said["tightened"] is not None:
+            both = [[e["bound_ns"] for e in (how["start"], how["end"])]
+                    for how in (said["tightened"], said)]  # fmt: skip
+            assert max(both[0]) < max(both[1])
+
+
+def test_waits_that_contradict_each_other_are_told(tmp_path: Path) -> None:
+    run = trace(tmp_path, "run", "20,20,20")
+    run.meta["clock"]["tightening"]["contradiction_ns"] = 1e6
+    order = order_of(run, Events.of(run.events))
+    assert order is not None and order["contradiction_ns"] == 1e6
+    text = " ".join(clock_lines(run.meta["clock"] | {"order": order}, Terminal(80, False, True)))
+    assert "waits contradict each other: some end at least 1.00 ms too early" in text
 
 
 def test_an_order_that_cannot_be_is_counted(tmp_path: Path) -> None:

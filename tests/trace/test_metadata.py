@@ -47,9 +47,19 @@ CHECK = {
 }  # fmt: skip
 
 
+LINKS = {
+    "launches": 3,
+    "ranks": [
+        {"rank": 0, "gpu": "GPU-0", "counters": None, "certain": False, "why": "Not Supported",
+         "payload_tx": 8, "payload_rx": 8},
+    ],
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def meta(run_path: Path) -> dict[str, Any]:
-    return open_run(run_path).meta | {"check": CHECK, "device": {"name": "a GPU"}}
+    more = {"check": CHECK, "device": {"name": "a GPU"}, "nvlink": LINKS}
+    return open_run(run_path).meta | more
 
 
 def test_what_flashmoe_writes_passes(meta: dict[str, Any]) -> None:
@@ -87,6 +97,8 @@ def test_whatever_key_is_wrong_it_is_refused_or_shown(meta: dict[str, Any], run_
         ("clock.step_ns", "slow"),
         ("rings.per_ring", [{}]),
         ("check.routing.wrong", "none"),
+        ("nvlink.launches", 0),
+        ("nvlink.ranks", [{"rank": 0}]),
     ],
 )
 def test_the_message_names_the_key(meta: dict[str, Any], path: str, to: Any) -> None:
