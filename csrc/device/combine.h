@@ -119,8 +119,8 @@ struct CommCombiner {
       const bool lacking = ptx::load_relaxed_sys(word) < place.epoch;
       const uint32_t mask = __ballot_sync(0xffffffffu, lacking);
       const uint32_t from = mask == 0 ? 0 : __ffs(mask) - 1;
-      awaited.token = __shfl_sync(0xffffffffu, next.token, from) * sh.shape.top_k +
-                      from % sh.shape.top_k;
+      awaited.token =
+          __shfl_sync(0xffffffffu, next.token, from) * sh.shape.top_k + from % sh.shape.top_k;
       awaited.tile = __shfl_sync(0xffffffffu, next.tile, from);
     }
   }
@@ -128,8 +128,7 @@ struct CommCombiner {
     if constexpr (kTraced) {
       if (threadIdx.x % 32 != 0) return;
       const uint32_t expert = place.heap.at<uint32_t>(sh.layout.ids)[awaited.token];
-      actor.waited({EventKind::k_wait_return,
-                    static_cast<uint16_t>(owner_of(sh.shape, expert)),
+      actor.waited({EventKind::k_wait_return, static_cast<uint16_t>(owner_of(sh.shape, expert)),
                     static_cast<uint16_t>(expert), awaited.tile},
                    wait_from, ptx::globaltimer(), 1, Status::kOk);
       actor.skip();

@@ -68,7 +68,7 @@ __device__ __forceinline__ Status combine_stream(Shared<kTraced>& sh, const Plac
   uint32_t part = 0;  // of its only token
   Result next{};
   uint64_t seen = 0;
-  enum : uint32_t { kTaken, kAsked, kHere };
+  enum : uint32_t { kTaken, kAsked, kReady, kHere };
   uint32_t known = kTaken;
   auto take = [&] {
     if (lane == 0) {
@@ -94,24 +94,28 @@ __device__ __forceinline__ Status combine_stream(Shared<kTraced>& sh, const Plac
   };
   // One step on; what it loads the next step finds.
   auto look = [&] {
+    if (known == kReady) return;
     const uint64_t* word = place.heap.at<uint64_t>(sh.layout.returned) + next.tile;
     if (known == kAsked && __all_sync(0xffffffffu, seen >= place.epoch)) {
-      if constexpr (Waiter::kClaims) {
-        const uint32_t at = from - chunk_first;
-        const bool mine =
-            lane == 0 && !waiter.leaves_rest() && atomicCAS(&sh.next_token, at, at + 1) == at;
-        if (!__any_sync(0xffffffffu, mine)) {
-          take();
-          return;
-        }
-      }
       ptx::load_acquire_sys(word);
       __syncwarp();
       if (lane == 0) ptx::fence_proxy_async();  // the rows were written by ordinary stores
-      known = kHere;
+      known = Waiter::kClaims ? kReady : kHere;
     } else {
       seen = ptx::load_relaxed_sys(word);
       known = kAsked;
+    }
+  };
+
+  // Takes the token that can be summed now, unless another warp has.
+  auto claim = [&] {
+    const uint32_t at = from - chunk_first;
+    const bool mine =
+        lane == 0 && !waiter.leaves_rest() && atomicCAS(&sh.next_token, at, at + 1) == at;
+    if (__any_sync(0xffffffffu, mine)) {
+      known = kHere;
+    } else {
+      take();
     }
   };
 
@@ -163,17 +167,22 @@ __device__ __forceinline__ Status combine_stream(Shared<kTraced>& sh, const Plac
   bool begun = false;  // rows of the batch taken last are under way
   while (tokens != 0) {
     if constexpr (Waiter::kClaims) {
-      if (known != kHere) {
+      if (known == kReady) claim();
+      if (tokens != 0 && known != kHere) {
         waiter.begin_wait(next);
         while (tokens != 0 && known != kHere) {
           look();
-          if (known == kHere) break;
-          if (__any_sync(0xffffffffu, waiter.leaves_rest())) tokens = 0;
-          __nanosleep(100);
+          if (known == kReady) {
+            claim();
+          } else if (__any_sync(0xffffffffu, waiter.leaves_rest())) {
+            tokens = 0;
+          } else {
+            __nanosleep(100);
+          }
         }
         waiter.end_wait();
-        if (tokens == 0) break;
       }
+      if (tokens == 0) break;
     } else if (known != kHere) {
       const Status status = waiter.await(from, tokens, next);
       if (status != Status::kOk) return status;

@@ -115,6 +115,35 @@ __device__ inline uint32_t chosen_groups(const Shape& shape, const float* choice
   return mask;
 }
 
+// The expert with the largest key and the lowest id, and no key for it any more: `keys` are of experts lane,
+// lane + 32, ...  Of few keys a ballot each finds it sooner than a second reduction.
+template <uint32_t kKeys>
+__device__ __forceinline__ uint32_t take_best(uint32_t (&keys)[kKeys]) {
+  const uint32_t lane = threadIdx.x % 32;
+  uint32_t key = keys[0];
+#pragma unroll
+  for (uint32_t i = 1; i < kKeys; ++i) key = max_u32(key, keys[i]);
+  const uint32_t best = __reduce_max_sync(0xffffffffu, key);
+  uint32_t expert = 0;
+  if constexpr (kKeys <= 8) {
+#pragma unroll
+    for (uint32_t i = kKeys; i-- > 0;) {
+      const uint32_t lanes = __ballot_sync(0xffffffffu, keys[i] == best);
+      if (lanes != 0) expert = 32 * i + __ffs(lanes) - 1;
+    }
+  } else {
+    uint32_t at = 0;
+#pragma unroll
+    for (uint32_t i = kKeys; i-- > 0;) at = keys[i] == best ? i : at;
+    expert = __reduce_min_sync(0xffffffffu, key == best ? lane + 32 * at : 0xffffffffu);
+  }
+#pragma unroll
+  for (uint32_t i = 0; i < kKeys; ++i) {
+    if (expert == lane + 32 * i) keys[i] = 0;
+  }
+  return expert;
+}
+
 // Top-k of one token by one warp, from a row of logits to ids and weights [k].  kKeys times 32 experts
 // at most.
 template <uint32_t kKeys>
@@ -141,45 +170,36 @@ __device__ __forceinline__ void choose(const Shape& shape, float* logits, float*
       all = warp_sum(all);
     }
   }
-  const uint32_t groups = sigmoid ? chosen_groups(shape, choice) : 1;
   const bool grouped = sigmoid && shape.groups > 1;
-  const uint32_t group_size = shape.experts / max_u32(shape.groups, 1);
+  const uint32_t groups = grouped ? chosen_groups(shape, choice) : 1;
+  const uint32_t group_size = grouped ? shape.experts / shape.groups : 1;
   uint32_t keys[kKeys];  // of experts lane, lane + 32, ...
 #pragma unroll
   for (uint32_t i = 0; i < kKeys; ++i) {
     const uint32_t e = lane + 32 * i;
-    const bool may = e < shape.experts && (groups >> (grouped ? e / group_size : 0) & 1);
+    const bool may = e < shape.experts && (!grouped || (groups >> (e / group_size) & 1));
     keys[i] = may ? choice_key(by[e]) : 0;
   }
-  float mine = 0.0f;  // the lane's weight, where a lane has one
+  // 32 at a time: first whose they are, then the weights of all, a lane each.
   float sum = 0.0f;
-  for (uint32_t j = 0; j < shape.top_k; ++j) {
-    uint32_t key = 0, at = 0;
-#pragma unroll
-    for (uint32_t i = 0; i < kKeys; ++i) {
-      if (keys[i] > key) {
-        key = keys[i];
-        at = i;
-      }
+  for (uint32_t j0 = 0; j0 < shape.top_k; j0 += 32) {
+    const uint32_t count = min_u32(32, shape.top_k - j0);
+    uint32_t mine = 0;
+    for (uint32_t j = 0; j < count; ++j) {
+      const uint32_t expert = take_best(keys);
+      if (lane == j) mine = expert;
     }
-    const uint32_t expert = warp_choice(key, lane + 32 * at);
-#pragma unroll
-    for (uint32_t i = 0; i < kKeys; ++i) {
-      if (expert == lane + 32 * i) keys[i] = 0;
+    float weight = 0.0f;
+    if (lane < count) {
+      weight = sigmoid ? logits[mine] : expf(logits[mine] - top);
+      ids[j0 + lane] = mine;
+      weights[j0 + lane] = weight;
     }
-    const float weight = sigmoid ? logits[expert] : expf(logits[expert] - top);
-    sum += weight;
-    if (lane == j % 32) {
-      ids[j] = expert;
-      mine = weight;
-      if (shape.top_k > 32) weights[j] = weight;
-    }
+    sum += warp_sum(weight);
   }
   // 1e-20 keeps a token whose scores are all zero finite, as DeepSeek-V3 does.
   const float divisor = shape.renormalize ? (sigmoid ? sum + 1e-20f : sum) : (sigmoid ? 1.0f : all);
-  for (uint32_t j = lane; j < shape.top_k; j += 32) {
-    weights[j] = (shape.top_k > 32 ? weights[j] : mine) / divisor * shape.scale;
-  }
+  for (uint32_t j = lane; j < shape.top_k; j += 32) weights[j] = weights[j] / divisor * shape.scale;
 }
 
 // The same for any number of experts.  One copy of the code, which rehearse_choice() runs first.
