@@ -36,7 +36,7 @@ ROW_BOXES = (16, 32, 64, 128)
 MAX_RANKS = 8
 MAX_EXPERTS = 1024
 ARCH = "sm_90a"
-UNTUNED = Tiling(TILE_ROWS, waves=4)
+UNTUNED = Tiling(TILE_ROWS, waves=2)
 """The cut of tiles where no tuning says otherwise."""
 
 
