@@ -144,111 +144,74 @@ __device__ __forceinline__ uint32_t take_best(uint32_t (&keys)[kKeys]) {
   return expert;
 }
 
-// Where a token's logits are, and where what is chosen goes.  Of two tokens the second's follow at `steps`.
-struct Choice {
-  float* logits;
-  float* choice;  // scores plus bias, of sigmoid
-  uint32_t* ids;
-  float* weights;
-};
-struct ChoiceSteps {
-  uint32_t logits;  // floats
-  uint32_t ids;     // words, of the weights too
-};
-
-// Top-k of kTokens tokens by one warp, from rows of logits to ids and weights [k].  kKeys times 32 experts
-// at most.  Each choice waits for the one before, so that two tokens take little longer than one.
-template <uint32_t kKeys, uint32_t kTokens>
-__device__ __forceinline__ void choose(const Shape& shape, const Choice& first,
-                                       const ChoiceSteps& steps, const float* bias) {
+// Top-k of one token by one warp, from a row of logits to ids and weights [k].  kKeys times 32 experts
+// at most.
+template <uint32_t kKeys>
+__device__ __forceinline__ void choose(const Shape& shape, float* logits, float* choice,
+                                       const float* bias, uint32_t* ids, float* weights) {
   const uint32_t lane = threadIdx.x % 32, experts = shape.experts, top_k = shape.top_k;
   const bool sigmoid = shape.routing == RoutingKind::kSigmoid;
   const bool renormalize = shape.renormalize != 0, grouped = sigmoid && shape.groups > 1;
-  const uint32_t group_size = grouped ? experts / shape.groups : 1;
   const float scale = shape.scale;
-  uint32_t keys[kTokens][kKeys];  // of experts lane, lane + 32, ...
-#pragma unroll
-  for (uint32_t q = 0; q < kTokens; ++q) {
-    float* logits = first.logits + q * steps.logits;
-    const float* by = logits;
-    uint32_t groups = 1;
-    if (sigmoid) {
-      float* choice = first.choice + q * steps.logits;
-      for (uint32_t e = lane; e < experts; e += 32) {
-        const float score = 1.0f / (1.0f + expf(-logits[e]));
-        logits[e] = score;
-        choice[e] = score + (bias != nullptr ? bias[e] : 0.0f);
-      }
-      __syncwarp();
-      by = choice;
-      if (grouped) groups = chosen_groups(shape, choice);
+  const float* by = logits;
+  if (sigmoid) {
+    for (uint32_t e = lane; e < experts; e += 32) {
+      const float score = 1.0f / (1.0f + expf(-logits[e]));
+      logits[e] = score;
+      choice[e] = score + (bias != nullptr ? bias[e] : 0.0f);
     }
+    __syncwarp();
+    by = choice;
+  }
+  const uint32_t groups = grouped ? chosen_groups(shape, choice) : 1;
+  const uint32_t group_size = grouped ? experts / shape.groups : 1;
+  uint32_t keys[kKeys];  // of experts lane, lane + 32, ...
 #pragma unroll
-    for (uint32_t i = 0; i < kKeys; ++i) {
-      const uint32_t e = lane + 32 * i;
-      const bool may = e < experts && (!grouped || (groups >> (e / group_size) & 1));
-      keys[q][i] = may ? choice_key(by[e]) : 0;
-    }
+  for (uint32_t i = 0; i < kKeys; ++i) {
+    const uint32_t e = lane + 32 * i;
+    const bool may = e < experts && (!grouped || (groups >> (e / group_size) & 1));
+    keys[i] = may ? choice_key(by[e]) : 0;
   }
   // 32 at a time: first whose they are, then the weights of all, a lane each.  The first one's logit is the
   // largest there is.
-  float sum[kTokens] = {}, top[kTokens] = {}, weight[kTokens] = {};
+  float sum = 0.0f, top = 0.0f, weight = 0.0f;
   for (uint32_t j0 = 0; j0 < top_k; j0 += 32) {
     const uint32_t count = min_u32(32, top_k - j0);
-    uint32_t mine[kTokens] = {};
+    uint32_t mine = 0;
     for (uint32_t j = 0; j < count; ++j) {
-#pragma unroll
-      for (uint32_t q = 0; q < kTokens; ++q) {
-        const uint32_t expert = take_best(keys[q]);
-        if (lane == j) mine[q] = expert;
-      }
+      const uint32_t expert = take_best(keys);
+      if (lane == j) mine = expert;
     }
-#pragma unroll
-    for (uint32_t q = 0; q < kTokens; ++q) {
-      const float logit = first.logits[q * steps.logits + mine[q]];
-      if (j0 == 0) top[q] = __shfl_sync(0xffffffffu, logit, 0);
-      weight[q] = lane >= count ? 0.0f : sigmoid ? logit : expf(logit - top[q]);
-      if (lane < count) {
-        first.ids[q * steps.ids + j0 + lane] = mine[q];
-        if (top_k > 32) first.weights[q * steps.ids + j0 + lane] = weight[q];
-      }
-      sum[q] += warp_sum(weight[q]);
+    const float logit = logits[mine];
+    if (j0 == 0) top = __shfl_sync(0xffffffffu, logit, 0);
+    weight = lane >= count ? 0.0f : sigmoid ? logit : expf(logit - top);
+    if (lane < count) {
+      ids[j0 + lane] = mine;
+      if (top_k > 32) weights[j0 + lane] = weight;
     }
+    sum += warp_sum(weight);
   }
-#pragma unroll
-  for (uint32_t q = 0; q < kTokens; ++q) {
-    float divisor = sum[q];
-    if (sigmoid) {
-      // 1e-20 keeps a token whose scores are all zero finite, as DeepSeek-V3 does.
-      divisor = renormalize ? divisor + 1e-20f : 1.0f;
-    } else if (!renormalize) {
-      float all = 0.0f;
-      for (uint32_t e = lane; e < experts; e += 32) {
-        all += expf(first.logits[q * steps.logits + e] - top[q]);
-      }
-      divisor = warp_sum(all);
-    }
-    float* weights = first.weights + q * steps.ids;
-    for (uint32_t j = lane; j < top_k; j += 32) {
-      weights[j] = (top_k > 32 ? weights[j] : weight[q]) / divisor * scale;
-    }
+  // 1e-20 keeps a token whose scores are all zero finite, as DeepSeek-V3 does.
+  float divisor = sigmoid ? (renormalize ? sum + 1e-20f : 1.0f) : sum;
+  if (!sigmoid && !renormalize) {
+    float all = 0.0f;
+    for (uint32_t e = lane; e < experts; e += 32) all += expf(logits[e] - top);
+    divisor = warp_sum(all);
+  }
+  for (uint32_t j = lane; j < top_k; j += 32) {
+    weights[j] = (top_k > 32 ? weights[j] : weight) / divisor * scale;
   }
 }
 
 // The same for any number of experts.  One copy of the code, which rehearse_choice() runs first.
-__device__ __noinline__ void choose_any(const Shape& shape, const Choice& first,
-                                        const ChoiceSteps& steps, const float* bias, bool two) {
-  if (shape.experts > 256) {
-    choose<32, 1>(shape, first, steps, bias);
-    if (two) {
-      const Choice second{first.logits + steps.logits, first.choice + steps.logits,
-                          first.ids + steps.ids, first.weights + steps.ids};
-      choose<32, 1>(shape, second, steps, bias);
-    }
-  } else if (shape.experts > 128) {
-    two ? choose<8, 2>(shape, first, steps, bias) : choose<8, 1>(shape, first, steps, bias);
+__device__ __noinline__ void choose_any(const Shape& shape, float* logits, float* choice,
+                                        const float* bias, uint32_t* ids, float* weights) {
+  if (shape.experts <= 128) {
+    choose<4>(shape, logits, choice, bias, ids, weights);
+  } else if (shape.experts <= 256) {
+    choose<8>(shape, logits, choice, bias, ids, weights);
   } else {
-    two ? choose<4, 2>(shape, first, steps, bias) : choose<4, 1>(shape, first, steps, bias);
+    choose<32>(shape, logits, choice, bias, ids, weights);
   }
 }
 
@@ -256,12 +219,11 @@ __device__ __noinline__ void choose_any(const Shape& shape, const Choice& first,
 // that would only wait.  A launch finds its code in neither cache, and what is run once, in line, costs what
 // its instructions take to come, not to run.
 __device__ __forceinline__ void rehearse_choice(const Shape& shape, GateScratch& scratch,
-                                                const float* bias, bool two) {
+                                                const float* bias) {
   const uint32_t stride = gate_stride(shape.experts);
   float* row = scratch.logits;
-  const Choice none{row, row + stride, reinterpret_cast<uint32_t*>(row + 2 * stride),
-                    row + 3 * stride};
-  choose_any(shape, none, {0, 0}, bias, two);
+  choose_any(shape, row, row + stride, bias, reinterpret_cast<uint32_t*>(row + 2 * stride),
+             row + 3 * stride);
 }
 
 // Logits of the tokens `here` into scratch.logits, by kProducts products that share the
@@ -302,9 +264,7 @@ __device__ __forceinline__ void gate_logits(Shared<kTraced>& sh, GateScratch& sc
     // group reads as turn n - 2 of this stage, or later: so no wait sees a turn that is two too early.
     static_assert(kCount >= kGateLoaders && kGateLoaders % kMathGroups == 0,
                   "the wait's parity is enough");
-    if (warp == kGateLoaders && block == 0) {
-      rehearse_choice(shape, scratch, args.bias, here.tokens > kWarps);
-    }
+    if (warp == kGateLoaders && block == 0) rehearse_choice(shape, scratch, args.bias);
     if (warp < kGateLoaders && lane == 0) {
       const uint32_t box = args.gate_box_tokens, boxes = ceil_div(here.tokens, box);
       for (uint32_t i = warp; i < depth; i += kGateLoaders) {
@@ -492,13 +452,11 @@ __device__ __forceinline__ void route_chunk(Shared<kTraced>& sh, const Place& pl
     const float* bias = place.args->bias;
     uint32_t* ids = place.heap.at<uint32_t>(sh.layout.ids);
     float* weights = place.heap.at<float>(sh.layout.weights);
-    const uint32_t stride = gate_stride(shape.experts);
-    const ChoiceSteps steps{kWarps * stride, kWarps * shape.top_k};
-    for (uint32_t t = threadIdx.x / 32; t < here.tokens; t += 2 * kWarps) {
+    for (uint32_t t = threadIdx.x / 32; t < here.tokens; t += kWarps) {
       const uint64_t at = static_cast<uint64_t>(here.begin + t) * shape.top_k;
-      const Choice first{scratch.logits + t * stride, scratch.choice + t * stride, ids + at,
-                         weights + at};
-      choose_any(shape, first, steps, bias, t + kWarps < here.tokens);
+      float* logits = scratch.logits + t * gate_stride(shape.experts);
+      float* choice = scratch.choice + t * gate_stride(shape.experts);
+      choose_any(shape, logits, choice, bias, ids + at, weights + at);
     }
   }
 }

@@ -196,39 +196,25 @@ __device__ inline void own_counts(const Shared<kTraced>& sh, const Place& place)
   uint32_t* earlier = sh.tables.chunk_prefix;
   for (uint32_t e = threadIdx.x; e < shape.experts; e += kThreads) own[e] = earlier[e] = 0;
   __syncthreads();
-  // A warp a histogram, a lane four neighbouring experts, so that all loads of a warp are in flight together.
+  // A warp a histogram, a lane an expert, so that all loads of a warp are in flight together.
   const uint32_t chunks = ceil_div(place.tokens, chunk_size(shape, place.tokens));  // not empty
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (uint32_t e0 = 0; e0 < shape.experts; e0 += 128) {
     uint32_t all[4] = {}, before[4] = {};
-    auto add = [&](uint32_t c, const uint32_t (&rows)[4]) {
+#pragma unroll 4
+    for (uint32_t c = warp; c < chunks; c += kWarps) {
+      const uint32_t* row = histogram + c * shape.experts + e0;
 #pragma unroll
       for (uint32_t i = 0; i < 4; ++i) {
-        all[i] += rows[i];
-        before[i] += c < place.chunk ? rows[i] : 0;
-      }
-    };
-    const uint32_t first = e0 + lane * 4;
-    if (shape.experts % 4 == 0) {
-#pragma unroll 12
-      for (uint32_t c = warp; c < chunks; c += kWarps) {
-        if (first >= shape.experts) continue;
-        const uint4 four = *reinterpret_cast<const uint4*>(histogram + c * shape.experts + first);
-        add(c, {four.x, four.y, four.z, four.w});
-      }
-    } else {
-      for (uint32_t c = warp; c < chunks; c += kWarps) {
-        uint32_t rows[4];
-#pragma unroll
-        for (uint32_t i = 0; i < 4; ++i) {
-          rows[i] = first + i < shape.experts ? histogram[c * shape.experts + first + i] : 0;
-        }
-        add(c, rows);
+        const uint32_t e = lane + 32 * i;
+        const uint32_t rows = e0 + e < shape.experts ? row[e] : 0;
+        all[i] += rows;
+        before[i] += c < place.chunk ? rows : 0;
       }
     }
 #pragma unroll
     for (uint32_t i = 0; i < 4; ++i) {
-      const uint32_t e = first + i;
+      const uint32_t e = e0 + lane + 32 * i;
       if (all[i] != 0) atomicAdd(own + e, all[i]);
       if (before[i] != 0) atomicAdd(earlier + e, before[i]);
     }
