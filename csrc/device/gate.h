@@ -203,7 +203,8 @@ __device__ __forceinline__ void choose(const Shape& shape, float* logits, float*
   }
 }
 
-// The same for any number of experts.  One copy of the code, which rehearse_choice() runs first.
+// The same for any number of experts.  One copy of the code, which rehearse_choice() runs first; it is the only
+// function that is called, which may be as long as no warp has given registers away.
 __device__ __noinline__ void choose_any(const Shape& shape, float* logits, float* choice,
                                         const float* bias, uint32_t* ids, float* weights) {
   if (shape.experts <= 128) {
