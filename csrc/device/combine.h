@@ -105,34 +105,42 @@ struct CommCombiner {
   Shared<kTraced>& sh;
   const Place& place;
   GpuActor<kTraced>& actor;
-  uint64_t wait_from = 0;
-  Result awaited{};
+  uint64_t wait_from = 0;  // traced, of the wait under way
+  uint32_t row = 0;        // token * k + j of what it awaits
+  uint32_t tile = 0;
+  bool lacked = false;
 
   __device__ __forceinline__ bool leaves_rest() const {
     return load_volatile(&sh.math_combines) != 0;
   }
-  // Between the two it asks for the results of a token that it may take; `next` is the lane's of the first.
+  // Between the two it asks for the results of tokens that it may take.  In the trace that is a wait for the
+  // first result that lacked, of lane `next`'s, if that has come: it may end because math warps combine.
   __device__ __forceinline__ void begin_wait(const Result& next) {
     if constexpr (kTraced) {
       wait_from = ptx::globaltimer();
-      const uint64_t* word = place.heap.at<uint64_t>(sh.layout.returned) + next.tile;
-      const bool lacking = ptx::load_relaxed_sys(word) < place.epoch;
-      const uint32_t mask = __ballot_sync(0xffffffffu, lacking);
+      const uint32_t k = sh.shape.top_k;
+      const uint32_t mask = __ballot_sync(0xffffffffu, !here(next.tile));
       const uint32_t from = mask == 0 ? 0 : __ffs(mask) - 1;
-      awaited.token =
-          __shfl_sync(0xffffffffu, next.token, from) * sh.shape.top_k + from % sh.shape.top_k;
-      awaited.tile = __shfl_sync(0xffffffffu, next.tile, from);
+      lacked = mask != 0;
+      row = __shfl_sync(0xffffffffu, next.token, from) * k + from % k;
+      tile = __shfl_sync(0xffffffffu, next.tile, from);
     }
   }
   __device__ __forceinline__ void end_wait() {
     if constexpr (kTraced) {
       if (threadIdx.x % 32 != 0) return;
-      const uint32_t expert = place.heap.at<uint32_t>(sh.layout.ids)[awaited.token];
-      actor.waited({EventKind::k_wait_return, static_cast<uint16_t>(owner_of(sh.shape, expert)),
-                    static_cast<uint16_t>(expert), awaited.tile},
-                   wait_from, ptx::globaltimer(), 1, Status::kOk);
+      if (lacked && here(tile)) {
+        const uint32_t expert = place.heap.at<uint32_t>(sh.layout.ids)[row];
+        actor.waited({EventKind::k_wait_return, static_cast<uint16_t>(owner_of(sh.shape, expert)),
+                      static_cast<uint16_t>(expert), tile},
+                     wait_from, ptx::globaltimer(), 0, Status::kOk);
+      }
       actor.skip();
     }
+  }
+  __device__ __forceinline__ bool here(uint32_t row_tile) const {
+    const uint64_t* word = place.heap.at<uint64_t>(sh.layout.returned) + row_tile;
+    return ptx::load_relaxed_sys(word) >= place.epoch;
   }
   __device__ __forceinline__ Status await(uint32_t from, uint32_t tokens, const Result&) {
     const Status status = await_returns(sh, place, actor, from, tokens);
@@ -257,6 +265,9 @@ __device__ inline void combine_beside_tiles(Shared<kTraced>& sh, const Place& pl
   ptx::mbarrier_wait(&sh.order_full, 0);
   using Ring = RowRing<kCount, kBytes / 2 / 512>;
   CommCombiner<kTraced> waiter{sh, place, sh.actors[static_cast<int>(Lane::k_comm0) + half]};
+  if (threadIdx.x % 32 == 0) {
+    waiter.actor.doing(EventKind::k_combine, kNoPeer, kNoExpert, place.chunk);
+  }
   combine_stream<T>(sh, place, Ring{pieces + half * kCount * kBytes, sh.piece_full[half], used},
                     waiter);
 }

@@ -47,8 +47,9 @@ struct RowRing {
 // Combines batches of the chunk's tokens until none is left, one warp for itself: bulk copies bring rows
 // into its ring, and what one piece holds is added while the others are under way.  While a batch is summed
 // the next one is taken and looked up, and if its results are here its rows follow without a gap; else
-// `waiter` waits for them, or, where it claims tokens, takes none before that.  Each value is summed in the
-// order of k, so that its bits do not depend on who sums it.  At most 32 rows a token, which the lanes hold.
+// `waiter` waits for them.  Where it claims tokens it takes none before they are here, and the next one's rows
+// follow only when it is claimed.  Each value is summed in the order of k, so that its bits do not depend on who
+// sums it.  At most 32 rows a token, which the lanes hold.
 template <class T, class Ring, class Waiter, bool kTraced>
 __device__ __forceinline__ Status combine_stream(Shared<kTraced>& sh, const Place& place, Ring ring,
                                                  Waiter& waiter) {
@@ -63,7 +64,8 @@ __device__ __forceinline__ Status combine_stream(Shared<kTraced>& sh, const Plac
   if constexpr (Waiter::kSplits) parts = token_parts(shape, chunk_tokens);
 
   // The batch that was taken last, from the rank's from-th token in order, and what is known of it: its
-  // results are being looked up; it is asked whether they are here; they are.
+  // results are being looked up; it is asked whether they are here; they are, and it must yet be claimed; it
+  // can be summed.
   uint32_t from = 0, tokens = 0;
   uint32_t part = 0;  // of its only token
   Result next{};

@@ -69,12 +69,6 @@ __device__ __forceinline__ float warp_sum(float v) {
   return v;
 }
 
-__device__ __forceinline__ float warp_max(float v) {
-#pragma unroll
-  for (int d = 16; d > 0; d /= 2) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, d));
-  return v;
-}
-
 // Tokens of the rank: those of a chunk from its `skip`-th, `most` at most.
 struct TokenRange {
   uint32_t begin;
@@ -261,10 +255,8 @@ __device__ __forceinline__ void gate_logits(Shared<kTraced>& sh, GateScratch& sc
       }
     }
     // A thread takes longer to issue a block's copies than the copies take, so two warps issue them in turn.
-    // Whoever waits for a stage's turn n has waited for the block kGateLoaders before its own, which the same
-    // group reads as turn n - 2 of this stage, or later: so no wait sees a turn that is two too early.
-    static_assert(kCount >= kGateLoaders && kGateLoaders % kMathGroups == 0,
-                  "the wait's parity is enough");
+    // Of an even number of stages each is always filled by the same of them, who sees every turn of its barrier.
+    static_assert(kCount % kGateLoaders == 0, "the wait's parity is enough");
     if (warp == kGateLoaders && block == 0) rehearse_choice(shape, scratch, args.bias);
     if (warp < kGateLoaders && lane == 0) {
       const uint32_t box = args.gate_box_tokens, boxes = ceil_div(here.tokens, box);

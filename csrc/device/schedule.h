@@ -271,7 +271,7 @@ __device__ inline Status await_operands(TaskRing<kTraced>& ring, const Tile& til
 }
 
 // The first CTA of a pair, or a CTA alone: takes pairs of tiles and waits for the rows of both, so that
-// a pair once begun finishes in both.
+// a pair once begun finishes in both; but for first tiles whose rows are gathered (load.h).
 template <bool kTraced>
 __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
   const Shape& shape = sh.shape;

@@ -61,7 +61,7 @@ def test_an_entry_holds_for_its_own_key_alone(field: str) -> None:
     other = {"hidden": 128, "intermediate": 128, "dtype": "fp16"}[field]
     changed = MoEConfig(**{**_fields(TINY), field: other})
     assert tiling(changed, 64) == untuned(changed, 64)
-    assert tiling(MoEConfig(**{**_fields(TINY), "experts": 4}), 64) == CUT  # nor on E, k, W or T
+    assert tiling(MoEConfig(**{**_fields(TINY), "experts": 4}), 64) == CUT  # nor on E, k or W
     put(entry(changed, Tiling(64, 8)))
     assert tiling(changed, 64) == Tiling(64, 8)
     assert tiling(TINY, 64) == CUT
