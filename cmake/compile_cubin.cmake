@@ -59,10 +59,8 @@ execute_process(
 if(failed)
   message(FATAL_ERROR "nvcc failed on ${SOURCE}:\n${report}")
 endif()
-# A kernel's warps give registers away by setmaxnreg, which a function that is called would not know: only
-# choose_any(), which is called before they do, may be one.
+# A kernel's warps give registers away by setmaxnreg, which a function that is called would not know.
 string(REGEX MATCHALL "Function properties for [^\n]*" functions "${report}")
-list(FILTER functions EXCLUDE REGEX "choose_any")
 string(REGEX MATCHALL "Compiling entry function '[^\n]*" entries "${report}")
 list(LENGTH functions compiled)
 list(LENGTH entries asked)
