@@ -246,3 +246,15 @@ def test_pairs_are_what_the_protocol_proves() -> None:
     short = rings(owner, other)
     short[0].headers["count"] += 1
     assert pairs(short, [plan()]).early.tolist() == [450]
+
+
+def test_of_many_launches_the_first_the_last_and_some_between_are_read() -> None:
+    launches = 40
+    owner = [record(EventKind.COUNTS, 100 * i + 1, 100 * i + 50, iter=i) for i in range(launches)]
+    other = [
+        record(EventKind.WAIT_COUNTS, 100 * i, 100 * i + 60, peer=0, iter=i)
+        for i in range(launches)
+    ]
+    early = pairs(rings(owner, other), [plan()] * launches).early
+    assert (early.min(), early.max()) == (1, 100 * (launches - 1) + 1)
+    assert 3 <= len(early) < launches / 2
