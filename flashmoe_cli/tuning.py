@@ -31,7 +31,7 @@ def tune(given: dict[str, Any]) -> dict[str, Any]:
     from flashmoe.bench.tune import TuneOptions
     from flashmoe.build_info import require_runner
     from flashmoe.errors import FlashmoeError
-    from flashmoe.world.kernel import ARCH, TILE_ROWS_STEP, UNTUNED
+    from flashmoe.world.kernel import ARCH, TILE_ROWS_STEP, untuned
     from flashmoe_cli.progress import Progress
 
     layers = [shape(name, {}) for name in given["presets"]]
@@ -48,7 +48,10 @@ def tune(given: dict[str, Any]) -> dict[str, Any]:
     with Progress(given["quiet"]) as progress:
         for label, config, _ in layers:
             options = TuneOptions(
-                UNTUNED, TILE_ROWS_STEP[config.dtype], given["pairs"], given["seed"]
+                untuned(config, max(tokens)),
+                TILE_ROWS_STEP[config.dtype],
+                given["pairs"],
+                given["seed"],
             )
             shapes = tuple(Shape(label, config, t) for t in tokens)
             try:

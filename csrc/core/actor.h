@@ -54,7 +54,7 @@ struct Actor : TraceState<P, kTraced> {
   uint64_t deadline_ns;        // length of the longest allowed wait
   uint32_t epoch;
   uint8_t lane;
-  uint8_t cut_short;  // a wait did not end well: the slot keeps saying which
+  uint8_t cut_short;  // a wait did not end well: the slot says which until the next launch
   uint16_t rank;
   uint16_t sm;
   uint16_t cta;
@@ -69,9 +69,7 @@ struct Actor : TraceState<P, kTraced> {
 
   FLASHMOE_HD void end(ActorState state) {
     if constexpr (kTraced) this->end_ring();
-    if (!cut_short) {
-      note(state, {EventKind::k_launch, kNoPeer, kNoExpert, kNoTile}, 0, 0, P::now_ns());
-    }
+    note(state, {EventKind::k_launch, kNoPeer, kNoExpert, kNoTile}, 0, 0, P::now_ns());
   }
 
   // A span of `kind` from the end of the one before until now.
@@ -146,14 +144,14 @@ struct Actor : TraceState<P, kTraced> {
       const uint64_t aborted = P::peek(abort_word);
       if (aborted != 0) {
         status = static_cast<Status>(aborted);
-        cut_short = 1;
         note(ActorState::kAborted, what, due, as_count(seen, until, target), from);
+        cut_short = 1;
         break;
       }
       if (P::now_ns() - from > deadline_ns) {
         status = Status::kHang;
-        cut_short = 1;
         note(ActorState::kGaveUp, what, due, as_count(seen, until, target), from);
+        cut_short = 1;
         break;
       }
     }
@@ -184,6 +182,7 @@ struct Actor : TraceState<P, kTraced> {
  private:
   FLASHMOE_HD void note(ActorState state, const Awaited& what, uint64_t expected, uint64_t seen,
                         uint64_t since) {
+    if (cut_short) return;
     FlightSlot s{};
     s.since_ns = since;
     s.epoch = epoch;

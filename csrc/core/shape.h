@@ -46,19 +46,21 @@ FLASHMOE_HD uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; 
 FLASHMOE_HD uint64_t align_up(uint64_t a, uint64_t b) { return (a + b - 1) / b * b; }
 FLASHMOE_HD uint32_t min_u32(uint32_t a, uint32_t b) { return a < b ? a : b; }
 FLASHMOE_HD uint32_t max_u32(uint32_t a, uint32_t b) { return a > b ? a : b; }
+// The same in 32 bits, which a GPU divides by in a fraction of the time; a + b must not overflow.
+FLASHMOE_HD uint32_t align_up_u32(uint32_t a, uint32_t b) { return ceil_div(a, b) * b; }
 FLASHMOE_HD uint32_t saturate_u32(uint64_t a) {
   return a > 0xffffffffull ? 0xffffffffu : static_cast<uint32_t>(a);
 }
 
-// Rank r owns experts [floor(rE/W), floor((r+1)E/W)).
+// Rank r owns experts [floor(rE/W), floor((r+1)E/W)).  E and W are small enough for 32 bits.
 FLASHMOE_HD uint32_t first_expert(const Shape& s, uint32_t rank) {
-  return static_cast<uint32_t>(static_cast<uint64_t>(rank) * s.experts / s.world);
+  return rank * s.experts / s.world;
 }
 FLASHMOE_HD uint32_t owned_experts(const Shape& s, uint32_t rank) {
   return first_expert(s, rank + 1) - first_expert(s, rank);
 }
 FLASHMOE_HD uint32_t owner_of(const Shape& s, uint32_t expert) {
-  return static_cast<uint32_t>((static_cast<uint64_t>(expert + 1) * s.world - 1) / s.experts);
+  return ((expert + 1) * s.world - 1) / s.experts;
 }
 FLASHMOE_HD uint32_t max_owned_experts(const Shape& s) { return ceil_div(s.experts, s.world); }
 
@@ -76,14 +78,14 @@ FLASHMOE_HD uint32_t chunk_begin(const Shape& s, uint32_t tokens, uint32_t chunk
 FLASHMOE_HD uint32_t tile_height(const Shape& s, uint32_t rows) {
   if (rows == 0) return s.tile_step;
   const uint32_t tiles = ceil_div(rows, s.tile_m);
-  return static_cast<uint32_t>(align_up(ceil_div(rows, tiles), s.tile_step));
+  return align_up_u32(ceil_div(rows, tiles), s.tile_step);
 }
 
 // Rows that the products of a tile with `rows` rows are computed for, the padding included: whole
 // steps, or half a step where the rows are no more.
 FLASHMOE_HD uint32_t computed_rows(const Shape& s, uint32_t rows) {
   const uint32_t half = s.tile_step / 2;
-  return rows <= half ? half : static_cast<uint32_t>(align_up(rows, s.tile_step));
+  return rows <= half ? half : align_up_u32(rows, s.tile_step);
 }
 
 FLASHMOE_HD uint32_t column_tiles(const Shape& s, uint32_t gemm) {

@@ -95,16 +95,52 @@ __device__ inline void combine_token(const Shared<kTraced>& sh, const Place& pla
   }
 }
 
-// A comm warp as it combines: it waits and records for itself.
+// A comm warp as it combines: it waits and records for itself.  It has few rows under way and takes long for
+// a token, so it takes one only when that can be summed, and none once math warps combine: these would have
+// to wait for it.  Results that are put it must see arrive, which the wait does.
 template <bool kTraced>
 struct CommCombiner {
+  static constexpr bool kSplits = false;
+  static constexpr bool kClaims = !kPuts;
   Shared<kTraced>& sh;
   const Place& place;
   GpuActor<kTraced>& actor;
+  uint64_t wait_from = 0;  // traced, of the wait under way
+  uint32_t row = 0;        // token * k + j of what it awaits
+  uint32_t tile = 0;
+  bool lacked = false;
 
-  // Math warps have more rows under way, and should not have to wait for what a comm warp took last.
   __device__ __forceinline__ bool leaves_rest() const {
     return load_volatile(&sh.math_combines) != 0;
+  }
+  // Between the two it asks for the results of tokens that it may take.  In the trace that is a wait for the
+  // first result that lacked, of lane `next`'s, if that has come: it may end because math warps combine.
+  __device__ __forceinline__ void begin_wait(const Result& next) {
+    if constexpr (kTraced) {
+      wait_from = ptx::globaltimer();
+      const uint32_t k = sh.shape.top_k;
+      const uint32_t mask = __ballot_sync(0xffffffffu, !here(next.tile));
+      const uint32_t from = mask == 0 ? 0 : __ffs(mask) - 1;
+      lacked = mask != 0;
+      row = __shfl_sync(0xffffffffu, next.token, from) * k + from % k;
+      tile = __shfl_sync(0xffffffffu, next.tile, from);
+    }
+  }
+  __device__ __forceinline__ void end_wait() {
+    if constexpr (kTraced) {
+      if (threadIdx.x % 32 != 0) return;
+      if (lacked && here(tile)) {
+        const uint32_t expert = place.heap.at<uint32_t>(sh.layout.ids)[row];
+        actor.waited({EventKind::k_wait_return, static_cast<uint16_t>(owner_of(sh.shape, expert)),
+                      static_cast<uint16_t>(expert), tile},
+                     wait_from, ptx::globaltimer(), 0, Status::kOk);
+      }
+      actor.skip();
+    }
+  }
+  __device__ __forceinline__ bool here(uint32_t row_tile) const {
+    const uint64_t* word = place.heap.at<uint64_t>(sh.layout.returned) + row_tile;
+    return ptx::load_relaxed_sys(word) >= place.epoch;
   }
   __device__ __forceinline__ Status await(uint32_t from, uint32_t tokens, const Result&) {
     const Status status = await_returns(sh, place, actor, from, tokens);
@@ -128,6 +164,8 @@ struct CommCombiner {
 // These look now and then, for as long as the first warp's waits end well.
 template <bool kTraced>
 struct TeamCombiner {
+  static constexpr bool kSplits = true;
+  static constexpr bool kClaims = false;
   Shared<kTraced>& sh;
   const Place& place;
   GpuActor<kTraced>& actor;
@@ -136,22 +174,25 @@ struct TeamCombiner {
 
   __device__ __forceinline__ bool leaves_rest() const { return false; }
   __device__ __forceinline__ bool leads() const { return warp == 0 && threadIdx.x % 32 == 0; }
-  __device__ __forceinline__ void record() {
+  __device__ __forceinline__ void record(bool even_none) {
     if constexpr (kTraced) {
       if (!leads()) return;
       const uint32_t tokens = atomicExch(&team.summed, 0);
-      if (tokens != 0) actor.span(EventKind::k_combine, kNoPeer, kNoExpert, place.chunk, tokens);
+      if (tokens != 0 || even_none) {
+        actor.span(EventKind::k_combine, kNoPeer, kNoExpert, place.chunk, tokens);
+      }
     }
   }
+  // Of a token in parts, whoever sums the first counts it.
   __device__ __forceinline__ void summed(uint32_t tokens) {
     if constexpr (kTraced) {
       if (threadIdx.x % 32 == 0) atomicAdd(&team.summed, tokens);
-      record();
+      record(true);
     }
   }
   // By the first warp, for whichever lacks them.
   __device__ __forceinline__ Status await_first(uint32_t from, uint32_t tokens) {
-    record();
+    record(false);
     const Status status = await_returns(sh, place, actor, from, tokens);
     if (!leads()) return status;
     if (status == Status::kHang) raise_abort(sh, status);
@@ -207,20 +248,26 @@ struct TeamCombiner {
       __nanosleep(50);
     }
     __threadfence_block();
-    record();
+    record(false);
     return Status::kOk;
   }
 };
 
 // Combines what it can of the chunk's tokens beside the tiles, by a comm warp.  `used` is the pieces used
-// before.  Of more than 32 rows a token it leaves all to the math groups.
+// before.  It leaves all to the math groups where a token has more than 32 rows, and where each math warp has
+// one token at most: these wait for the last tiles anyway.
 template <class T, uint32_t kCount, uint32_t kBytes, bool kTraced>
 __device__ inline void combine_beside_tiles(Shared<kTraced>& sh, const Place& place, uint32_t half,
                                             char* pieces, uint32_t used) {
-  if (sh.shape.top_k > 32) return;
+  const uint32_t tokens = chunk_begin(sh.shape, place.tokens, place.chunk + 1) -
+                          chunk_begin(sh.shape, place.tokens, place.chunk);
+  if (sh.shape.top_k > 32 || tokens <= kMathGroups * kTeamWarps) return;
   ptx::mbarrier_wait(&sh.order_full, 0);
   using Ring = RowRing<kCount, kBytes / 2 / 512>;
   CommCombiner<kTraced> waiter{sh, place, sh.actors[static_cast<int>(Lane::k_comm0) + half]};
+  if (threadIdx.x % 32 == 0) {
+    waiter.actor.doing(EventKind::k_combine, kNoPeer, kNoExpert, place.chunk);
+  }
   combine_stream<T>(sh, place, Ring{pieces + half * kCount * kBytes, sh.piece_full[half], used},
                     waiter);
 }

@@ -17,6 +17,21 @@ __device__ __forceinline__ uint32_t batch_of_warp(Shared<kTraced>& sh, uint32_t 
   return max_u32(1, min_u32(min_u32(left / kShares, 4), 32 / sh.shape.top_k));
 }
 
+// Parts of a token's columns: one, or where the chunk has fewer tokens than there are math warps, so many
+// that each of these sums one.
+struct TokenParts {
+  uint32_t count;
+  uint32_t bytes;  // of each but the last
+};
+__device__ __forceinline__ TokenParts token_parts(const Shape& shape, uint32_t tokens) {
+  constexpr uint32_t kLeast = 512;  // bytes: 16 a lane
+  const uint32_t row_bytes = shape.hidden * 2;
+  const uint32_t wanted = kMathGroups * kTeamWarps / max_u32(tokens, 1);
+  if (wanted <= 1) return {1, row_bytes};
+  const uint32_t bytes = align_up_u32(ceil_div(row_bytes, wanted), kLeast);
+  return {ceil_div(row_bytes, bytes), bytes};
+}
+
 // Pieces of shared memory that one warp fills in turn, each with a slice of two rows: kUnits times 16 bytes
 // a lane of each.
 template <uint32_t kCount, uint32_t kUnitsLane>
@@ -32,7 +47,8 @@ struct RowRing {
 // Combines batches of the chunk's tokens until none is left, one warp for itself: bulk copies bring rows
 // into its ring, and what one piece holds is added while the others are under way.  While a batch is summed
 // the next one is taken and looked up, and if its results are here its rows follow without a gap; else
-// `waiter` waits for them.  Each value is summed in the order of k, so that its bits do not depend on who
+// `waiter` waits for them.  Where it claims tokens it takes none before they are here, and the next one's rows
+// follow only when it is claimed.  Each value is summed in the order of k, so that its bits do not depend on who
 // sums it.  At most 32 rows a token, which the lanes hold.
 template <class T, class Ring, class Waiter, bool kTraced>
 __device__ __forceinline__ Status combine_stream(Shared<kTraced>& sh, const Place& place, Ring ring,
@@ -42,48 +58,81 @@ __device__ __forceinline__ Status combine_stream(Shared<kTraced>& sh, const Plac
   uint32_t used = ring.used;
   const uint32_t lane = threadIdx.x % 32, k = shape.top_k;
   const uint32_t row_bytes = shape.hidden * 2;
+  const uint32_t chunk_first = chunk_begin(shape, place.tokens, place.chunk);
+  const uint32_t chunk_tokens = chunk_begin(shape, place.tokens, place.chunk + 1) - chunk_first;
+  TokenParts parts{1, row_bytes};
+  if constexpr (Waiter::kSplits) parts = token_parts(shape, chunk_tokens);
 
   // The batch that was taken last, from the rank's from-th token in order, and what is known of it: its
-  // results are being looked up; it is asked whether they are here; they are.
+  // results are being looked up; it is asked whether they are here; they are, and it must yet be claimed; it
+  // can be summed.
   uint32_t from = 0, tokens = 0;
+  uint32_t part = 0;  // of its only token
   Result next{};
   uint64_t seen = 0;
-  enum : uint32_t { kTaken, kAsked, kHere };
+  enum : uint32_t { kTaken, kAsked, kReady, kHere };
   uint32_t known = kTaken;
   auto take = [&] {
     if (lane == 0) {
-      const uint32_t begin = chunk_begin(shape, place.tokens, place.chunk);
-      const uint32_t end = chunk_begin(shape, place.tokens, place.chunk + 1) - begin;
-      const uint32_t batch = batch_of_warp(sh, end);
-      from = waiter.leaves_rest() ? end : min_u32(atomicAdd(&sh.next_token, batch), end);
+      const uint32_t end = chunk_tokens * parts.count;
+      uint32_t batch = 1;
+      if constexpr (Waiter::kClaims) {
+        from = waiter.leaves_rest() ? end : min_u32(load_volatile(&sh.next_token), end);
+      } else {
+        if (parts.count == 1) batch = batch_of_warp(sh, end);
+        from = waiter.leaves_rest() ? end : min_u32(atomicAdd(&sh.next_token, batch), end);
+      }
       tokens = min_u32(batch, end - from);
-      from += begin;
     }
     from = __shfl_sync(0xffffffffu, from, 0);
     tokens = __shfl_sync(0xffffffffu, tokens, 0);
+    if constexpr (Waiter::kSplits) {
+      part = from % parts.count;
+      from /= parts.count;
+    }
+    from += chunk_first;
     known = kTaken;
     if (tokens != 0) next = find_results(sh, place, from, tokens);
   };
   // One step on; what it loads the next step finds.
   auto look = [&] {
+    if (known == kReady) return;
     const uint64_t* word = place.heap.at<uint64_t>(sh.layout.returned) + next.tile;
     if (known == kAsked && __all_sync(0xffffffffu, seen >= place.epoch)) {
       ptx::load_acquire_sys(word);
       __syncwarp();
       if (lane == 0) ptx::fence_proxy_async();  // the rows were written by ordinary stores
-      known = kHere;
+      known = Waiter::kClaims ? kReady : kHere;
     } else {
       seen = ptx::load_relaxed_sys(word);
       known = kAsked;
     }
   };
 
+  // Takes the token that can be summed now, unless another warp has.
+  auto claim = [&] {
+    const uint32_t at = from - chunk_first;
+    const bool mine =
+        lane == 0 && !waiter.leaves_rest() && atomicCAS(&sh.next_token, at, at + 1) == at;
+    if (__any_sync(0xffffffffu, mine)) {
+      known = kHere;
+    } else {
+      take();
+    }
+  };
+
   // Which piece is loaded next: two of rows `issue_row`, of the token whose first lane is issue_base.
   uint32_t issued = used, issue_row = 0;
   uint32_t issue_base = 0, issue_j = 0, issue_at = 0, issue_end = 0;
+  uint32_t part_begin = 0, part_end = row_bytes;  // of a row's bytes
   auto begin_issue = [&] {
     issue_row = next.row;
-    issue_base = issue_j = issue_at = 0;
+    issue_base = issue_j = 0;
+    if constexpr (Waiter::kSplits) {
+      part_begin = part * parts.bytes;
+      part_end = min_u32(part_begin + parts.bytes, row_bytes);
+    }
+    issue_at = part_begin;
     issue_end = tokens * k;
   };
   auto issue = [&] {
@@ -93,7 +142,7 @@ __device__ __forceinline__ Status combine_stream(Shared<kTraced>& sh, const Plac
       const uint32_t row1 = __shfl_sync(0xffffffffu, issue_row, j + 1);
       if (lane == 0) {
         const uint32_t slot = issued % kPieces;
-        const uint32_t bytes = min_u32(row_bytes - issue_at, kSlice);
+        const uint32_t bytes = min_u32(part_end - issue_at, kSlice);
         const char* ret = place.heap.at<char>(sh.layout.ret) + issue_at;
         const bool two = issue_j + 1 < k;
         uint64_t* full = ring.full + slot;
@@ -110,8 +159,8 @@ __device__ __forceinline__ Status combine_stream(Shared<kTraced>& sh, const Plac
       if (issue_j < k) continue;
       issue_j = 0;
       issue_at += kSlice;
-      if (issue_at < row_bytes) continue;
-      issue_at = 0;
+      if (issue_at < part_end) continue;
+      issue_at = part_begin;
       issue_base += k;
     }
   };
@@ -119,18 +168,36 @@ __device__ __forceinline__ Status combine_stream(Shared<kTraced>& sh, const Plac
   take();
   bool begun = false;  // rows of the batch taken last are under way
   while (tokens != 0) {
-    if (known != kHere) {
+    if constexpr (Waiter::kClaims) {
+      if (known == kReady) claim();
+      if (tokens != 0 && known != kHere) {
+        waiter.begin_wait(next);
+        while (tokens != 0 && known != kHere) {
+          look();
+          if (known == kReady) {
+            claim();
+          } else if (__any_sync(0xffffffffu, waiter.leaves_rest())) {
+            tokens = 0;
+          } else {
+            __nanosleep(100);
+          }
+        }
+        waiter.end_wait();
+      }
+      if (tokens == 0) break;
+    } else if (known != kHere) {
       const Status status = waiter.await(from, tokens, next);
       if (status != Status::kOk) return status;
       if (lane == 0) ptx::fence_proxy_async();
     }
     if (!begun) begin_issue();
-    const uint32_t summed = tokens, token = next.token;
+    const uint32_t first_byte = part_begin, end_byte = part_end;
+    const uint32_t summed = part == 0 ? tokens : 0, results = tokens * k, token = next.token;
     const float weight = next.weight;
     take();
     begun = false;
-    for (uint32_t base = 0; base < summed * k; base += k) {
-      for (uint32_t at = 0; at < row_bytes; at += kSlice) {
+    for (uint32_t base = 0; base < results; base += k) {
+      for (uint32_t at = first_byte; at < end_byte; at += kSlice) {
         float sum[kUnits][8] = {};
         for (uint32_t j = 0; j < k; j += 2) {
           if (known == kHere && !begun && issue_base == issue_end) {
@@ -150,7 +217,7 @@ __device__ __forceinline__ Status combine_stream(Shared<kTraced>& sh, const Plac
             if (j + i >= k) break;
 #pragma unroll
             for (uint32_t c = 0; c < kUnits; ++c) {
-              // Beyond the row's end lies what came before, which is not stored.
+              // Beyond the part's end lies what came before, which is not stored.
               const uint4 loaded = piece[i * (kSlice / 16) + c * 32];
               const T* values = reinterpret_cast<const T*>(&loaded);
 #pragma unroll
@@ -167,7 +234,7 @@ __device__ __forceinline__ Status combine_stream(Shared<kTraced>& sh, const Plac
 #pragma unroll
         for (uint32_t c = 0; c < kUnits; ++c) {
           const uint32_t unit = lane + c * 32;
-          if (at + unit * 16 >= row_bytes) break;
+          if (at + unit * 16 >= end_byte) break;
           uint4 out;
           T* values = reinterpret_cast<T*>(&out);
 #pragma unroll

@@ -209,6 +209,11 @@ struct Place {
   const RankArgs* args;
 };
 
+// Whether the rows of a CTA's `task`-th tile, if it is a GEMM1 tile, are for those who gather them to await.
+__device__ __forceinline__ bool gathers_unawaited(const Place& place, uint32_t task) {
+  return place.gathers && task == 0;
+}
+
 // A stage that a math warp has read, given back to the loads of both CTAs of a pair.
 struct StageRelease {
   uint32_t to_other;  // from an address here to the same in the other CTA; 0 where there is none

@@ -16,6 +16,7 @@ inline constexpr uint32_t kGateRows = 64;      // of a product: tokens
 inline constexpr uint32_t kGateTokens = 128;   // two products, the most that one pass takes
 inline constexpr uint32_t kGateExperts = 128;  // columns of the widest product
 inline constexpr uint32_t kGateRingBytes = 144 * 1024;
+inline constexpr uint32_t kGateLoaders = 2;  // warps, the first ones
 
 // Floats from a token's row of logits to the next one's.  Eight more than a multiple of 32: the rows
 // that a warp stores at once then lie in different banks.
@@ -68,12 +69,6 @@ __device__ __forceinline__ float warp_sum(float v) {
   return v;
 }
 
-__device__ __forceinline__ float warp_max(float v) {
-#pragma unroll
-  for (int d = 16; d > 0; d /= 2) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, d));
-  return v;
-}
-
 // Tokens of the rank: those of a chunk from its `skip`-th, `most` at most.
 struct TokenRange {
   uint32_t begin;
@@ -85,6 +80,145 @@ __device__ __forceinline__ TokenRange chunk_part(const Shape& shape, const Place
   const uint32_t end = chunk_begin(shape, place.tokens, chunk + 1);
   const uint32_t begin = min_u32(chunk_begin(shape, place.tokens, chunk) + skip, end);
   return {begin, min_u32(end - begin, most)};
+}
+
+// The groups a token may choose from, a bit a group: those with the largest sum of their two best.
+__device__ inline uint32_t chosen_groups(const Shape& shape, const float* choice) {
+  if (shape.groups <= 1) return 1;
+  const uint32_t lane = threadIdx.x % 32, size = shape.experts / shape.groups;
+  uint32_t key = 0;
+  if (lane < shape.groups) {
+    float best = -INFINITY, second = -INFINITY;
+    for (uint32_t i = 0; i < size; ++i) {
+      const float v = choice[lane * size + i];
+      if (v > best) {
+        second = best;
+        best = v;
+      } else if (v > second) {
+        second = v;
+      }
+    }
+    key = choice_key(size > 1 ? best + second : best);
+  }
+  uint32_t mask = 0;
+  for (uint32_t i = 0; i < shape.top_groups; ++i) {
+    const uint32_t group = warp_choice(key, lane);
+    mask |= 1u << group;
+    if (lane == group) key = 0;
+  }
+  return mask;
+}
+
+// The expert with the largest key and the lowest id, and no key for it any more: `keys` are of experts lane,
+// lane + 32, ...  Of few keys a ballot each finds it sooner than a second reduction.
+template <uint32_t kKeys>
+__device__ __forceinline__ uint32_t take_best(uint32_t (&keys)[kKeys]) {
+  const uint32_t lane = threadIdx.x % 32;
+  uint32_t key = keys[0];
+#pragma unroll
+  for (uint32_t i = 1; i < kKeys; ++i) key = max_u32(key, keys[i]);
+  const uint32_t best = __reduce_max_sync(0xffffffffu, key);
+  uint32_t expert = 0;
+  if constexpr (kKeys <= 8) {
+#pragma unroll
+    for (uint32_t i = kKeys; i-- > 0;) {
+      const uint32_t lanes = __ballot_sync(0xffffffffu, keys[i] == best);
+      if (lanes != 0) expert = 32 * i + __ffs(lanes) - 1;
+    }
+  } else {
+    uint32_t at = 0;
+#pragma unroll
+    for (uint32_t i = kKeys; i-- > 0;) at = keys[i] == best ? i : at;
+    expert = __reduce_min_sync(0xffffffffu, key == best ? lane + 32 * at : 0xffffffffu);
+  }
+#pragma unroll
+  for (uint32_t i = 0; i < kKeys; ++i) {
+    if (expert == lane + 32 * i) keys[i] = 0;
+  }
+  return expert;
+}
+
+// Top-k of one token by one warp, from a row of logits to ids and weights [k].  kKeys times 32 experts
+// at most.
+template <uint32_t kKeys>
+__device__ __forceinline__ void choose(const Shape& shape, float* logits, float* choice,
+                                       const float* bias, uint32_t* ids, float* weights) {
+  const uint32_t lane = threadIdx.x % 32, experts = shape.experts, top_k = shape.top_k;
+  const bool sigmoid = shape.routing == RoutingKind::kSigmoid;
+  const bool renormalize = shape.renormalize != 0, grouped = sigmoid && shape.groups > 1;
+  const float scale = shape.scale;
+  const float* by = logits;
+  if (sigmoid) {
+    for (uint32_t e = lane; e < experts; e += 32) {
+      const float score = 1.0f / (1.0f + expf(-logits[e]));
+      logits[e] = score;
+      choice[e] = score + (bias != nullptr ? bias[e] : 0.0f);
+    }
+    __syncwarp();
+    by = choice;
+  }
+  const uint32_t groups = grouped ? chosen_groups(shape, choice) : 1;
+  const uint32_t group_size = grouped ? experts / shape.groups : 1;
+  uint32_t keys[kKeys];  // of experts lane, lane + 32, ...
+#pragma unroll
+  for (uint32_t i = 0; i < kKeys; ++i) {
+    const uint32_t e = lane + 32 * i;
+    const bool may = e < experts && (!grouped || (groups >> (e / group_size) & 1));
+    keys[i] = may ? choice_key(by[e]) : 0;
+  }
+  // 32 at a time: first whose they are, then the weights of all, a lane each.  The first one's logit is the
+  // largest there is.
+  float sum = 0.0f, top = 0.0f, weight = 0.0f;
+  for (uint32_t j0 = 0; j0 < top_k; j0 += 32) {
+    const uint32_t count = min_u32(32, top_k - j0);
+    uint32_t mine = 0;
+    for (uint32_t j = 0; j < count; ++j) {
+      const uint32_t expert = take_best(keys);
+      if (lane == j) mine = expert;
+    }
+    const float logit = logits[mine];
+    if (j0 == 0) top = __shfl_sync(0xffffffffu, logit, 0);
+    weight = lane >= count ? 0.0f : sigmoid ? logit : expf(logit - top);
+    if (lane < count) {
+      ids[j0 + lane] = mine;
+      if (top_k > 32) weights[j0 + lane] = weight;
+    }
+    sum += warp_sum(weight);
+  }
+  // 1e-20 keeps a token whose scores are all zero finite, as DeepSeek-V3 does.
+  float divisor = sigmoid ? (renormalize ? sum + 1e-20f : 1.0f) : sum;
+  if (!sigmoid && !renormalize) {
+    float all = 0.0f;
+    for (uint32_t e = lane; e < experts; e += 32) all += expf(logits[e] - top);
+    divisor = warp_sum(all);
+  }
+  for (uint32_t j = lane; j < top_k; j += 32) {
+    weights[j] = (top_k > 32 ? weights[j] : weight) / divisor * scale;
+  }
+}
+
+// The same for any number of experts.  One copy of the code, which rehearse_choice() runs first; it is the only
+// function that is called, which may be as long as no warp has given registers away.
+__device__ __noinline__ void choose_any(const Shape& shape, float* logits, float* choice,
+                                        const float* bias, uint32_t* ids, float* weights) {
+  if (shape.experts <= 128) {
+    choose<4>(shape, logits, choice, bias, ids, weights);
+  } else if (shape.experts <= 256) {
+    choose<8>(shape, logits, choice, bias, ids, weights);
+  } else {
+    choose<32>(shape, logits, choice, bias, ids, weights);
+  }
+}
+
+// Brings the code of choose_any() to the SM by running it on rows of logits that are not there yet, by a warp
+// that would only wait.  A launch finds its code in neither cache, and what is run once, in line, costs what
+// its instructions take to come, not to run.
+__device__ __forceinline__ void rehearse_choice(const Shape& shape, GateScratch& scratch,
+                                                const float* bias) {
+  const uint32_t stride = gate_stride(shape.experts);
+  float* row = scratch.logits;
+  choose_any(shape, row, row + stride, bias, reinterpret_cast<uint32_t*>(row + 2 * stride),
+             row + 3 * stride);
 }
 
 // Logits of the tokens `here` into scratch.logits, by kProducts products that share the
@@ -120,9 +254,13 @@ __device__ __forceinline__ void gate_logits(Shared<kTraced>& sh, GateScratch& sc
         ptx::cluster_barrier();
       }
     }
-    if (threadIdx.x == kLoadWarp * 32) {
+    // A thread takes longer to issue a block's copies than the copies take, so two warps issue them in turn.
+    // Of an even number of stages each is always filled by the same of them, who sees every turn of its barrier.
+    static_assert(kCount % kGateLoaders == 0, "the wait's parity is enough");
+    if (warp == kGateLoaders && block == 0) rehearse_choice(shape, scratch, args.bias);
+    if (warp < kGateLoaders && lane == 0) {
       const uint32_t box = args.gate_box_tokens, boxes = ceil_div(here.tokens, box);
-      for (uint32_t i = 0; i < depth; ++i) {
+      for (uint32_t i = warp; i < depth; i += kGateLoaders) {
         const uint32_t stage = (block + i) % kCount;
         ptx::mbarrier_wait(&sh.gate_empty[stage], ((block + i) / kCount & 1) ^ 1);
         char* x = scratch.ring + stage * kBytes;
@@ -219,100 +357,6 @@ __device__ __forceinline__ void gate_logits(Shared<kTraced>& sh, GateScratch& sc
   }
 }
 
-// The groups a token may choose from, a bit a group: those with the largest sum of their two best.
-__device__ inline uint32_t chosen_groups(const Shape& shape, const float* choice) {
-  if (shape.groups <= 1) return 1;
-  const uint32_t lane = threadIdx.x % 32, size = shape.experts / shape.groups;
-  uint32_t key = 0;
-  if (lane < shape.groups) {
-    float best = -INFINITY, second = -INFINITY;
-    for (uint32_t i = 0; i < size; ++i) {
-      const float v = choice[lane * size + i];
-      if (v > best) {
-        second = best;
-        best = v;
-      } else if (v > second) {
-        second = v;
-      }
-    }
-    key = choice_key(size > 1 ? best + second : best);
-  }
-  uint32_t mask = 0;
-  for (uint32_t i = 0; i < shape.top_groups; ++i) {
-    const uint32_t group = warp_choice(key, lane);
-    mask |= 1u << group;
-    if (lane == group) key = 0;
-  }
-  return mask;
-}
-
-// Top-k of one token by one warp, from a row of logits to ids and weights [k].  kKeys times 32 experts
-// at most.
-template <uint32_t kKeys>
-__device__ __forceinline__ void choose(const Shape& shape, float* logits, float* choice,
-                                       const float* bias, uint32_t* ids, float* weights) {
-  const uint32_t lane = threadIdx.x % 32;
-  const bool sigmoid = shape.routing == RoutingKind::kSigmoid;
-  const float* by = logits;
-  float all = 0.0f, top = 0.0f;
-  if (sigmoid) {
-    for (uint32_t e = lane; e < shape.experts; e += 32) {
-      const float score = 1.0f / (1.0f + expf(-logits[e]));
-      logits[e] = score;
-      choice[e] = score + (bias != nullptr ? bias[e] : 0.0f);
-    }
-    __syncwarp();
-    by = choice;
-  } else {
-    top = -INFINITY;
-    for (uint32_t e = lane; e < shape.experts; e += 32) top = fmaxf(top, logits[e]);
-    top = warp_max(top);
-    if (!shape.renormalize) {
-      for (uint32_t e = lane; e < shape.experts; e += 32) all += expf(logits[e] - top);
-      all = warp_sum(all);
-    }
-  }
-  const uint32_t groups = sigmoid ? chosen_groups(shape, choice) : 1;
-  const bool grouped = sigmoid && shape.groups > 1;
-  const uint32_t group_size = shape.experts / max_u32(shape.groups, 1);
-  uint32_t keys[kKeys];  // of experts lane, lane + 32, ...
-#pragma unroll
-  for (uint32_t i = 0; i < kKeys; ++i) {
-    const uint32_t e = lane + 32 * i;
-    const bool may = e < shape.experts && (groups >> (grouped ? e / group_size : 0) & 1);
-    keys[i] = may ? choice_key(by[e]) : 0;
-  }
-  float mine = 0.0f;  // the lane's weight, where a lane has one
-  float sum = 0.0f;
-  for (uint32_t j = 0; j < shape.top_k; ++j) {
-    uint32_t key = 0, at = 0;
-#pragma unroll
-    for (uint32_t i = 0; i < kKeys; ++i) {
-      if (keys[i] > key) {
-        key = keys[i];
-        at = i;
-      }
-    }
-    const uint32_t expert = warp_choice(key, lane + 32 * at);
-#pragma unroll
-    for (uint32_t i = 0; i < kKeys; ++i) {
-      if (expert == lane + 32 * i) keys[i] = 0;
-    }
-    const float weight = sigmoid ? logits[expert] : expf(logits[expert] - top);
-    sum += weight;
-    if (lane == j % 32) {
-      ids[j] = expert;
-      mine = weight;
-      if (shape.top_k > 32) weights[j] = weight;
-    }
-  }
-  // 1e-20 keeps a token whose scores are all zero finite, as DeepSeek-V3 does.
-  const float divisor = shape.renormalize ? (sigmoid ? sum + 1e-20f : sum) : (sigmoid ? 1.0f : all);
-  for (uint32_t j = lane; j < shape.top_k; j += 32) {
-    weights[j] = (shape.top_k > 32 ? weights[j] : mine) / divisor * shape.scale;
-  }
-}
-
 // Takes external ids of one token; true if they are distinct and in range.
 __device__ inline bool take_external(const Shape& shape, const int32_t* from,
                                      const float* weights_from, uint32_t* ids, float* weights) {
@@ -405,13 +449,7 @@ __device__ __forceinline__ void route_chunk(Shared<kTraced>& sh, const Place& pl
       const uint64_t at = static_cast<uint64_t>(here.begin + t) * shape.top_k;
       float* logits = scratch.logits + t * gate_stride(shape.experts);
       float* choice = scratch.choice + t * gate_stride(shape.experts);
-      if (shape.experts <= 128) {
-        choose<4>(shape, logits, choice, bias, ids + at, weights + at);
-      } else if (shape.experts <= 256) {
-        choose<8>(shape, logits, choice, bias, ids + at, weights + at);
-      } else {
-        choose<32>(shape, logits, choice, bias, ids + at, weights + at);
-      }
+      choose_any(shape, logits, choice, bias, ids + at, weights + at);
     }
   }
 }

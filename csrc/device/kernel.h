@@ -13,7 +13,17 @@
 
 namespace flashmoe {
 
-// Copies what every role needs from the arguments and makes the barriers and the actors.
+// Of `from` into shared memory, by one warp.
+template <class V>
+__device__ __forceinline__ void copy_by_warp(V* to, const V* from, uint32_t count = 1) {
+  static_assert(sizeof(V) % 4 == 0, "copied by words");
+  for (uint32_t i = threadIdx.x % 32; i < count * (sizeof(V) / 4); i += 32) {
+    reinterpret_cast<uint32_t*>(to)[i] = reinterpret_cast<const uint32_t*>(from)[i];
+  }
+}
+
+// Copies what every role needs from the arguments and makes the barriers and the actors.  The warps share
+// that: no launch, however short, can do anything before it is done.
 template <bool kTraced>
 __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
   const uint32_t local = blockIdx.x / args.shape.chunks;
@@ -28,26 +38,26 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
   place.pair_rank = place.chunk & (args.pair_size - 1);  // a rank's CTAs begin with a cluster
   const uint32_t here = ptx::shared_address(&sh);
   place.to_other = args.pair_size == 1 ? 0 : ptx::cluster_address(here, place.pair_rank ^ 1) - here;
-  place.epoch = static_cast<uint32_t>(
-                    ptx::load_relaxed_sys(place.heap.at<uint64_t>(args.layout.epoch_word))) +
-                1;
+  // Both words on their way at once.
+  const uint64_t epoch = ptx::load_relaxed_sys(place.heap.at<uint64_t>(args.layout.epoch_word));
+  const uint64_t aborted = ptx::load_relaxed_sys(place.heap.at<uint64_t>(args.layout.abort_word));
+  const uint32_t warp = threadIdx.x / 32;
+  if (warp == 0) copy_by_warp(&sh.shape, &args.shape);
+  if (warp == 1) copy_by_warp(&sh.layout, &args.layout);
+  if (warp == 2) copy_by_warp(sh.heaps, args.heaps, args.shape.world);
   if (threadIdx.x == 0) {
-    sh.shape = args.shape;
-    sh.layout = args.layout;
-    for (uint32_t r = 0; r < args.shape.world; ++r) sh.heaps[r] = args.heaps[r];
     sh.tables = plan_tables(table_words(args.shape) <= kTableWords
                                 ? sh.table_words
                                 : table_place(place.heap, args.layout, args.shape, place.chunk),
                             args.shape);
-    // Abort is sticky: nothing runs until reset().
-    sh.status = static_cast<uint32_t>(
-        ptx::load_relaxed_sys(place.heap.at<uint64_t>(args.layout.abort_word)));
     sh.bad_ids = 0;
     sh.other_left = 0;
     sh.next_token = 0;
     sh.math_combines = 0;
     for (uint32_t g = 0; g < kMathGroups; ++g) sh.teams[g] = {};
     if constexpr (kPuts) sh.pending_tiles = 0;
+  }
+  if (threadIdx.x == 3 * 32) {
     for (uint32_t i = 0; i < kMostStages; ++i) {
       ptx::mbarrier_init(&sh.full[i], fills(place.gathers));
       ptx::mbarrier_init(&sh.empty[i], kMathGroups * 4 * args.pair_size);
@@ -58,20 +68,32 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
       ptx::mbarrier_init(&sh.pair_full[i], 1);
       ptx::mbarrier_init(&sh.pair_empty[i], 1);
     }
+    ptx::mbarrier_init(&sh.order_full, 1);
+    ptx::fence_mbarrier_init();
+  }
+  if (threadIdx.x == 4 * 32) {
     for (uint32_t i = 0; i < kCommWarps * kPieces; ++i) {
       ptx::mbarrier_init(&sh.piece_full[i / kPieces][i % kPieces], 1);
     }
+    ptx::fence_mbarrier_init();
+  }
+  if (threadIdx.x == 5 * 32) {
     for (uint32_t i = 0; i < kMathGroups * kTeamWarps * kRingPieces; ++i) {
       ptx::mbarrier_init(&sh.ring_full[i / kRingPieces][i % kRingPieces], 1);
     }
+    ptx::fence_mbarrier_init();
+  }
+  if (threadIdx.x == 6 * 32) {
     for (uint32_t i = 0; i < kWarps; ++i) ptx::mbarrier_init(&sh.first_full[i], 1);
-    ptx::mbarrier_init(&sh.order_full, 1);
     for (uint32_t i = 0; i < kGateStages; ++i) {
       ptx::mbarrier_init(&sh.gate_full[i], 1);
       ptx::mbarrier_init(&sh.gate_empty[i], 4 * args.pair_size);
     }
     ptx::fence_mbarrier_init();
   }
+  place.epoch = static_cast<uint32_t>(epoch) + 1;
+  // Abort is sticky: nothing runs until reset().
+  if (threadIdx.x == 0) sh.status = static_cast<uint32_t>(aborted);
   const int lane = led_lane();
   if (lane >= 0) {
     const uint64_t index = static_cast<uint64_t>(blockIdx.x) * kLanes + lane;
@@ -200,15 +222,17 @@ __device__ inline void own_counts(const Shared<kTraced>& sh, const Place& place)
   __syncthreads();
 }
 
-// Sends this rank's rows per expert to every rank, the experts spread over the CTAs.
+// Sends this rank's rows per expert to every rank, the experts spread over the CTAs.  By one warp; a rank
+// alone leaves them for the diagnosis.
 template <bool kTraced>
 __device__ inline void send_counts(Shared<kTraced>& sh, const Place& place) {
   const Shape& shape = sh.shape;
   const uint32_t* own = own_rows(sh, place);
-  const uint32_t share = place.chunk < shape.experts
-                             ? ceil_div(shape.experts - place.chunk, shape.chunks) * shape.world
-                             : 0;
+  uint32_t share = 0;
   if (threadIdx.x < 32) {
+    share = place.chunk < shape.experts
+                ? ceil_div(shape.experts - place.chunk, shape.chunks) * shape.world
+                : 0;
     for (uint32_t i = threadIdx.x; i < share; i += 32) {
       const uint32_t to = i % shape.world, e = place.chunk + i / shape.world * shape.chunks;
       uint64_t* word = counts_words(sh.heaps[to], sh.layout, shape, place.epoch, place.rank) + e;
@@ -341,10 +365,10 @@ __device__ inline void leave(Shared<kTraced>& sh, const Place& place, Status sta
   }
   __syncthreads();
   if (threadIdx.x != 0) return;
-  __threadfence_system();
+  // Nobody looks at these words before the launch is over, which publishes all: so nothing is ordered here.
   uint64_t* exits = place.heap.at<uint64_t>(sh.layout.exits);
   const uint64_t due = static_cast<uint64_t>(sh.shape.chunks) * place.epoch;
-  if (ptx::fetch_add_acq_rel_sys(exits, 1) + 1 != due) return;
+  if (ptx::fetch_add_relaxed_gpu(exits, 1) + 1 != due) return;
   const uint64_t needed = status == Status::kOverflow ? pool_rows_needed(sh.tables, sh.shape) : 0;
   *place.heap.at<uint64_t>(sh.layout.status_word) = static_cast<uint64_t>(status) | needed << 32;
   *place.heap.at<uint64_t>(sh.layout.epoch_word) = place.epoch;

@@ -98,6 +98,22 @@ __device__ __forceinline__ uint32_t gather_end(const Shared<kTraced>& sh, const 
   return sh.tables.segments[block_begin(last, wave, owned) + owned - last * wave];
 }
 
+// Until all rows of a GEMM1 tile have been announced; false if that is not to be.  One warp.
+template <bool kTraced>
+__device__ __forceinline__ bool await_rows(Shared<kTraced>& sh, const Place& place,
+                                           GpuActor<kTraced>& actor, const Tile& tile) {
+  Status status = Status::kOk;
+  if (threadIdx.x % 32 == 0) {
+    status = actor.wait(
+        {EventKind::k_wait_rows, kNoPeer, static_cast<uint16_t>(tile.expert), tile.row_tile},
+        tile_counter(place.heap, sh.layout.rows_ready, sh.shape, place.epoch, tile.row_tile),
+        Until::kAtLeast, tile.rows);
+    if (status == Status::kHang) raise_abort(sh, status);
+  }
+  __syncwarp();
+  return __all_sync(0xffffffffu, status == Status::kOk);
+}
+
 // The rows of every GEMM1 tile, from x, by a comm warp that shares them with the other one: where there is
 // one rank all rows are its own, and the comm warps have nothing to dispatch and, until the last GEMM1 tile,
 // little to combine.  A lane copies unit lane % 8 of 16 bytes of rows lane / 8 and lane / 8 + 4 of every
@@ -122,7 +138,10 @@ __device__ inline void gather_tiles(Shared<kTraced>& sh, const Place& place, uin
     ptx::mbarrier_wait(&sh.task_full[slot], n / kTasks & 1);
     const Task& task = sh.tasks[slot];
     if (task.tile.gemm == 0 || task.tile.index >= end) return;
-    const uint32_t rows = task.tile.gemm == 1 ? task.tile.rows : 0;
+    uint32_t rows = task.tile.gemm == 1 ? task.tile.rows : 0;
+    if (rows != 0 && gathers_unawaited(place, n) && !await_rows(sh, place, actor, task.tile)) {
+      rows = 0;
+    }
     const uint32_t groups =
         (ceil_div(rows, 8) + kCommWarps - 1 - half) / kCommWarps;  // this warp's
     const uint32_t blocks = task.blocks, turns = task.turns;

@@ -73,15 +73,6 @@ __device__ __forceinline__ void add_relaxed_gpu(uint64_t* p, uint64_t v) {
   asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
 
-__device__ __forceinline__ uint64_t fetch_add_acq_rel_sys(uint64_t* p, uint64_t v) {
-  uint64_t old;
-  asm volatile("atom.acq_rel.sys.global.add.u64 %0, [%1], %2;"
-               : "=l"(old)
-               : "l"(p), "l"(v)
-               : "memory");
-  return old;
-}
-
 __device__ __forceinline__ uint64_t fetch_add_relaxed_gpu(uint64_t* p, uint64_t v) {
   uint64_t old;
   asm volatile("atom.relaxed.gpu.global.add.u64 %0, [%1], %2;"

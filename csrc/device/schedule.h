@@ -271,7 +271,7 @@ __device__ inline Status await_operands(TaskRing<kTraced>& ring, const Tile& til
 }
 
 // The first CTA of a pair, or a CTA alone: takes pairs of tiles and waits for the rows of both, so that
-// a pair once begun finishes in both.
+// a pair once begun finishes in both; but for first tiles whose rows are gathered (load.h).
 template <bool kTraced>
 __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
   const Shape& shape = sh.shape;
@@ -290,11 +290,15 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
       ring.await_other(&sh.pair_empty[ring.handed % kTasks], ring.handed / kTasks);
     }
   };
-  // Once the rows of `one` and `two` are here, the CTAs begin them; rows 0: no tile for that CTA.
+  // Once the rows of `one` and `two` are here, the CTAs begin them; rows 0: no tile for that CTA.  Of the first
+  // tiles whoever gathers the rows awaits them, so that weights are on their way meanwhile.
   auto run = [&](const Tile& one, const Tile& two) {
     PairMessage message{};
-    if (one.rows != 0 && await_operands(ring, one, message) != Status::kOk) return false;
-    if (two.rows != 0 && await_operands(ring, two, message) != Status::kOk) return false;
+    auto await = [&](const Tile& tile) {
+      if (tile.rows == 0 || (tile.gemm == 1 && gathers_unawaited(place, ring.handed))) return true;
+      return await_operands(ring, tile, message) == Status::kOk;
+    };
+    if (!await(one) || !await(two)) return false;
     const uint32_t depth = max_u32(one.rows == 0 ? 0 : depth_of(shape, one.gemm),
                                    two.rows == 0 ? 0 : depth_of(shape, two.gemm));
     message.index = two.index;
@@ -320,11 +324,18 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
     if (sh.other_left != 0) break;
     const uint32_t first = static_cast<uint32_t>(pair) * place.pair_size;
     if (first >= tiles || aborted != 0) break;
-    const Tile one = tile_at(sh.tables, shape, place.rank, first);
-    Tile two = one;
-    two.rows = 0;
-    if (place.pair_size == 2 && first + 1 < tiles) {
-      two = tile_at(sh.tables, shape, place.rank, first + 1);
+    // By a loop, so that the second is found by code that is there already.
+    Tile one{}, two{};
+    const uint32_t count = min_u32(place.pair_size, tiles - first);
+#pragma unroll 1
+    for (uint32_t i = 0; i < count; ++i) {
+      const Tile tile = tile_at(sh.tables, shape, place.rank, first + i);
+      if (i == 0) {
+        one = two = tile;
+        two.rows = 0;
+      } else {
+        two = tile;
+      }
     }
     // Where an expert has an odd number of tiles, a pair may hold its last GEMM1 tile and its first GEMM2
     // tile: the one waits for the other.

@@ -73,18 +73,30 @@ struct CtaTeam {
   __device__ __forceinline__ uint32_t rank() const { return threadIdx.x; }
   __device__ __forceinline__ uint32_t size() const { return kThreads; }
   __device__ __forceinline__ void sync() const { __syncthreads(); }
-  // A warp a row; 32 entries at a time, the running sum carried in registers.
+  // A warp a row; a lane some neighbouring entries, so that few sums go from lane to lane.
   __device__ __forceinline__ void scan(uint32_t* table, uint32_t rows, uint32_t n) const {
+    constexpr uint32_t kMost = 8;  // of a lane
     const uint32_t lane = threadIdx.x % 32;
     for (uint32_t row = threadIdx.x / 32; row < rows; row += kWarps) {
       uint32_t* t = table + static_cast<uint64_t>(row) * (n + 1);
       uint32_t carry = 0;
-      for (uint32_t base = 0; base < n; base += 32) {
-        const uint32_t i = base + lane;
-        const uint32_t value = i < n ? t[i] : 0;
-        const uint32_t sum = warp_running_sum(value);
-        if (i < n) t[i] = carry + sum - value;
-        carry += __shfl_sync(0xffffffffu, sum, 31);
+      for (uint32_t base = 0; base < n; base += 32 * kMost) {
+        const uint32_t each = min_u32(kMost, ceil_div(n - base, 32));
+        const uint32_t first = base + lane * each, end = min_u32(first + each, n);
+        uint32_t values[kMost], sum = 0;
+#pragma unroll
+        for (uint32_t i = 0; i < kMost; ++i) {
+          values[i] = first + i < end ? t[first + i] : 0;
+          sum += values[i];
+        }
+        const uint32_t running = warp_running_sum(sum);
+        uint32_t before = carry + running - sum;
+#pragma unroll
+        for (uint32_t i = 0; i < kMost; ++i) {
+          if (first + i < end) t[first + i] = before;
+          before += values[i];
+        }
+        carry += __shfl_sync(0xffffffffu, running, 31);
       }
       if (lane == 0) t[n] = carry;
     }

@@ -33,12 +33,12 @@ from flashmoe.world.kernel import (
     ARCH,
     FAMILY,
     LANES,
-    UNTUNED,
     Kernel,
     check_experts,
     even_share,
     launch_shape,
     tiling,
+    untuned,
 )
 from flashmoe.world.tiles import extension, tile_plan
 
@@ -118,10 +118,11 @@ class GpuEngine:
         self._lost = False
         self._kernel = Kernel.moe(self.device, config, options.traced, self.flavour)
         self.sms_per_rank = self._choose_sms()
-        cut = options.tiling or tiling(config)
+        cut = options.tiling or tiling(config, max(tokens))
         # The tuning tables of two nodes may differ, the tiles of two ranks may not.
         self._cut = tuning.Tiling(self._agree(cut.tile_rows), self._agree(cut.waves))
-        self.tiling: dict[str, Any] | None = tuning.described(config, ARCH, self._cut, UNTUNED)
+        default = untuned(config, max(tokens))
+        self.tiling: dict[str, Any] | None = tuning.described(config, ARCH, self._cut, default)
         self._fixed_pool = pool_rows is not None
         total = torch.cuda.get_device_properties(self.device).total_memory
         self._shape = self._make_shape(pool_rows, total)

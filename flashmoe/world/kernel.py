@@ -36,8 +36,9 @@ ROW_BOXES = (16, 32, 64, 128)
 MAX_RANKS = 8
 MAX_EXPERTS = 1024
 ARCH = "sm_90a"
-UNTUNED = Tiling(TILE_ROWS, waves=4)
-"""The cut of tiles where no tuning says otherwise."""
+TWO_WAVES_BYTES = 140_000_000
+"""Of ``h``, expected of a rank's rows: up to so much, a half of it is small enough to stay in L2
+until GEMM2 reads it, and two waves are faster than four (docs/performance.md)."""
 
 
 def even_share(sms: int) -> int:
@@ -66,12 +67,18 @@ def check_experts(config: MoEConfig) -> None:
         )
 
 
-def tiling(config: MoEConfig) -> Tiling:
+def untuned(config: MoEConfig, tokens: int) -> Tiling:
+    """The cut of tiles for up to ``tokens`` tokens of a rank, where no tuning says otherwise."""
+    h_bytes = tokens * config.top_k * config.intermediate * 2
+    return Tiling(TILE_ROWS, waves=2 if h_bytes <= TWO_WAVES_BYTES else 4)
+
+
+def tiling(config: MoEConfig, tokens: int) -> Tiling:
     """How the layer's tiles are cut on this machine: as tuned, or as ever.
 
     Raises FlashmoeError where the tuning table is damaged.
     """
-    return tiling_of(config, ARCH, UNTUNED, TILE_ROWS_STEP[config.dtype])
+    return tiling_of(config, ARCH, untuned(config, tokens), TILE_ROWS_STEP[config.dtype])
 
 
 def launch_shape(

@@ -153,7 +153,11 @@ class SharedHeap:
                 "use a smaller max_tokens",
             )
         shape = launch_shape(
-            config, ranks=1, chunks=self.chunks, max_tokens=max_tokens, cut=tiling(config)
+            config,
+            ranks=1,
+            chunks=self.chunks,
+            max_tokens=max_tokens,
+            cut=tiling(config, max_tokens),
         )
         return {**shape, "pool_rows": max(8, extension().heap_layout(shape)["worst_pool_rows"])}
 

@@ -15,13 +15,22 @@ from flashmoe.config import MoEConfig
 from flashmoe.errors import FlashmoeError
 from flashmoe.presets import PRESETS
 from flashmoe.tuning import Tiling, described, put, tiling_of
-from flashmoe.world.kernel import ARCH, TILE_ROWS_STEP, UNTUNED, launch_shape, tiling
+from flashmoe.world.kernel import (
+    ARCH,
+    TILE_ROWS,
+    TILE_ROWS_STEP,
+    TWO_WAVES_BYTES,
+    launch_shape,
+    tiling,
+    untuned,
+)
 
 from . import fakes
 from .fakes import HostStopwatch, TorchEngine, machine, opened_gpu, quiet
 
 TINY = PRESETS["tiny"].config
 CUT = Tiling(160, 2)
+UNTUNED = Tiling(TILE_ROWS, 4)
 
 
 @pytest.fixture(autouse=True)
@@ -37,10 +46,10 @@ def entry(config: MoEConfig = TINY, cut: Tiling = CUT, **more: Any) -> dict[str,
 
 
 def test_what_was_put_is_what_a_launch_is_told(table: Path) -> None:
-    assert tiling(TINY) == UNTUNED
+    assert tiling(TINY, 64) == untuned(TINY, 64)
     assert put(entry()) == table
-    assert tiling(TINY) == CUT
-    shape = launch_shape(TINY, 2, 4, 64, tiling(TINY))
+    assert tiling(TINY, 64) == CUT
+    shape = launch_shape(TINY, 2, 4, 64, tiling(TINY, 64))
     owned = TINY.experts // 2
     assert (shape["tile_m"], shape["wave_experts"]) == (160, -(-owned // 2))
     assert [p.name for p in table.parent.iterdir()] == ["tuning.json"]
@@ -51,13 +60,13 @@ def test_an_entry_holds_for_its_own_key_alone(field: str) -> None:
     put(entry())
     other = {"hidden": 128, "intermediate": 128, "dtype": "fp16"}[field]
     changed = MoEConfig(**{**_fields(TINY), field: other})
-    assert tiling(changed) == UNTUNED
-    assert tiling(MoEConfig(**{**_fields(TINY), "experts": 4})) == CUT  # nor on E, k, W or T
+    assert tiling(changed, 64) == untuned(changed, 64)
+    assert tiling(MoEConfig(**{**_fields(TINY), "experts": 4}), 64) == CUT  # nor on E, k or W
     put(entry(changed, Tiling(64, 8)))
-    assert tiling(changed) == Tiling(64, 8)
-    assert tiling(TINY) == CUT
+    assert tiling(changed, 64) == Tiling(64, 8)
+    assert tiling(TINY, 64) == CUT
     put(entry(cut=Tiling(128, 8)))
-    assert tiling(TINY) == Tiling(128, 8)
+    assert tiling(TINY, 64) == Tiling(128, 8)
 
 
 def _fields(config: MoEConfig) -> dict[str, Any]:
@@ -82,8 +91,17 @@ def test_a_table_of_no_use_is_one_clear_error(table: Path, text: str) -> None:
     table.parent.mkdir()
     table.write_text(text)
     with pytest.raises(FlashmoeError, match=r"tuning table .* is of no use") as caught:
-        tiling(TINY)
+        tiling(TINY, 64)
     assert tuning.VARIABLE in caught.value.hint
+
+
+def test_h_that_l2_holds_half_of_is_cut_in_two_waves() -> None:
+    row_bytes = TINY.top_k * TINY.intermediate * 2
+    most = TWO_WAVES_BYTES // row_bytes
+    assert untuned(TINY, most) == Tiling(TILE_ROWS, 2)
+    assert untuned(TINY, most + 1) == Tiling(TILE_ROWS, 4)
+    shape = launch_shape(TINY, 1, 4, most, tiling(TINY, most))
+    assert shape["wave_experts"] == -(-TINY.experts // 2)
 
 
 def test_the_hash_is_of_key_and_cut() -> None:
@@ -115,10 +133,10 @@ def test_candidates_are_what_the_kernel_is_compiled_for(dtype: str) -> None:
 
 
 def test_only_what_is_surely_ahead_is_chosen() -> None:
-    untuned = Score(UNTUNED, 1.0, 1.0, (1.0,))
+    first = Score(UNTUNED, 1.0, 1.0, (1.0,))
     sure, lucky = Score(CUT, 0.97, 0.99, (0.97,)), Score(Tiling(128, 8), 0.96, 1.01, (0.96,))
-    assert choose([untuned, sure]) is sure
-    assert choose([untuned, lucky]) is untuned
+    assert choose([first, sure]) is sure
+    assert choose([first, lucky]) is first
     times, ours = [[1.0, 1.1, 0.9], [2.0, 2.0, 2.0]], [[0.5, 0.55, 0.45], [1.0, 1.0, 1.0]]
     found = score(CUT, ours, times)
     assert found.ratio == pytest.approx(0.5)

@@ -59,10 +59,16 @@ def test_a_cut_that_was_tuned_is_what_later_runs_use(
     from flashmoe import tuning
     from flashmoe.bench.tune import TuneOptions, tune_layer
     from flashmoe.session import Request, run
-    from flashmoe.world.kernel import ARCH, UNTUNED
+    from flashmoe.world.kernel import ARCH, untuned
 
     monkeypatch.setenv(tuning.VARIABLE, str(tmp_path / "tuning.json"))
-    found = tune_layer(TINY.config, [TINY], gpu_machine(0), TuneOptions(UNTUNED, 16, 3), quiet)
+    found = tune_layer(
+        TINY.config,
+        [TINY],
+        gpu_machine(0),
+        TuneOptions(untuned(TINY.config, TINY.tokens), 16, 3),
+        quiet,
+    )
     assert len(found["scores"]) >= 5 + 3
     cut = {"tile_rows": 32, "waves": 2}  # whatever was chosen: one that is told from the untuned
     tuning.put({**tuning.key_of(TINY.config, ARCH), **cut, "measured": {}})
