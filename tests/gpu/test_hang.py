@@ -52,3 +52,30 @@ def test_rank_that_never_starts() -> None:
     waiting = slots[slots["state"] == schema.ActorState.GAVE_UP]
     assert set(waiting["kind"]) == {schema.EventKind.WAIT_COUNTS}
     assert set(waiting["peer"]) == {2}
+
+
+@pytest.mark.parametrize("tokens", [64, 700])
+def test_withheld_rows_of_a_first_tile(tokens: int) -> None:
+    """A rank alone copies rows out of x, and whoever copies those of a CTA's first tile awaits them."""
+    config = MoEConfig(hidden=2048, intermediate=768, experts=128, top_k=8)
+    weights, x = inputs(config, tokens)
+    options = EngineOptions(
+        ranks=1,
+        deadline_s=0.5,
+        first_deadline_s=0.5,
+        faults=(Fault("lost-signal", rank=0, expert=0),),
+    )
+    engine = engine_for(config, weights, [x], options)
+    began = time.monotonic()
+    assert engine.launch().status is Status.HANG
+    assert time.monotonic() - began < 0.5 + 3
+    slots = engine.flight()
+    ended = (slots["state"] == schema.ActorState.GAVE_UP) | (
+        slots["state"] == schema.ActorState.ABORTED
+    )
+    rows = slots[ended & (slots["kind"] == schema.EventKind.WAIT_ROWS)]
+    assert {schema.Lane.COMM0, schema.Lane.COMM1} <= set(rows["lane"])
+    assert set(rows["expert"]) == {0}
+    assert (rows["seen"] < rows["expected"]).all()
+    engine.reset()
+    engine.close()
