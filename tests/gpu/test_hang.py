@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from flashmoe.config import MoEConfig
 from flashmoe.trace import schema
 from flashmoe.world.base import EngineOptions, Fault, Status
 
