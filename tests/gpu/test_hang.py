@@ -57,7 +57,7 @@ def test_rank_that_never_starts() -> None:
 
 @pytest.mark.parametrize("tokens", [64, 700])
 def test_withheld_rows_of_a_first_tile(tokens: int) -> None:
-    """A rank alone copies rows out of x, and whoever copies those of a CTA's first tile awaits them."""
+    """Rows of a rank alone are copied out of x; whoever copies a first tile's awaits them."""
     config = MoEConfig(hidden=2048, intermediate=768, experts=128, top_k=8)
     weights, x = inputs(config, tokens)
     options = EngineOptions(
