@@ -256,19 +256,19 @@ struct TeamCombiner {
 // Combines what it can of the chunk's tokens beside the tiles, by a comm warp.  `used` is the pieces used
 // before.  It leaves all to the math groups where a token has more than 32 rows, and where each math warp has
 // one token at most: these wait for the last tiles anyway.
-template <class T, uint32_t kCount, uint32_t kBytes, bool kTraced>
+template <class T, bool kTraced>
 __device__ inline void combine_beside_tiles(Shared<kTraced>& sh, const Place& place, uint32_t half,
                                             char* pieces, uint32_t used) {
   const uint32_t tokens = chunk_begin(sh.shape, place.tokens, place.chunk + 1) -
                           chunk_begin(sh.shape, place.tokens, place.chunk);
   if (sh.shape.top_k > 32 || tokens <= kMathGroups * kTeamWarps) return;
   ptx::mbarrier_wait(&sh.order_full, 0);
-  using Ring = RowRing<kCount, kBytes / 2 / 512>;
+  using Ring = RowRing<kPieces, kPieceBytes / 2 / 512>;
   CommCombiner<kTraced> waiter{sh, place, sh.actors[static_cast<int>(Lane::k_comm0) + half]};
   if (threadIdx.x % 32 == 0) {
     waiter.actor.doing(EventKind::k_combine, kNoPeer, kNoExpert, place.chunk);
   }
-  combine_stream<T>(sh, place, Ring{pieces + half * kCount * kBytes, sh.piece_full[half], used},
+  combine_stream<T>(sh, place, Ring{pieces + half * kPieces * kPieceBytes, sh.piece_full[half], used},
                     waiter);
 }
 

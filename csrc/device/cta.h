@@ -33,25 +33,19 @@ inline constexpr uint32_t kBoxRows = 16;           // the least that is fetched 
 inline constexpr uint32_t kStageBytesWeights = kTileWeights * kRowBytes;
 inline constexpr uint32_t kStages = 3;
 inline constexpr uint32_t kStageBytes = kStageBytesWeights + kTileRows * kRowBytes;
-// Where rows are gathered (gathers_rows() below) tiles of at most three quarters of the height have four stages:
-// nothing is dispatched then, and what comm warps still move needs less room.
-inline constexpr uint32_t kLowTileRows = kTileRows * 3 / 4;
+// Where rows are gathered (gathers_rows() below) tiles of all but the greatest height have four stages: comm
+// warps move nothing then that bounces through shared memory.
+inline constexpr uint32_t kLowTileRows = kTileRows - 16;
 inline constexpr uint32_t kMostStages = 4;
 inline constexpr uint32_t kLowStageBytes = kStageBytesWeights + kLowTileRows * kRowBytes;
-__device__ __forceinline__ uint32_t stages_bytes(bool gathers) {
-  return gathers ? kMostStages * kLowStageBytes : kStages * kStageBytes;
-}
+// What a math warp's sums pass through on their way out, in the last stage that it has read of a tile.
 inline constexpr uint32_t kEpilogueBytesWarp = 1024;
-inline constexpr uint32_t kEpilogueBytes = kMathGroups * 4 * kEpilogueBytesWarp;
 
-// Rows that comm warps move bounce through pieces of shared memory, eight in turn.
+// Rows that comm warps move bounce through pieces of shared memory behind the stages, eight in turn.
 inline constexpr uint32_t kCommWarps = 2;
 inline constexpr uint32_t kPieces = 8;
 inline constexpr uint32_t kPieceBytes = 2048;
 inline constexpr uint32_t kCommBytes = kCommWarps * kPieces * kPieceBytes;
-// The same beside gathered rows, for results alone.
-inline constexpr uint32_t kGatherPieces = 4;
-inline constexpr uint32_t kGatherPieceBytes = 1024;
 
 // Result rows on their way to the math warps that sum them, each warp's own ring, in the memory of the
 // tiles' stages when there are no more tiles.
@@ -230,11 +224,9 @@ inline constexpr uint32_t kSharedState = 4096 + 4 * kTableWords;
 static_assert(sizeof(Shared<true>) <= kSharedState,
               "barriers, tasks, actors and tables must fit their part");
 #endif
-// Stages, what a tile's sums and moved rows pass through.
-inline constexpr uint32_t kWorkBytes =
-    kMostStages * kLowStageBytes + kEpilogueBytes + kCommWarps * kGatherPieces * kGatherPieceBytes;
-static_assert(kStages * kStageBytes + kEpilogueBytes + kCommBytes <= kWorkBytes,
-              "either cut fits the same memory");
+// Stages and what moved rows pass through.
+inline constexpr uint32_t kWorkBytes = kMostStages * kLowStageBytes;
+static_assert(kStages * kStageBytes + kCommBytes <= kWorkBytes, "either cut fits the same memory");
 inline constexpr uint32_t kSharedBytes = kWorkBytes + kSharedState + 1024;
 static_assert(kSharedBytes <= kSharedBudget, "a block of sm_90 has 232,448 bytes of shared memory");
 

@@ -409,7 +409,7 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
         if constexpr (kPuts) put_results(sh, place);
       }
     } else {
-      char* pieces = stages + stages_bytes(place.gathers) + kEpilogueBytes;
+      char* pieces = stages + kStages * kStageBytes;
       uint32_t used = 0;
       if (place.gathers) {
         gather_tiles(sh, place, warp - kCommWarp, stages);
@@ -417,12 +417,9 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
         used = dispatch(sh, place, args.fault, warp - kCommWarp, pieces);
       }
       if (warp == kCommWarp) order_tokens(sh, place);
-      if (place.gathers) {
-        combine_beside_tiles<T, kGatherPieces, kGatherPieceBytes>(sh, place, warp - kCommWarp,
-                                                                  pieces, used);
-      } else {
-        combine_beside_tiles<T, kPieces, kPieceBytes>(sh, place, warp - kCommWarp, pieces, used);
-      }
+      // Beside gathered rows there is no room for results, and what few of them could be summed was measured to
+      // make no difference.
+      if (!place.gathers) combine_beside_tiles<T>(sh, place, warp - kCommWarp, pieces, used);
     }
     __syncwarp();
   } else {

@@ -19,8 +19,9 @@ struct StageCursor {
       : stages(gathers ? kMostStages : kStages) {}
   __device__ __forceinline__ uint32_t turn() const { return turns >> stage & 1; }
   // From the first stage to this one, in bytes.
-  __device__ __forceinline__ uint32_t offset() const {
-    return stage * (stages == kMostStages ? kLowStageBytes : kStageBytes);
+  __device__ __forceinline__ uint32_t offset() const { return offset(stage); }
+  __device__ __forceinline__ uint32_t offset(uint32_t of_stage) const {
+    return of_stage * (stages == kMostStages ? kLowStageBytes : kStageBytes);
   }
   __device__ __forceinline__ void next() {
     turns ^= 1u << stage;

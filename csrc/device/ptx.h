@@ -346,6 +346,33 @@ __device__ __forceinline__ void bulk_wait_all() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
+// ---- 16 bytes of a row ---------------------------------------------------------------------------
+
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_global_if(bool stores, void* to, const uint4& v) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.u32 p, %5, 0;\n"
+      "@p st.global.v4.u32 [%0], {%1, %2, %3, %4};\n"
+      "}\n" ::"l"(__cvta_generic_to_global(to)),
+      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(static_cast<uint32_t>(stores))
+      : "memory");
+}
+// The same pointer, of which the compiler knows nothing any more: what is added to it is added there, not
+// worked out anew from where it began.
+__device__ __forceinline__ char* opaque(char* p) {
+  asm volatile("" : "+l"(p));
+  return p;
+}
+
 // ---- tensor cores ---------------------------------------------------------------------------------
 
 __device__ __forceinline__ void wgmma_fence() {

@@ -42,87 +42,71 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return *reinterpret_cast<uint32_t*>(pair);
 }
 
-// Where the rows of `h` go: a lane's tokens are `step` apart.
-template <class T>
-struct HiddenRows {
-  T* at;
-  uint64_t step;  // elements
-  __device__ __forceinline__ T* next() {
-    T* now = at;
-    at += step;
-    return now;
-  }
+// Where a lane's unit of 16 bytes of each token goes, and for which of the tile's tokens, [first, end).
+struct RowGoal {
+  char* to;       // of the lane's first token: lane / kUnits
+  uint64_t step;  // bytes to its next one, 32 / kUnits tokens on
+  uint32_t first;
+  uint32_t end;
+  bool stores;  // the unit lies within the matrix
 };
 
-// Where result rows go: a tile's rows of one source are consecutive rows of its return buffer.  A
-// lane's tokens are kStep apart.  The way to the next source is short on purpose: it stands in the code
-// once a store, and code that is skipped is fetched all the same.
-template <class T, uint32_t kStep>
-struct ReturnRows {
-  const ReturnPath* path;
-  uint32_t row_bytes;
-  uint32_t column_bytes;
-  uint32_t row;  // within the expert, of the next token
-  uint32_t end = 0;
-  char* at = nullptr;
-
-  __device__ __forceinline__ T* next() {
-    while (row >= end) {
-      end = path->end;
-      at = path->base + static_cast<uint64_t>(row) * row_bytes + column_bytes;
-      ++path;
-    }
-    T* now = reinterpret_cast<T*>(at);
-    at += kStep * row_bytes;
-    row += kStep;
-    return now;
-  }
-};
-
-// Moves a warp's sums from registers to coalesced stores through the warp's own 2 KB, transposed: 16
+// Moves a warp's sums from registers to coalesced stores through the warp's own memory, transposed: 16
 // bytes are 8 columns of one token.  kUnits of them make a token's row; value(j, m) is the pair of sums
 // of tokens 8 j + 2 (lane % 4) and the next, column lane / 4 of 8-column block m of this warp.
-// goal.next() says where the lane's unit goes, lane % kUnits of tokens lane / kUnits, and so on in steps
-// of 32 / kUnits; `stores` is false where that unit lies beyond the matrix.
-template <uint32_t kN, uint32_t kUnits, class Value, class Goal>
-__device__ __forceinline__ void store_transposed(char* buffer, uint32_t rows, bool stores,
-                                                 const Value& value, Goal& goal) {
+// All of it stands in the code once a pass, and no launch has its code at hand: so nothing is asked
+// twice, and no address is worked out that is another one plus a constant.
+template <uint32_t kN, uint32_t kUnits, class Value>
+__device__ __forceinline__ void store_transposed(char* buffer, const RowGoal& goal,
+                                                 const Value& value) {
   constexpr uint32_t kPass = kEpilogueBytesWarp / 16 / kUnits;  // tokens
-  constexpr uint32_t kBlocks = kUnits == 4 || kN == 8 ? 1 : 2;  // of 8 tokens a store
+  constexpr uint32_t kBlocks = kUnits == 4 || kN == 8 ? 1 : 2;  // of 8 tokens a store of matrices
+  constexpr uint32_t kStep = 32 / kUnits;                       // tokens a store of rows
+  constexpr uint32_t kRow = kUnits * 16;                        // bytes of a token
   const uint32_t lane = threadIdx.x % 32;
-  const uint32_t shared = ptx::shared_address(buffer);
-  // Units of a token are permuted by the token, so that neither side meets bank conflicts.
+  // Units of a token are permuted by the token, so that neither side meets bank conflicts; eight tokens on
+  // they are permuted alike.
   auto place = [](uint32_t token, uint32_t unit) {
-    return (token * kUnits + (unit ^ (token / (8 / kUnits) % kUnits))) * 16;
+    return token * kRow + (unit ^ (token / (8 / kUnits) % kUnits)) * 16;
   };
+  const uint32_t shared = ptx::shared_address(buffer);
+  const uint32_t in = shared + (kUnits == 4 ? place(lane % 8, lane / 8)
+                                : kN == 8   ? place(lane % 8, lane / 8 % 2)
+                                            : place(lane / 16 * 8 + lane % 8, lane / 8 % 2));
+  const uint32_t out = shared + place(lane / kUnits, lane % kUnits);
+  const uint32_t before = lane / kUnits - goal.first;
+  const uint32_t count = goal.stores ? goal.end - goal.first : 0;
+  char* to = goal.to;
 #pragma unroll
   for (uint32_t token0 = 0; token0 < kN; token0 += kPass) {
-    if (token0 >= rows) break;
+    if (token0 >= goal.end) break;
+    if (token0 + kPass <= goal.first) {
+      to += kPass / kStep * goal.step;
+      continue;
+    }
 #pragma unroll
     for (uint32_t t = 0; t < kPass; t += 8 * kBlocks) {
       if (token0 + t >= kN) break;
       const uint32_t j = (token0 + t) / 8;
       if constexpr (kUnits == 4) {
-        ptx::store_matrix_x4_transposed(shared + place(t + lane % 8, lane / 8), value(j, 0),
-                                        value(j, 1), value(j, 2), value(j, 3));
+        ptx::store_matrix_x4_transposed(in + t * kRow, value(j, 0), value(j, 1), value(j, 2),
+                                        value(j, 3));
       } else if constexpr (kN == 8) {
-        ptx::store_matrix_x2_transposed(shared + place(t + lane % 8, lane / 8 % 2), value(j, 0),
-                                        value(j, 1));
+        ptx::store_matrix_x2_transposed(in + t * kRow, value(j, 0), value(j, 1));
       } else {
-        ptx::store_matrix_x4_transposed(shared + place(t + lane / 16 * 8 + lane % 8, lane / 8 % 2),
-                                        value(j, 0), value(j, 1), value(j + 1, 0), value(j + 1, 1));
+        ptx::store_matrix_x4_transposed(in + t * kRow, value(j, 0), value(j, 1), value(j + 1, 0),
+                                        value(j + 1, 1));
       }
     }
     __syncwarp();
+    uint4 rows[kPass / kStep];
 #pragma unroll
-    for (uint32_t q = 0; q < kPass * kUnits / 32; ++q) {
-      const uint32_t t = q * (32 / kUnits) + lane / kUnits, unit = lane % kUnits;
-      if (token0 + t < rows) {
-        auto* to = goal.next();
-        if (stores) {
-          *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(buffer + place(t, unit));
-        }
-      }
+    for (uint32_t q = 0; q < kPass / kStep; ++q) rows[q] = ptx::load_shared(out + q * kStep * kRow);
+#pragma unroll
+    for (uint32_t q = 0; q < kPass / kStep; ++q) {
+      const uint32_t token = token0 + q * kStep;  // the lane's, but for lane / kUnits
+      if (token < kN) ptx::store_global_if(before + token < count, to, rows[q]);
+      to = ptx::opaque(to + goal.step);
     }
     __syncwarp();
   }
@@ -139,28 +123,22 @@ __device__ __forceinline__ void store_hidden(const Shared<kTraced>& sh, const Pl
   const uint32_t col0 = tile.col_tile * (8 * kColumns) + warp * kColumns;
   constexpr uint32_t kUnits = kColumns / 8;
   const uint32_t lane = threadIdx.x % 32, column = col0 + lane % kUnits * 8;
-  HiddenRows<T> goal{place.heap.at<T>(sh.layout.h) +
-                         static_cast<uint64_t>(tile.pool_row0 + lane / kUnits) * inter + column,
-                     static_cast<uint64_t>(32 / kUnits) * inter};
-  const bool stores = column < inter;
+  const uint64_t row_bytes = inter * sizeof(T);
+  const RowGoal goal{place.heap.at<char>(sh.layout.h) +
+                         (tile.pool_row0 + lane / kUnits) * row_bytes + column * sizeof(T),
+                     32 / kUnits * row_bytes, 0, tile.rows, column < inter};
   const SigmoidGate gate(kind);
   if constexpr (kGated) {
-    store_transposed<kN, kUnits>(
-        buffer, tile.rows, stores,
-        [&](uint32_t j, uint32_t m) {
-          const uint32_t at = 4 * j + 2 * m;
-          return pack<T>(gate(sums[0][at]) * sums[1][at], gate(sums[0][at + 1]) * sums[1][at + 1]);
-        },
-        goal);
+    store_transposed<kN, kUnits>(buffer, goal, [&](uint32_t j, uint32_t m) {
+      const uint32_t at = 4 * j + 2 * m;
+      return pack<T>(gate(sums[0][at]) * sums[1][at], gate(sums[0][at + 1]) * sums[1][at + 1]);
+    });
   } else {
     auto pair = [&](const auto& f) {
-      store_transposed<kN, kUnits>(
-          buffer, tile.rows, stores,
-          [&](uint32_t j, uint32_t m) {
-            const uint32_t at = 4 * j + m / 2 * 2;
-            return pack<T>(f(sums[m % 2][at]), f(sums[m % 2][at + 1]));
-          },
-          goal);
+      store_transposed<kN, kUnits>(buffer, goal, [&](uint32_t j, uint32_t m) {
+        const uint32_t at = 4 * j + m / 2 * 2;
+        return pack<T>(f(sums[m % 2][at]), f(sums[m % 2][at + 1]));
+      });
     };
     if (kind == Activation::kRelu) {
       pair([](float v) { return fmaxf(v, 0.0f); });
@@ -180,14 +158,21 @@ __device__ __forceinline__ void store_returns(const Shared<kTraced>& sh, const T
   const Tile& tile = task.tile;
   const uint32_t lane = threadIdx.x % 32, hidden = sh.shape.hidden;
   const uint32_t column = tile.col_tile * kTileWeights + warp * 32 + lane % kUnits * 8;
-  ReturnRows<T, 32 / kUnits> goal{task.returns, hidden * 2, column * 2, tile.row0 + lane / kUnits};
-  store_transposed<kN, kUnits>(
-      buffer, tile.rows, column < hidden,
-      [&](uint32_t j, uint32_t m) {
-        const uint32_t at = 4 * j + m / 2 * 2;
-        return pack<T>(sums[m % 2][at], sums[m % 2][at + 1]);
-      },
-      goal);
+  const uint64_t row_bytes = hidden * sizeof(T);
+  const ReturnPath* path = task.returns;
+  // A tile's rows of one source are consecutive rows of its return buffer.
+#pragma unroll 1
+  for (uint32_t first = 0; first < tile.rows; ++path) {
+    const uint32_t end = min_u32(path->end - tile.row0, tile.rows);
+    const RowGoal goal{
+        path->base + (tile.row0 + lane / kUnits) * row_bytes + column * sizeof(T),
+        32 / kUnits * row_bytes, first, end, column < hidden};
+    store_transposed<kN, kUnits>(buffer, goal, [&](uint32_t j, uint32_t m) {
+      const uint32_t at = 4 * j + m / 2 * 2;
+      return pack<T>(sums[m % 2][at], sums[m % 2][at + 1]);
+    });
+    first = end;
+  }
 }
 
 }  // namespace flashmoe

@@ -30,12 +30,13 @@ struct GroupWeights {
   }
 };
 
-// sums[b][N / 2]: the two products of 64 weight rows over the whole depth.
+// sums[b][N / 2]: the two products of 64 weight rows over the whole depth.  The last stage that was read, `last`,
+// is not given back: the sums pass through it.
 template <class T, uint32_t kN, bool kTraced>
 __device__ __forceinline__ uint32_t multiply(Shared<kTraced>& sh, uint32_t stages,
                                              StageCursor& cursor, uint32_t blocks,
                                              const GroupWeights& weights, bool gathered,
-                                             const StageRelease& release,
+                                             const StageRelease& release, uint32_t& last,
                                              float (&sums)[2][kN / 2]) {
   uint32_t stall = 0;
   uint32_t previous = kMostStages;  // read, once its products are done, and not yet given back
@@ -85,7 +86,8 @@ __device__ __forceinline__ uint32_t multiply(Shared<kTraced>& sh, uint32_t stage
     previous = cursor.stage;
     cursor.next();
   }
-  give_back();
+  ptx::wgmma_wait<0>();
+  last = previous;
   return stall;
 }
 
@@ -109,12 +111,15 @@ __device__ __forceinline__ void run_tile(Shared<kTraced>& sh, const Place& place
   const Tile& tile = task.tile;
   const bool leads = threadIdx.x % kGroupThreads == 0;
   const uint32_t warp = threadIdx.x / 32 - kMathWarp;
-  char* buffer = stages + stages_bytes(place.gathers) + warp * kEpilogueBytesWarp;
   float sums[2][kN / 2];
-  const uint32_t stall = multiply<T, kN>(sh, ptx::shared_address(stages), cursor, task.blocks,
-                                         GroupWeights(kGated && tile.gemm == 1, group),
-                                         place.gathers && tile.gemm == 1, release, sums);
-  pass_turns(sh, cursor, task.turns - task.blocks, release);
+  const GroupWeights weights(kGated && tile.gemm == 1, group);
+  uint32_t last = 0;
+  const uint32_t stall =
+      multiply<T, kN>(sh, ptx::shared_address(stages), cursor, task.blocks, weights,
+                      place.gathers && tile.gemm == 1, release, last, sums);
+  // Over weight rows that only this warp's products have read.
+  char* buffer = stages + cursor.offset(last) + weights.of_group +
+                 warp % kTeamWarps * 2 * weights.atom_stride;
   auto stamp_products = [&] {
     if constexpr (kTraced) {
       if (leads) {
@@ -133,6 +138,10 @@ __device__ __forceinline__ void run_tile(Shared<kTraced>& sh, const Place& place
     stamp_products();
     store_returns<T, kN>(sh, task, warp, buffer, sums);
   }
+  ptx::fence_proxy_async_shared();  // copies will follow these ordinary stores
+  __syncwarp();
+  release(&sh.empty[last]);
+  pass_turns(sh, cursor, task.turns - task.blocks, release);
 }
 
 // One tile, by the least N that its rows fit.  bf16 has an N for each step of 16 rows; fp16, which is to

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 LANES = len(schema.Lane)
 THREADS = 384
-SHARED_BYTES = (4 * 50 + 8 + 8 + 10 + 1) * 1024
+SHARED_BYTES = (4 * 54 + 10 + 1) * 1024
 """Dynamic shared memory of a block, as csrc/device/cta.h sums it up (kSharedBytes)."""
 
 TILE_ROWS = 192
