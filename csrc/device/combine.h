@@ -268,8 +268,8 @@ __device__ inline void combine_beside_tiles(Shared<kTraced>& sh, const Place& pl
   if (threadIdx.x % 32 == 0) {
     waiter.actor.doing(EventKind::k_combine, kNoPeer, kNoExpert, place.chunk);
   }
-  combine_stream<T>(sh, place, Ring{pieces + half * kPieces * kPieceBytes, sh.piece_full[half], used},
-                    waiter);
+  combine_stream<T>(sh, place,
+                    Ring{pieces + half * kPieces * kPieceBytes, sh.piece_full[half], used}, waiter);
 }
 
 // Combines the chunk's tokens until none is left, by the four warps of a math group in step, a token each:

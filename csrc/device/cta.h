@@ -38,8 +38,10 @@ inline constexpr uint32_t kStageBytes = kStageBytesWeights + kTileRows * kRowByt
 inline constexpr uint32_t kLowTileRows = kTileRows - 16;
 inline constexpr uint32_t kMostStages = 4;
 inline constexpr uint32_t kLowStageBytes = kStageBytesWeights + kLowTileRows * kRowBytes;
-// What a math warp's sums pass through on their way out, in the last stage that it has read of a tile.
-inline constexpr uint32_t kEpilogueBytesWarp = 1024;
+// What a math warp's sums pass through on their way out, in the last stage that it has read of a tile.  Where
+// experts are not gated, whose activations take more registers, more of it would make them spill.
+template <bool kGated>
+inline constexpr uint32_t kEpilogueBytesWarp = kGated ? 2048 : 1024;
 
 // Rows that comm warps move bounce through pieces of shared memory behind the stages, eight in turn.
 inline constexpr uint32_t kCommWarps = 2;

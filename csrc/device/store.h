@@ -51,15 +51,15 @@ struct RowGoal {
   bool stores;  // the unit lies within the matrix
 };
 
-// Moves a warp's sums from registers to coalesced stores through the warp's own memory, transposed: 16
+// Moves a warp's sums from registers to coalesced stores through `buffer`, of kBytes, transposed: 16
 // bytes are 8 columns of one token.  kUnits of them make a token's row; value(j, m) is the pair of sums
 // of tokens 8 j + 2 (lane % 4) and the next, column lane / 4 of 8-column block m of this warp.
 // All of it stands in the code once a pass, and no launch has its code at hand: so nothing is asked
 // twice, and no address is worked out that is another one plus a constant.
-template <uint32_t kN, uint32_t kUnits, class Value>
+template <uint32_t kN, uint32_t kUnits, uint32_t kBytes, class Value>
 __device__ __forceinline__ void store_transposed(char* buffer, const RowGoal& goal,
                                                  const Value& value) {
-  constexpr uint32_t kPass = kEpilogueBytesWarp / 16 / kUnits;  // tokens
+  constexpr uint32_t kPass = kBytes / 16 / kUnits;              // tokens
   constexpr uint32_t kBlocks = kUnits == 4 || kN == 8 ? 1 : 2;  // of 8 tokens a store of matrices
   constexpr uint32_t kStep = 32 / kUnits;                       // tokens a store of rows
   constexpr uint32_t kRow = kUnits * 16;                        // bytes of a token
@@ -129,16 +129,18 @@ __device__ __forceinline__ void store_hidden(const Shared<kTraced>& sh, const Pl
                      32 / kUnits * row_bytes, 0, tile.rows, column < inter};
   const SigmoidGate gate(kind);
   if constexpr (kGated) {
-    store_transposed<kN, kUnits>(buffer, goal, [&](uint32_t j, uint32_t m) {
-      const uint32_t at = 4 * j + 2 * m;
-      return pack<T>(gate(sums[0][at]) * sums[1][at], gate(sums[0][at + 1]) * sums[1][at + 1]);
-    });
+    store_transposed<kN, kUnits, kEpilogueBytesWarp<kGated>>(
+        buffer, goal, [&](uint32_t j, uint32_t m) {
+          const uint32_t at = 4 * j + 2 * m;
+          return pack<T>(gate(sums[0][at]) * sums[1][at], gate(sums[0][at + 1]) * sums[1][at + 1]);
+        });
   } else {
     auto pair = [&](const auto& f) {
-      store_transposed<kN, kUnits>(buffer, goal, [&](uint32_t j, uint32_t m) {
-        const uint32_t at = 4 * j + m / 2 * 2;
-        return pack<T>(f(sums[m % 2][at]), f(sums[m % 2][at + 1]));
-      });
+      store_transposed<kN, kUnits, kEpilogueBytesWarp<kGated>>(
+          buffer, goal, [&](uint32_t j, uint32_t m) {
+            const uint32_t at = 4 * j + m / 2 * 2;
+            return pack<T>(f(sums[m % 2][at]), f(sums[m % 2][at + 1]));
+          });
     };
     if (kind == Activation::kRelu) {
       pair([](float v) { return fmaxf(v, 0.0f); });
@@ -150,7 +152,7 @@ __device__ __forceinline__ void store_hidden(const Shared<kTraced>& sh, const Pl
 }
 
 // GEMM2: rounding, and each row into the return buffer of the rank it came from.
-template <class T, uint32_t kN, bool kTraced>
+template <class T, bool kGated, uint32_t kN, bool kTraced>
 __device__ __forceinline__ void store_returns(const Shared<kTraced>& sh, const Task& task,
                                               uint32_t warp, char* buffer,
                                               const float (&sums)[2][kN / 2]) {
@@ -164,13 +166,13 @@ __device__ __forceinline__ void store_returns(const Shared<kTraced>& sh, const T
 #pragma unroll 1
   for (uint32_t first = 0; first < tile.rows; ++path) {
     const uint32_t end = min_u32(path->end - tile.row0, tile.rows);
-    const RowGoal goal{
-        path->base + (tile.row0 + lane / kUnits) * row_bytes + column * sizeof(T),
-        32 / kUnits * row_bytes, first, end, column < hidden};
-    store_transposed<kN, kUnits>(buffer, goal, [&](uint32_t j, uint32_t m) {
-      const uint32_t at = 4 * j + m / 2 * 2;
-      return pack<T>(sums[m % 2][at], sums[m % 2][at + 1]);
-    });
+    const RowGoal goal{path->base + (tile.row0 + lane / kUnits) * row_bytes + column * sizeof(T),
+                       32 / kUnits * row_bytes, first, end, column < hidden};
+    store_transposed<kN, kUnits, kEpilogueBytesWarp<kGated>>(
+        buffer, goal, [&](uint32_t j, uint32_t m) {
+          const uint32_t at = 4 * j + m / 2 * 2;
+          return pack<T>(sums[m % 2][at], sums[m % 2][at + 1]);
+        });
     first = end;
   }
 }

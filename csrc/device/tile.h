@@ -118,8 +118,8 @@ __device__ __forceinline__ void run_tile(Shared<kTraced>& sh, const Place& place
       multiply<T, kN>(sh, ptx::shared_address(stages), cursor, task.blocks, weights,
                       place.gathers && tile.gemm == 1, release, last, sums);
   // Over weight rows that only this warp's products have read.
-  char* buffer = stages + cursor.offset(last) + weights.of_group +
-                 warp % kTeamWarps * 2 * weights.atom_stride;
+  char* buffer =
+      stages + cursor.offset(last) + weights.of_group + warp % kTeamWarps * 2 * weights.atom_stride;
   auto stamp_products = [&] {
     if constexpr (kTraced) {
       if (leads) {
@@ -136,7 +136,7 @@ __device__ __forceinline__ void run_tile(Shared<kTraced>& sh, const Place& place
     stamp_products();
   } else {
     stamp_products();
-    store_returns<T, kN>(sh, task, warp, buffer, sums);
+    store_returns<T, kGated, kN>(sh, task, warp, buffer, sums);
   }
   ptx::fence_proxy_async_shared();  // copies will follow these ordinary stores
   __syncwarp();
