@@ -7,8 +7,6 @@
 
 namespace flashmoe {
 
-inline constexpr uint32_t kLowTile = 64;
-
 // Position in the ring of stages, whose number and size follow the tiles: which stage, and a bit a stage that
 // says its barriers' turn.
 struct StageCursor {
@@ -236,12 +234,10 @@ __device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char*
     // Where gathering is over, this lane arrives for those who gathered too.
     const uint32_t arrivals = task.tile.index < gathered_until ? 1 : fills(place.gathers);
     const uint32_t blocks = task.blocks, turns = task.turns;
-    // Weights used once L2 need not keep; but GEMM1's of higher tiles are better kept: measured.
+    // Weights used once L2 need not keep.
     const uint32_t uses =
         ceil_div(expert_row_tiles(sh.tables, sh.shape, task.tile.expert), shared ? 2 : 1);
-    const uint64_t policy = uses == 1 && (!up || task.tile.rows <= kLowTile)
-                                ? ptx::policy_evict_first()
-                                : ptx::policy_normal();
+    const uint64_t policy = uses == 1 ? ptx::policy_evict_first() : ptx::policy_normal();
     cut_stages(sh, place, cursor, task, stall);
     for (uint32_t i = 0; i < turns; ++i, cursor.next()) {
       uint64_t* full = &sh.full[cursor.stage];

@@ -346,6 +346,14 @@ __device__ __forceinline__ void bulk_wait_all() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
+// The lane, asked for anew: what follows from it is then worked out here, and not kept in registers, or spilled
+// to memory, from wherever it could be worked out first.
+__device__ __forceinline__ uint32_t lane_id() {
+  uint32_t lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 // ---- 16 bytes of a row ---------------------------------------------------------------------------
 
 __device__ __forceinline__ uint4 load_shared(uint32_t address) {

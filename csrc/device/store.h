@@ -63,7 +63,7 @@ __device__ __forceinline__ void store_transposed(char* buffer, const RowGoal& go
   constexpr uint32_t kBlocks = kUnits == 4 || kN == 8 ? 1 : 2;  // of 8 tokens a store of matrices
   constexpr uint32_t kStep = 32 / kUnits;                       // tokens a store of rows
   constexpr uint32_t kRow = kUnits * 16;                        // bytes of a token
-  const uint32_t lane = threadIdx.x % 32;
+  const uint32_t lane = ptx::lane_id();
   // Units of a token are permuted by the token, so that neither side meets bank conflicts; eight tokens on
   // they are permuted alike.
   auto place = [](uint32_t token, uint32_t unit) {

@@ -59,8 +59,11 @@ def _of_gpu(entries: list[dict[str, Any]], launches: int) -> dict[str, Any]:
 
 
 def _over(payload: int, data: float | None, raw: float | None, way: str) -> dict[str, Any]:
-    known = bool(payload) and data is not None
     return {
-        f"data_over_payload{way}": data / payload if known and data is not None else None,
-        f"raw_over_payload{way}": raw / payload if known and raw is not None else None,
+        f"data_over_payload{way}": _ratio(data, payload),
+        f"raw_over_payload{way}": _ratio(raw, payload),
     }
+
+
+def _ratio(counted: float | None, payload: int) -> float | None:
+    return None if counted is None or payload == 0 else counted / payload

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from flashmoe.trace.links import WAYS
 from flashmoe_cli.render.text import bytes_text, plural, table
 
 
@@ -38,7 +39,7 @@ def link_lines(figures: dict[str, Any], width: int, indent: str) -> list[str]:
     for gpu in figures["gpus"]:
         row = [",".join(map(str, gpu["ranks"])), bytes_text(gpu["payload_tx"])]
         for name in ("data", "raw"):
-            for way in ("tx", "rx"):
+            for way in WAYS:
                 moved, ratio = gpu[f"{name}_{way}"], gpu[f"{name}_over_payload_{way}"]
                 cell = "-" if moved is None else bytes_text(moved)
                 row.append(cell if ratio is None else f"{cell} x{ratio:.3f}")
