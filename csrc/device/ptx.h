@@ -348,6 +348,11 @@ __device__ __forceinline__ void bulk_wait_all() {
 
 // The lane, asked for anew: what follows from it is then worked out here, and not kept in registers, or spilled
 // to memory, from wherever it could be worked out first.
+__device__ __forceinline__ uint32_t thread_id() {
+  uint32_t thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
 __device__ __forceinline__ uint32_t lane_id() {
   uint32_t lane;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
