@@ -313,8 +313,11 @@ class Launch:
         for child in self.children:
             if child.rank != rank:
                 at.setdefault(child.phase[1], []).append(str(child.rank))
-        said = [f"{', '.join(ranks)} at {phase}" for phase, ranks in at.items()]
-        return f"the others waited for it (ranks {'; '.join(said)})"
+        said = [
+            f"rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)} at {phase}"
+            for phase, ranks in at.items()
+        ]
+        return f"the others waited for it ({'; '.join(said)})"
 
     def _turn(self) -> None:
         """One round: what came in, and what is due."""
