@@ -39,7 +39,7 @@ inline constexpr uint32_t kLowTileRows = kTileRows - 16;
 inline constexpr uint32_t kMostStages = 4;
 inline constexpr uint32_t kLowStageBytes = kStageBytesWeights + kLowTileRows * kRowBytes;
 // What a math warp's sums pass through on their way out, in the last stage that it has read of a tile.  Where
-// experts are not gated, whose activations take more registers, more of it would make them spill.
+// experts are not gated more of it was slower (docs/performance.md).
 template <bool kGated>
 inline constexpr uint32_t kEpilogueBytesWarp = kGated ? 2048 : 1024;
 

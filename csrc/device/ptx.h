@@ -29,6 +29,14 @@ __device__ __forceinline__ uint32_t smid() {
   return id;
 }
 
+// The lane, asked for anew: what follows from it is then worked out here, and not kept in registers, or spilled
+// to memory, from wherever it could be worked out first.
+__device__ __forceinline__ uint32_t lane_id() {
+  uint32_t lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 // ---- arithmetic ---------------------------------------------------------------------------------
 
 __device__ __forceinline__ float exp2_approximate(float x) {
@@ -344,14 +352,6 @@ __device__ __forceinline__ void bulk_wait_read() {
 // All groups are done: their writes are visible to this thread.
 __device__ __forceinline__ void bulk_wait_all() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-}
-
-// The lane, asked for anew: what follows from it is then worked out here, and not kept in registers, or spilled
-// to memory, from wherever it could be worked out first.
-__device__ __forceinline__ uint32_t lane_id() {
-  uint32_t lane;
-  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
-  return lane;
 }
 
 // ---- 16 bytes of a row ---------------------------------------------------------------------------
