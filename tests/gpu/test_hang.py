@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import pytest
 
-from flashmoe.config import MoEConfig
+from flashmoe.presets import PRESETS
 from flashmoe.trace import schema
 from flashmoe.world.base import EngineOptions, Fault, Status
 
 from .layers import SMALL, deal, engine_for, inputs
+
+
+def waited_in_vain_for_rows(slots: np.ndarray) -> np.ndarray:
+    """The slots whose actor waited for rows until it gave up or the launch was given up."""
+    ended = np.isin(slots["state"], [schema.ActorState.GAVE_UP, schema.ActorState.ABORTED])
+    return slots[ended & (slots["kind"] == schema.EventKind.WAIT_ROWS)]
 
 
 @pytest.mark.parametrize("traced", [False, True])
@@ -28,11 +35,9 @@ def test_withheld_signal(traced: bool) -> None:
     assert engine.launch().status is Status.HANG
     assert time.monotonic() - began < 0.5 + 3
     slots = engine.flight()
-    gave_up = slots["state"] == schema.ActorState.GAVE_UP
-    assert gave_up.any()
+    assert (slots["state"] == schema.ActorState.GAVE_UP).any()
     # Who first reaches the deadline is chance: those who wait for the result rows may.
-    cut_short = slots[gave_up | (slots["state"] == schema.ActorState.ABORTED)]
-    rows = cut_short[cut_short["kind"] == schema.EventKind.WAIT_ROWS]
+    rows = waited_in_vain_for_rows(slots)
     assert set(rows["expert"]) == {2} and set(rows["rank"]) == {0}
     assert (rows["seen"] < rows["expected"]).all()
     engine.reset()
@@ -58,7 +63,7 @@ def test_rank_that_never_starts() -> None:
 @pytest.mark.parametrize("tokens", [64, 700])
 def test_withheld_rows_of_a_first_tile(tokens: int) -> None:
     """Rows of a rank alone are copied out of x; whoever copies a first tile's awaits them."""
-    config = MoEConfig(hidden=2048, intermediate=768, experts=128, top_k=8)
+    config = PRESETS["qwen3-30b"].config
     weights, x = inputs(config, tokens)
     options = EngineOptions(
         ranks=1,
@@ -71,10 +76,7 @@ def test_withheld_rows_of_a_first_tile(tokens: int) -> None:
     assert engine.launch().status is Status.HANG
     assert time.monotonic() - began < 0.5 + 3
     slots = engine.flight()
-    ended = (slots["state"] == schema.ActorState.GAVE_UP) | (
-        slots["state"] == schema.ActorState.ABORTED
-    )
-    rows = slots[ended & (slots["kind"] == schema.EventKind.WAIT_ROWS)]
+    rows = waited_in_vain_for_rows(slots)
     assert {schema.Lane.COMM0, schema.Lane.COMM1} <= set(rows["lane"])
     assert set(rows["expert"]) == {0}
     assert (rows["seen"] < rows["expected"]).all()

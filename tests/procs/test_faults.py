@@ -46,11 +46,9 @@ def test_a_pe_killed_before_any_launch(tmp_path: Path, point: str) -> None:
     assert done.code == 1, done
     message = done.said["error"]["message"]
     assert "rank 1 is gone: killed by SIGKILL" in message, done
-    said = re.search(r"the others waited for it \((.+)\)", message)
-    assert said is not None, done
-    # How far each had come by then is chance.
-    named = re.findall(r"ranks? (\d(?:, \d)*) at [a-z ]+", said[1])
-    assert sorted(rank for ranks in named for rank in ranks.split(", ")) == ["0", "2"], done
+    # Whether both had come equally far by then is chance.
+    said = r"ranks 0, 2 at [a-z ]+|rank 0 at [a-z ]+; rank 2 at [a-z ]+"
+    assert re.search(rf"; the others waited for it \(({said})\)$", message), done
     assert job.left() == []
     assert not (tmp_path / "run.fmoe").exists()
 
