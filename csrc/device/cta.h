@@ -23,25 +23,23 @@ inline constexpr uint32_t kMathGroups = 2;
 inline constexpr uint32_t kGroupThreads = 128;
 inline constexpr uint32_t kTeamWarps = kGroupThreads / 32;
 
-// The tile family: 256 weight rows (M of the product) times up to 192 rows of tokens (its N, in steps
-// of 16, or 8), 64 of K a stage.
+// The tile family: 256 weight rows (M of the product) times up to 176 rows of tokens (its N, in steps
+// of 16, or 8), 64 of K a stage.  Of 192 rows the sums would leave the other warps too few registers.
 inline constexpr uint32_t kTileWeights = 256;
-inline constexpr uint32_t kTileRows = 192;
+inline constexpr uint32_t kTileRows = 176;
 inline constexpr uint32_t kTileK = 64;
 inline constexpr uint32_t kRowBytes = kTileK * 2;  // of a stage
 inline constexpr uint32_t kBoxRows = 16;           // the least that is fetched of a tile's rows
 inline constexpr uint32_t kStageBytesWeights = kTileWeights * kRowBytes;
 inline constexpr uint32_t kStages = 3;
 inline constexpr uint32_t kStageBytes = kStageBytesWeights + kTileRows * kRowBytes;
-// Where rows are gathered (gathers_rows() below) tiles of all but the greatest height have four stages: comm
-// warps move nothing then that bounces through shared memory.
-inline constexpr uint32_t kLowTileRows = kTileRows - 16;
-inline constexpr uint32_t kMostStages = 4;
-inline constexpr uint32_t kLowStageBytes = kStageBytesWeights + kLowTileRows * kRowBytes;
-// What a math warp's sums pass through on their way out, in the last stage that it has read of a tile.  Where
-// experts are not gated more of it was slower (docs/performance.md).
-template <bool kGated>
-inline constexpr uint32_t kEpilogueBytesWarp = kGated ? 2048 : 1024;
+// Where rows are gathered (gathers_rows() below) there is room for one more: comm warps move nothing then that
+// bounces through shared memory.
+inline constexpr uint32_t kMostStages = kStages + 1;
+// What a math warp's sums pass through on their way out, in the last stage that it has read of a tile; no more
+// than registers are left for.
+template <bool kGated, uint32_t kN>
+inline constexpr uint32_t kEpilogueBytesWarp = kGated && kN <= 144 ? 2048 : 1024;
 
 // Rows that comm warps move bounce through pieces of shared memory behind the stages, eight in turn.
 inline constexpr uint32_t kCommWarps = 2;
@@ -80,7 +78,6 @@ struct Task {
   uint32_t blocks;     // of kTileK columns, the tile's depth
   uint32_t turns;      // of the stages: the deeper tile's blocks, so that both CTAs stay in step
   uint32_t shared;     // both CTAs' tiles have the same weights
-  uint32_t low;        // both CTAs' tiles have at most kLowTileRows rows
   uint32_t wait_kind;  // EventKind the scheduler waited for, 0 if it did not
   uint32_t wait_lacking;
   uint64_t wait_from;
@@ -99,10 +96,10 @@ struct TileStamps {
 
 // What the first CTA of a pair tells the second: a pair of tiles and the wait for their rows.
 struct alignas(16) PairMessage {
-  uint32_t index;       // of the second CTA's tile, or of the first's where `has` is 0
-  uint32_t has;         // the second CTA has a tile; kNoWork: no more
-  uint32_t turns;       // Task
-  uint32_t shared_low;  // Task: bit 0, bit 1
+  uint32_t index;   // of the second CTA's tile, or of the first's where `has` is 0
+  uint32_t has;     // the second CTA has a tile; kNoWork: no more
+  uint32_t turns;   // Task
+  uint32_t shared;  // Task
   uint64_t wait_kind_lacking;
   uint64_t wait_from;
   uint64_t wait_to;
@@ -168,6 +165,7 @@ struct Shared : PendingResults<kPuts> {
   uint64_t wait_to;
   uint32_t wait_lacking;
   uint32_t status;        // Status, as this CTA knows it
+  bool gathers;           // gathers_rows()
   uint32_t lacking_word;  // first counts word not there yet
   uint32_t bad_ids;
   uint32_t next_token;  // of this chunk's order, not yet taken for combining
@@ -199,15 +197,15 @@ struct Place {
   uint32_t epoch;
   uint32_t pair_size;  // CTAs of a cluster, 1 or 2
   uint32_t pair_rank;  // this one's place in it
-  bool gathers;        // gathers_rows()
   uint32_t to_other;  // from a shared address here to the same in the other CTA, 0 if there is none
   Heap heap;          // the rank's own
   const RankArgs* args;
 };
 
 // Whether the rows of a CTA's `task`-th tile, if it is a GEMM1 tile, are for those who gather them to await.
-__device__ __forceinline__ bool gathers_unawaited(const Place& place, uint32_t task) {
-  return place.gathers && task == 0;
+template <bool kTraced>
+__device__ __forceinline__ bool gathers_unawaited(const Shared<kTraced>& sh, uint32_t task) {
+  return sh.gathers && task == 0;
 }
 
 // A stage that a math warp has read, given back to the loads of both CTAs of a pair.
@@ -227,14 +225,14 @@ static_assert(sizeof(Shared<true>) <= kSharedState,
               "barriers, tasks, actors and tables must fit their part");
 #endif
 // Stages and what moved rows pass through.
-inline constexpr uint32_t kWorkBytes = kMostStages * kLowStageBytes;
-static_assert(kStages * kStageBytes + kCommBytes <= kWorkBytes, "either cut fits the same memory");
+inline constexpr uint32_t kWorkBytes = kMostStages * kStageBytes;
+static_assert(kCommBytes <= kStageBytes, "moved rows take the place of a stage");
 inline constexpr uint32_t kSharedBytes = kWorkBytes + kSharedState + 1024;
 static_assert(kSharedBytes <= kSharedBudget, "a block of sm_90 has 232,448 bytes of shared memory");
 
 // The actor whose leader this thread is, or -1.
 __device__ __forceinline__ int led_lane() {
-  const uint32_t t = threadIdx.x;
+  const uint32_t t = ptx::thread_id();
   if (t == kLoadWarp * 32) return static_cast<int>(Lane::k_load);
   if (t == kSchedWarp * 32) return static_cast<int>(Lane::k_sched);
   if (t == kCommWarp * 32) return static_cast<int>(Lane::k_comm0);

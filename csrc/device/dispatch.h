@@ -210,7 +210,7 @@ __device__ inline void dispatch_first(Shared<kTraced>& sh, const Place& place,
   const uint32_t at_once = max_u32(1, min_u32(kPart / row_bytes, 32));
   const uint32_t piece_bytes = min_u32(row_bytes, kPart);
   uint32_t turn_of_full = 0;
-  if (place.gathers) {
+  if (sh.gathers) {
     const DispatchUnit own = dispatch_unit(sh, place, 0, groups_of(shape), 0);
     if (warp == 0) {
       ptx::fence_acq_rel_gpu();

@@ -335,12 +335,16 @@ __device__ __forceinline__ void gate_logits(Shared<kTraced>& sh, GateScratch& sc
       }
     };
     constexpr uint32_t kLast = kProducts - 1;
+    // Asked for anew, so that it is not kept beside the sums.
+    auto is_group = [](uint32_t g) {
+      return ptx::thread_id() / kGroupThreads == kMathWarp * 32 / kGroupThreads + g;
+    };
     __syncthreads();  // the ring is drained
-    if (multiplies && group == 1) hand_over(sums[0], 0);
-    if (kProducts > 1 && multiplies && group == 0) hand_over(sums[kLast], kLast);
+    if (is_group(1)) hand_over(sums[0], 0);
+    if (kProducts > 1 && is_group(0)) hand_over(sums[kLast], kLast);
     __syncthreads();
-    if (multiplies && group == 0) complete(sums[0], 0);
-    if (kProducts > 1 && multiplies && group == 1) complete(sums[kLast], kLast);
+    if (is_group(0)) complete(sums[0], 0);
+    if (kProducts > 1 && is_group(1)) complete(sums[kLast], kLast);
   }
   __syncthreads();
 }

@@ -33,7 +33,7 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
   place.chunk = blockIdx.x - local * args.shape.chunks;
   place.tokens = place.args->tokens;
   place.heap = args.heaps[place.rank];
-  place.gathers = gathers_rows(args.shape, place.tokens);
+  const bool gathers = gathers_rows(args.shape, place.tokens);
   place.pair_size = args.pair_size;
   place.pair_rank = place.chunk & (args.pair_size - 1);  // a rank's CTAs begin with a cluster
   const uint32_t here = ptx::shared_address(&sh);
@@ -41,15 +41,16 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
   // Both words on their way at once.
   const uint64_t epoch = ptx::load_relaxed_sys(place.heap.at<uint64_t>(args.layout.epoch_word));
   const uint64_t aborted = ptx::load_relaxed_sys(place.heap.at<uint64_t>(args.layout.abort_word));
-  const uint32_t warp = threadIdx.x / 32;
+  const uint32_t warp = ptx::thread_id() / 32;
   if (warp == 0) copy_by_warp(&sh.shape, &args.shape);
   if (warp == 1) copy_by_warp(&sh.layout, &args.layout);
   if (warp == 2) copy_by_warp(sh.heaps, args.heaps, args.shape.world);
-  if (threadIdx.x == 0) {
+  if (ptx::thread_id() == 0) {
     sh.tables = plan_tables(table_words(args.shape) <= kTableWords
                                 ? sh.table_words
                                 : table_place(place.heap, args.layout, args.shape, place.chunk),
                             args.shape);
+    sh.gathers = gathers;
     sh.bad_ids = 0;
     sh.other_left = 0;
     sh.next_token = 0;
@@ -57,9 +58,9 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
     for (uint32_t g = 0; g < kMathGroups; ++g) sh.teams[g] = {};
     if constexpr (kPuts) sh.pending_tiles = 0;
   }
-  if (threadIdx.x == 3 * 32) {
+  if (ptx::thread_id() == 3 * 32) {
     for (uint32_t i = 0; i < kMostStages; ++i) {
-      ptx::mbarrier_init(&sh.full[i], fills(place.gathers));
+      ptx::mbarrier_init(&sh.full[i], fills(gathers));
       ptx::mbarrier_init(&sh.empty[i], kMathGroups * 4 * args.pair_size);
     }
     for (uint32_t i = 0; i < kTasks; ++i) {
@@ -71,19 +72,19 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
     ptx::mbarrier_init(&sh.order_full, 1);
     ptx::fence_mbarrier_init();
   }
-  if (threadIdx.x == 4 * 32) {
+  if (ptx::thread_id() == 4 * 32) {
     for (uint32_t i = 0; i < kCommWarps * kPieces; ++i) {
       ptx::mbarrier_init(&sh.piece_full[i / kPieces][i % kPieces], 1);
     }
     ptx::fence_mbarrier_init();
   }
-  if (threadIdx.x == 5 * 32) {
+  if (ptx::thread_id() == 5 * 32) {
     for (uint32_t i = 0; i < kMathGroups * kTeamWarps * kRingPieces; ++i) {
       ptx::mbarrier_init(&sh.ring_full[i / kRingPieces][i % kRingPieces], 1);
     }
     ptx::fence_mbarrier_init();
   }
-  if (threadIdx.x == 6 * 32) {
+  if (ptx::thread_id() == 6 * 32) {
     for (uint32_t i = 0; i < kWarps; ++i) ptx::mbarrier_init(&sh.first_full[i], 1);
     for (uint32_t i = 0; i < kGateStages; ++i) {
       ptx::mbarrier_init(&sh.gate_full[i], 1);
@@ -93,7 +94,7 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
   }
   place.epoch = static_cast<uint32_t>(epoch) + 1;
   // Abort is sticky: nothing runs until reset().
-  if (threadIdx.x == 0) sh.status = static_cast<uint32_t>(aborted);
+  if (ptx::thread_id() == 0) sh.status = static_cast<uint32_t>(aborted);
   const int lane = led_lane();
   if (lane >= 0) {
     const uint64_t index = static_cast<uint64_t>(blockIdx.x) * kLanes + lane;
@@ -116,7 +117,7 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
   } else {
     ptx::cluster_barrier();
     // The gate of a pair is run by both CTAs or by neither, but they may not have read the same.
-    if (threadIdx.x == 0 && sh.status == static_cast<uint32_t>(Status::kOk)) {
+    if (ptx::thread_id() == 0 && sh.status == static_cast<uint32_t>(Status::kOk)) {
       sh.status = ptx::load_cluster(ptx::shared_address(&sh.status) + place.to_other);
     }
     __syncthreads();
@@ -312,7 +313,7 @@ __device__ inline void make_plan(Shared<kTraced>& sh, const Place& place) {
   for (uint32_t i = threadIdx.x; i < (end - begin) * shape.top_k; i += kThreads) {
     const uint32_t e = ids[i], slot = slots[i];
     sorted[sh.tables.chunk_order[e] + slot] = begin * shape.top_k + i;
-    if (!place.gathers) continue;
+    if (!sh.gathers) continue;
     const uint32_t row = sh.tables.prefix[e] + sh.tables.chunk_prefix[e] + slot;
     if (row < shape.pool_rows) origin[row] = begin + i / shape.top_k;  // else it overflows
   }
@@ -327,7 +328,7 @@ __device__ inline void record_all(Shared<kTraced>& sh, EventKind kind, uint32_t 
 }
 
 // Steps 1 to 3: gate, barrier, counts, plan.  kOk if rows may move.
-template <class T, bool kTraced>
+template <class T, bool kGated, bool kTraced>
 __device__ inline Status prepare(Shared<kTraced>& sh, const Place& place, char* stages) {
   const uint32_t tokens = chunk_begin(sh.shape, place.tokens, place.chunk + 1) -
                           chunk_begin(sh.shape, place.tokens, place.chunk);
@@ -340,6 +341,9 @@ __device__ inline Status prepare(Shared<kTraced>& sh, const Place& place, char* 
   }
   if (!rank_barrier(sh, place)) return static_cast<Status>(sh.status);
   own_counts(sh, place);
+  if (threadIdx.x / 32 == kCommWarp && sh.shape.world == 1) {
+    prefetch_first_weights<kGated>(sh, place, own_rows(sh, place));
+  }
   send_counts(sh, place);
   if (!await_counts(sh, place)) return static_cast<Status>(sh.status);
   make_plan(sh, place);
@@ -384,7 +388,7 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
   const Place place = enter(sh, args);
   Status status = static_cast<Status>(sh.status);
   __syncthreads();
-  if (status == Status::kOk) status = prepare<T>(sh, place, stages);
+  if (status == Status::kOk) status = prepare<T, kGated>(sh, place, stages);
   if (status != Status::kOk) {
     if (threadIdx.x == 0) tell_left(sh, place);
     leave(sh, place, status);
@@ -396,7 +400,7 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
   dispatch_first(sh, place, args.fault, stages);
   const uint32_t warp = threadIdx.x / 32;
   if (warp < kMathWarp) {
-    ptx::registers_decrease<56>();
+    ptx::registers_decrease<72>();
     if (warp == kLoadWarp) {
       if (threadIdx.x % 32 == 0) load_tiles<kGated>(sh, place, stages);
     } else if (warp == kSchedWarp) {
@@ -411,7 +415,7 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
     } else {
       char* pieces = stages + kStages * kStageBytes;
       uint32_t used = 0;
-      if (place.gathers) {
+      if (sh.gathers) {
         gather_tiles(sh, place, warp - kCommWarp, stages);
       } else {
         used = dispatch(sh, place, args.fault, warp - kCommWarp, pieces);
@@ -419,11 +423,11 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
       if (warp == kCommWarp) order_tokens(sh, place);
       // Beside gathered rows there is no room for results, and what few of them could be summed was measured to
       // make no difference.
-      if (!place.gathers) combine_beside_tiles<T>(sh, place, warp - kCommWarp, pieces, used);
+      if (!sh.gathers) combine_beside_tiles<T>(sh, place, warp - kCommWarp, pieces, used);
     }
     __syncwarp();
   } else {
-    ptx::registers_increase<224>();
+    ptx::registers_increase<216>();
     const uint32_t group = (warp - kMathWarp) / 4;
     multiply_tiles<T, kGated>(sh, place, stages, group);
     combine<T>(sh, place, group, stages);

@@ -7,8 +7,7 @@
 
 namespace flashmoe {
 
-// Position in the ring of stages, whose number and size follow the tiles: which stage, and a bit a stage that
-// says its barriers' turn.
+// Position in the ring of stages: which stage, and a bit a stage that says its barriers' turn.
 struct StageCursor {
   uint32_t stages;
   uint32_t stage = 0;
@@ -19,20 +18,11 @@ struct StageCursor {
   // From the first stage to this one, in bytes.
   __device__ __forceinline__ uint32_t offset() const { return offset(stage); }
   __device__ __forceinline__ uint32_t offset(uint32_t of_stage) const {
-    return of_stage * (stages == kMostStages ? kLowStageBytes : kStageBytes);
+    return of_stage * kStageBytes;
   }
   __device__ __forceinline__ void next() {
     turns ^= 1u << stage;
     if (++stage == stages) stage = 0;
-  }
-  // For the next tile; true where that cuts the ring anew: then nothing may be filled before all that was
-  // filled has been read.
-  __device__ __forceinline__ bool cut(bool gathers, bool low) {
-    const uint32_t now = gathers && low ? kMostStages : kStages;
-    if (now == stages) return false;
-    stages = now;
-    stage = 0;
-    return true;
   }
 };
 
@@ -69,6 +59,48 @@ struct WeightBox {
   }
 };
 
+inline constexpr uint32_t kEarlyBlocks = 10;
+// Brings the first blocks of the weights of this CTA's first tile into L2, as soon as the rows of all experts are
+// known: until the tile's own loads begin, memory would have nothing to do.  By one warp, where there is one rank.
+template <bool kGated, bool kTraced>
+__device__ __forceinline__ void prefetch_first_weights(const Shared<kTraced>& sh,
+                                                       const Place& place,
+                                                       const uint32_t* rows_of) {
+  const Shape& shape = sh.shape;
+  const uint32_t lane = threadIdx.x % 32, columns = column_tiles(shape, 1);
+  const uint32_t experts = min_u32(shape.wave_experts, shape.experts);
+  const uint32_t index = place.chunk;  // the first pairs of tiles are dealt
+  uint32_t before = 0;
+  for (uint32_t e0 = 0; e0 < experts; e0 += 32) {
+    const uint32_t rows = e0 + lane < experts ? rows_of[e0 + lane] : 0;
+    const uint32_t row_tiles = rows == 0 ? 0 : ceil_div(rows, tile_height(shape, rows));
+    const uint32_t running = warp_running_sum(row_tiles * columns);
+    const uint32_t lanes = __ballot_sync(0xffffffffu, before + running > index);
+    if (lanes == 0) {
+      before += __shfl_sync(0xffffffffu, running, 31);
+      continue;
+    }
+    const uint32_t of_lane = __ffs(lanes) - 1;
+    const uint32_t tiles = __shfl_sync(0xffffffffu, row_tiles, of_lane);
+    const uint32_t end = before + __shfl_sync(0xffffffffu, running, of_lane);
+    if (lane == 0) {
+      Tile tile{};
+      tile.gemm = 1;
+      tile.expert = e0 + of_lane;
+      tile.col_tile = position_in_segment(index + tiles * columns - end, tiles, columns).col;
+      const WeightBox box = WeightBox::of<kGated>(*place.args, tile, 0);
+      const uint32_t blocks = min_u32(kEarlyBlocks, ceil_div(shape.hidden, kTileK));
+#pragma unroll 1
+      for (uint32_t i = 0; i < 2 * blocks; ++i) {
+        const int32_t half = i % 2;
+        ptx::tma_prefetch_5d(box.map, i / 2 * kTileK, box.c1 + half * box.step1,
+                             box.c2 + half * box.step2, box.c3, 0);
+      }
+    }
+    return;
+  }
+}
+
 // Until a stage may be filled; adds the cycles that took, should it not have been at once.
 template <bool kTraced>
 __device__ __forceinline__ void await_empty(Shared<kTraced>& sh, uint32_t stage, uint32_t turn,
@@ -79,19 +111,11 @@ __device__ __forceinline__ void await_empty(Shared<kTraced>& sh, uint32_t stage,
   if constexpr (kTraced) stall += ptx::clock32() - from;
 }
 
-// The stages of a task, before the first of them is filled.
-template <bool kTraced>
-__device__ __forceinline__ void cut_stages(Shared<kTraced>& sh, const Place& place,
-                                           StageCursor& cursor, const Task& task, uint32_t& stall) {
-  if (!cursor.cut(place.gathers, task.low != 0)) return;
-  for (uint32_t i = 0; i < kMostStages; ++i) await_empty(sh, i, cursor.turns >> i & 1, stall);
-}
-
 // The first tile after all GEMM1 tiles of the rank, where rows are gathered; else 0.
 template <bool kTraced>
 __device__ __forceinline__ uint32_t gather_end(const Shared<kTraced>& sh, const Place& place) {
   const Shape& shape = sh.shape;
-  if (!place.gathers) return 0;
+  if (!sh.gathers) return 0;
   const uint32_t owned = owned_experts(shape, place.rank), wave = shape.wave_experts;
   const uint32_t last = ceil_div(owned, wave) - 1;  // wave
   return sh.tables.segments[block_begin(last, wave, owned) + owned - last * wave];
@@ -121,24 +145,25 @@ template <bool kTraced>
 __device__ inline void gather_tiles(Shared<kTraced>& sh, const Place& place, uint32_t half,
                                     char* stages) {
   constexpr uint32_t kGroups = kTileRows / 8 / kCommWarps;
-  static_assert(kTileRows % (8 * kCommWarps) == 0 && kGroups == 12,
+  static_assert(kTileRows % (8 * kCommWarps) == 0 && kGroups == 11,
                 "each warp has the same share of the highest tile");
-  const uint32_t first = threadIdx.x % 32 / 8, unit = threadIdx.x % 8;
   GpuActor<kTraced>& actor = sh.actors[static_cast<int>(Lane::k_comm0) + half];
-  const bool leads = threadIdx.x % 32 == 0;
-  const uint32_t row_bytes = sh.shape.hidden * 2;
-  const uint32_t* origin = place.heap.at<uint32_t>(sh.layout.origin);
   const uint32_t end = gather_end(sh, place);
-  const uint32_t to = ptx::shared_address(stages) + kStageBytesWeights + half * 8 * kRowBytes +
-                      first * kRowBytes + (unit ^ first) * 16;
-  StageCursor cursor(place.gathers);
+  StageCursor cursor(sh.gathers);
   for (uint32_t n = 0;; ++n) {
     const uint32_t slot = n % kTasks;
     ptx::mbarrier_wait(&sh.task_full[slot], n / kTasks & 1);
     const Task& task = sh.tasks[slot];
     if (task.tile.gemm == 0 || task.tile.index >= end) return;
+    // Anew for each tile: registers are for the rows' places.
+    const uint32_t lane = ptx::lane_id(), first = lane / 8, unit = lane % 8;
+    const bool leads = lane == 0;
+    const uint32_t row_bytes = sh.shape.hidden * 2;
+    const uint32_t to = ptx::shared_address(stages) + kStageBytesWeights + half * 8 * kRowBytes +
+                        first * kRowBytes + (unit ^ first) * 16;
+    const uint32_t* origin = place.heap.at<uint32_t>(sh.layout.origin);
     uint32_t rows = task.tile.gemm == 1 ? task.tile.rows : 0;
-    if (rows != 0 && gathers_unawaited(place, n) && !await_rows(sh, place, actor, task.tile)) {
+    if (rows != 0 && gathers_unawaited(sh, n) && !await_rows(sh, place, actor, task.tile)) {
       rows = 0;
     }
     const uint32_t groups =
@@ -147,17 +172,22 @@ __device__ inline void gather_tiles(Shared<kTraced>& sh, const Place& place, uin
     if (leads && groups != 0) take_up(actor, task, EventKind::k_load);
     const uint32_t begin_cycles = kTraced ? ptx::clock32() : 0;
     uint32_t stall = 0;
-    uint32_t from[2 * kGroups];  // bytes from x to the lane's unit of its rows' first block
+    // The tokens of 32 rows a load, a lane each, past L1, where an older launch's may still lie.
+    constexpr uint32_t kLoads = (kTileRows + 31) / 32;
+    uint32_t tokens[kLoads];
+#pragma unroll
+    for (uint32_t j = 0; j < kLoads; ++j) {
+      tokens[j] = j * 32 < rows
+                      ? __ldcg(origin + task.tile.pool_row0 + min_u32(j * 32 + lane, rows - 1))
+                      : 0;
+    }
+    // Bytes from x to the lane's unit of its rows' first block.
+    uint32_t from[2 * kGroups];
 #pragma unroll
     for (uint32_t i = 0; i < 2 * kGroups; ++i) {
-      if (i / 2 < groups) {
-        const uint32_t row = (i / 2 * kCommWarps + half) * 8 + i % 2 * 4 + first;
-        // Past L1, where an older launch's may still lie.
-        from[i] =
-            __ldcg(origin + task.tile.pool_row0 + min_u32(row, rows - 1)) * row_bytes + unit * 16;
-      }
+      const uint32_t of_lane = i / 2 % 2 * 16 + half * 8 + i % 2 * 4 + first;
+      from[i] = __shfl_sync(0xffffffffu, tokens[i / 4], of_lane) * row_bytes + unit * 16;
     }
-    cut_stages(sh, place, cursor, task, stall);
     for (uint32_t i = 0; i < turns; ++i, cursor.next()) {
       uint64_t* full = &sh.full[cursor.stage];
       await_empty(sh, cursor.stage, cursor.turn(), stall);
@@ -173,7 +203,6 @@ __device__ inline void gather_tiles(Shared<kTraced>& sh, const Place& place, uin
     ptx::copy_async(low + (n - 1) * kCommWarps * 8 * kRowBytes, x + from[2 * n - 2], inside);  \
     ptx::copy_async(high + (n - 1) * kCommWarps * 8 * kRowBytes, x + from[2 * n - 1], inside); \
     [[fallthrough]];
-          FLASHMOE_COPY(12)
           FLASHMOE_COPY(11)
           FLASHMOE_COPY(10)
           FLASHMOE_COPY(9)
@@ -212,7 +241,7 @@ __device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char*
   const uint32_t expert0 = first_expert(sh.shape, place.rank);
   const uint32_t gathered_until = gather_end(sh, place);
   constexpr uint32_t kHalfBytes = kStageBytesWeights / 2;
-  StageCursor cursor(place.gathers);
+  StageCursor cursor(sh.gathers);
   for (uint32_t n = 0;; ++n) {
     const uint32_t slot = n % kTasks;
     ptx::mbarrier_wait(&sh.task_full[slot], n / kTasks & 1);
@@ -228,17 +257,16 @@ __device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char*
     const int32_t row = static_cast<int32_t>(task.tile.pool_row0);
     const WeightBox box = WeightBox::of<kGated>(args, task.tile, expert0);
     // A bit a box of 16 << bit rows.  Gathered rows are not this lane's.
-    const bool gathered = up && place.gathers;
+    const bool gathered = up && sh.gathers;
     const uint32_t boxes = gathered ? 0 : ceil_div(task.tile.rows, kBoxRows);
     const uint32_t bytes = kStageBytesWeights + boxes * kBoxRows * kRowBytes;
     // Where gathering is over, this lane arrives for those who gathered too.
-    const uint32_t arrivals = task.tile.index < gathered_until ? 1 : fills(place.gathers);
+    const uint32_t arrivals = task.tile.index < gathered_until ? 1 : fills(sh.gathers);
     const uint32_t blocks = task.blocks, turns = task.turns;
     // Weights used once L2 need not keep.
     const uint32_t uses =
         ceil_div(expert_row_tiles(sh.tables, sh.shape, task.tile.expert), shared ? 2 : 1);
     const uint64_t policy = uses == 1 ? ptx::policy_evict_first() : ptx::policy_normal();
-    cut_stages(sh, place, cursor, task, stall);
     for (uint32_t i = 0; i < turns; ++i, cursor.next()) {
       uint64_t* full = &sh.full[cursor.stage];
       await_empty(sh, cursor.stage, cursor.turn(), stall);

@@ -29,8 +29,13 @@ __device__ __forceinline__ uint32_t smid() {
   return id;
 }
 
-// The lane, asked for anew: what follows from it is then worked out here, and not kept in registers, or spilled
-// to memory, from wherever it could be worked out first.
+// The thread and the lane, asked for anew: what follows from them is then worked out here, and not kept in
+// registers, or spilled to memory, from wherever it could be worked out first.
+__device__ __forceinline__ uint32_t thread_id() {
+  uint32_t thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
 __device__ __forceinline__ uint32_t lane_id() {
   uint32_t lane;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
@@ -295,6 +300,15 @@ __device__ __forceinline__ void tma_load_5d(void* to, const void* map, uint64_t*
       " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(shared_address(to)),
       "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4),
       "l"(policy)
+      : "memory");
+}
+
+// Into L2 alone.
+__device__ __forceinline__ void tma_prefetch_5d(const void* map, int32_t c0, int32_t c1, int32_t c2,
+                                                int32_t c3, int32_t c4) {
+  asm volatile(
+      "cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];" ::"l"(map),
+      "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
       : "memory");
 }
 

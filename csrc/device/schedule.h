@@ -99,7 +99,7 @@ __device__ __forceinline__ void send_message(Shared<kTraced>& sh, const Place& p
                                              const PairMessage& message) {
   const uint32_t to = ptx::shared_address(&sh.messages[slot]) + place.to_other;
   const uint32_t full = ptx::shared_address(&sh.pair_full[slot]) + place.to_other;
-  ptx::store_async(to, full, {message.index, message.has, message.turns, message.shared_low});
+  ptx::store_async(to, full, {message.index, message.has, message.turns, message.shared});
   if constexpr (kTraced) {
     auto low = [](uint64_t v) { return static_cast<uint32_t>(v); };
     auto high = [](uint64_t v) { return static_cast<uint32_t>(v >> 32); };
@@ -201,8 +201,7 @@ struct TaskRing {
     task.tile = tile;
     task.blocks = tile.rows == 0 ? 0 : ceil_div(depth_of(sh.shape, tile.gemm), kTileK);
     task.turns = message.turns;
-    task.shared = message.shared_low & 1;
-    task.low = message.shared_low >> 1;
+    task.shared = message.shared;
     if (tile.gemm == 2 && tile.rows != 0) find_returns(sh, tile, task.returns);
     if constexpr (kTraced) {
       task.wait_kind = static_cast<uint32_t>(message.wait_kind_lacking);
@@ -278,8 +277,6 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
   TaskRing<kTraced> ring{sh, place, sh.actors[static_cast<int>(Lane::k_sched)]};
   const uint32_t tiles = tiles_of_rank(sh.tables, shape, place.rank);
   const uint32_t clusters = shape.chunks / place.pair_size;
-  const uint64_t* abort_word = place.heap.at<uint64_t>(sh.layout.abort_word);
-  uint64_t* counter = next_tile_word(place.heap, sh.layout, place.epoch);
   auto tell_other = [&](const PairMessage& message) {
     if (place.pair_size == 2) send_message(sh, place, ring.handed % kTasks, message);
   };
@@ -295,7 +292,7 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
   auto run = [&](const Tile& one, const Tile& two) {
     PairMessage message{};
     auto await = [&](const Tile& tile) {
-      if (tile.rows == 0 || (tile.gemm == 1 && gathers_unawaited(place, ring.handed))) return true;
+      if (tile.rows == 0 || (tile.gemm == 1 && gathers_unawaited(sh, ring.handed))) return true;
       return await_operands(ring, tile, message) == Status::kOk;
     };
     if (!await(one) || !await(two)) return false;
@@ -304,10 +301,8 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
     message.index = two.index;
     message.has = two.rows != 0;
     message.turns = ceil_div(depth, kTileK);
-    const bool shared = one.rows != 0 && two.rows != 0 && one.gemm == two.gemm &&
-                        one.expert == two.expert && one.col_tile == two.col_tile;
-    const bool low = max_u32(one.rows, two.rows) <= kLowTileRows;
-    message.shared_low = (shared ? 1 : 0) | (low ? 2 : 0);
+    message.shared = one.rows != 0 && two.rows != 0 && one.gemm == two.gemm &&
+                     one.expert == two.expert && one.col_tile == two.col_tile;
     tell_other(message);
     ring.hand_over(one, message);
     return true;
@@ -317,7 +312,8 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
     ring.make_room();
     // Both on their way while the other CTA is awaited.  The first pairs are dealt, so that no CTA begins
     // by a round trip to the counter.
-    const uint64_t aborted = ptx::load_relaxed_sys(abort_word);
+    const uint64_t aborted = ptx::load_relaxed_sys(place.heap.at<uint64_t>(sh.layout.abort_word));
+    uint64_t* counter = next_tile_word(place.heap, sh.layout, place.epoch);
     const uint64_t pair = ring.handed == 0 ? place.chunk / place.pair_size
                                            : clusters + ptx::fetch_add_relaxed_gpu(counter, 1);
     await_other();

@@ -129,14 +129,14 @@ __device__ __forceinline__ void store_hidden(const Shared<kTraced>& sh, const Pl
                      32 / kUnits * row_bytes, 0, tile.rows, column < inter};
   const SigmoidGate gate(kind);
   if constexpr (kGated) {
-    store_transposed<kN, kUnits, kEpilogueBytesWarp<kGated>>(
+    store_transposed<kN, kUnits, kEpilogueBytesWarp<kGated, kN>>(
         buffer, goal, [&](uint32_t j, uint32_t m) {
           const uint32_t at = 4 * j + 2 * m;
           return pack<T>(gate(sums[0][at]) * sums[1][at], gate(sums[0][at + 1]) * sums[1][at + 1]);
         });
   } else {
     auto pair = [&](const auto& f) {
-      store_transposed<kN, kUnits, kEpilogueBytesWarp<kGated>>(
+      store_transposed<kN, kUnits, kEpilogueBytesWarp<kGated, kN>>(
           buffer, goal, [&](uint32_t j, uint32_t m) {
             const uint32_t at = 4 * j + m / 2 * 2;
             return pack<T>(f(sums[m % 2][at]), f(sums[m % 2][at + 1]));
@@ -168,7 +168,7 @@ __device__ __forceinline__ void store_returns(const Shared<kTraced>& sh, const T
     const uint32_t end = min_u32(path->end - tile.row0, tile.rows);
     const RowGoal goal{path->base + (tile.row0 + lane / kUnits) * row_bytes + column * sizeof(T),
                        32 / kUnits * row_bytes, first, end, column < hidden};
-    store_transposed<kN, kUnits, kEpilogueBytesWarp<kGated>>(
+    store_transposed<kN, kUnits, kEpilogueBytesWarp<kGated, kN>>(
         buffer, goal, [&](uint32_t j, uint32_t m) {
           const uint32_t at = 4 * j + m / 2 * 2;
           return pack<T>(sums[m % 2][at], sums[m % 2][at + 1]);

@@ -1,4 +1,4 @@
-// One tile: 256 weight rows times up to 192 rows of tokens, multiplied by two warp
+// One tile: 256 weight rows times up to 176 rows of tokens, multiplied by two warp
 // groups.
 //
 // The weights are the product's M and the tokens its N: a tile's rows then cost what they are, in steps
@@ -116,7 +116,7 @@ __device__ __forceinline__ void run_tile(Shared<kTraced>& sh, const Place& place
   uint32_t last = 0;
   const uint32_t stall =
       multiply<T, kN>(sh, ptx::shared_address(stages), cursor, task.blocks, weights,
-                      place.gathers && tile.gemm == 1, release, last, sums);
+                      sh.gathers && tile.gemm == 1, release, last, sums);
   // Over weight rows that only this warp's products have read.
   char* buffer =
       stages + cursor.offset(last) + weights.of_group + warp % kTeamWarps * 2 * weights.atom_stride;
@@ -163,11 +163,8 @@ __device__ __forceinline__ void multiply_tile(Shared<kTraced>& sh, const Place& 
         FLASHMOE_TILE(32)
       case 2:
         FLASHMOE_TILE(64)
-      case 3:
-      case 4:
-        FLASHMOE_TILE(128)
       default:
-        FLASHMOE_TILE(192)
+        FLASHMOE_TILE(128)
     }
   } else {
     switch (rows <= 8 ? 0 : ceil_div(rows, 16)) {
@@ -193,10 +190,8 @@ __device__ __forceinline__ void multiply_tile(Shared<kTraced>& sh, const Place& 
         FLASHMOE_TILE(144)
       case 10:
         FLASHMOE_TILE(160)
-      case 11:
-        FLASHMOE_TILE(176)
       default:
-        FLASHMOE_TILE(192)
+        FLASHMOE_TILE(176)
     }
   }
 #undef FLASHMOE_TILE
@@ -208,14 +203,13 @@ __device__ __forceinline__ void multiply_tiles(Shared<kTraced>& sh, const Place&
                                                char* stages, uint32_t group) {
   const bool leads = threadIdx.x % kGroupThreads == 0;
   const StageRelease release{place.to_other};
-  StageCursor cursor(place.gathers);
+  StageCursor cursor(sh.gathers);
   for (uint32_t n = 0;; ++n) {
     const uint32_t slot = n % kTasks;
     ptx::mbarrier_wait(&sh.task_full[slot], n / kTasks & 1);
     const Task& task = sh.tasks[slot];
     const Tile& tile = task.tile;  // read when needed: the sums leave few registers
     if (tile.gemm == 0) return;
-    cursor.cut(place.gathers, task.low != 0);
     if (leads) {
       sh.actors[static_cast<int>(Lane::k_math0) + group].doing(
           tile.gemm == 1 ? EventKind::k_gemm1 : EventKind::k_gemm2, kNoPeer, tile.expert,

@@ -44,8 +44,6 @@ __device__ __forceinline__ void wgmma_first(float (&d)[kN / 2], uint64_t a, uint
 #define FLASHMOE_SUMS_80(how) FLASHMOE_SUMS_72(how), how(d[72]), how(d[73]), how(d[74]), how(d[75]), how(d[76]), how(d[77]), how(d[78]), how(d[79])
 #define FLASHMOE_PLACES_88 FLASHMOE_PLACES_80 ", " "%80, %81, %82, %83, %84, %85, %86, %87"
 #define FLASHMOE_SUMS_88(how) FLASHMOE_SUMS_80(how), how(d[80]), how(d[81]), how(d[82]), how(d[83]), how(d[84]), how(d[85]), how(d[86]), how(d[87])
-#define FLASHMOE_PLACES_96 FLASHMOE_PLACES_88 ", " "%88, %89, %90, %91, %92, %93, %94, %95"
-#define FLASHMOE_SUMS_96(how) FLASHMOE_SUMS_88(how), how(d[88]), how(d[89]), how(d[90]), how(d[91]), how(d[92]), how(d[93]), how(d[94]), how(d[95])
 
 // `r` registers of sums, then the numbers of the two operands that follow them; `one` is 1 to add.
 #define FLASHMOE_WGMMA(name, type, word, n, r, pb, one, sums)                                       \
@@ -75,7 +73,6 @@ FLASHMOE_WGMMA_BOTH(128, 64, 65)
 FLASHMOE_WGMMA_BOTH(144, 72, 73)
 FLASHMOE_WGMMA_BOTH(160, 80, 81)
 FLASHMOE_WGMMA_BOTH(176, 88, 89)
-FLASHMOE_WGMMA_BOTH(192, 96, 97)
 // clang-format on
 
 }  // namespace flashmoe::ptx

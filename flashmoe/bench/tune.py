@@ -20,7 +20,7 @@ from flashmoe.tokens import random_tokens
 from flashmoe.tuning import Tiling
 from flashmoe.weights import random_weights
 
-ROWS = (128, 144, 160, 176, 192)
+ROWS = (96, 128, 144, 160)
 WAVES = (2, 4, 8)
 
 

@@ -21,14 +21,15 @@ THREADS = 384
 SHARED_BYTES = (4 * 54 + 10 + 1) * 1024
 """Dynamic shared memory of a block, as csrc/device/cta.h sums it up (kSharedBytes)."""
 
-TILE_ROWS = 192
+TILE_ROWS = {"bf16": 176, "fp16": 128}
 TILE_ROWS_STEP = {"bf16": 16, "fp16": 64}
-"""Tile heights are multiples of it: what the kernel is compiled for (csrc/device/tile.h)."""
+"""The most rows that a tile may have, and what heights are multiples of: what the kernel is
+compiled for (csrc/device/tile.h)."""
 
 TILE_WEIGHT_ROWS = 256
 TILE_DEPTH = 64
-FAMILY = "sm90-256w-192t"
-"""256 weight rows by up to 192 rows of tokens."""
+FAMILY = "sm90-256w-176t"
+"""256 weight rows by up to 176 rows of tokens."""
 
 ROW_BOXES = (16, 32, 64, 128)
 """Rows of the boxes that a tile's tokens are fetched in (csrc/core/args.h)."""
@@ -70,7 +71,7 @@ def check_experts(config: MoEConfig) -> None:
 def untuned(config: MoEConfig, tokens: int) -> Tiling:
     """The cut of tiles for up to ``tokens`` tokens of a rank, where no tuning says otherwise."""
     h_bytes = tokens * config.top_k * config.intermediate * 2
-    return Tiling(TILE_ROWS, waves=2 if h_bytes <= TWO_WAVES_BYTES else 4)
+    return Tiling(TILE_ROWS[config.dtype], waves=2 if h_bytes <= TWO_WAVES_BYTES else 4)
 
 
 def tiling(config: MoEConfig, tokens: int) -> Tiling:

@@ -30,7 +30,8 @@ from .fakes import HostStopwatch, TorchEngine, machine, opened_gpu, quiet
 
 TINY = PRESETS["tiny"].config
 CUT = Tiling(160, 2)
-UNTUNED = Tiling(TILE_ROWS, 4)
+MOST_ROWS = TILE_ROWS[TINY.dtype]
+UNTUNED = Tiling(MOST_ROWS, 4)
 
 
 @pytest.fixture(autouse=True)
@@ -98,8 +99,8 @@ def test_a_table_of_no_use_is_one_clear_error(table: Path, text: str) -> None:
 def test_h_that_l2_holds_half_of_is_cut_in_two_waves() -> None:
     row_bytes = TINY.top_k * TINY.intermediate * 2
     most = TWO_WAVES_BYTES // row_bytes
-    assert untuned(TINY, most) == Tiling(TILE_ROWS, 2)
-    assert untuned(TINY, most + 1) == Tiling(TILE_ROWS, 4)
+    assert untuned(TINY, most) == Tiling(MOST_ROWS, 2)
+    assert untuned(TINY, most + 1) == Tiling(MOST_ROWS, 4)
     shape = launch_shape(TINY, 1, 4, most, tiling(TINY, most))
     assert shape["wave_experts"] == -(-TINY.experts // 2)
 
@@ -167,7 +168,7 @@ def test_the_fastest_cut_is_found_in_two_steps() -> None:
     assert found["tuned"]
     assert 0.2 < found["ratio"] < 0.8
     assert found["tokens"] == [8, 16]
-    assert len(found["scores"]) == 5 + 4  # 192 to 128 rows; untuned, 160 rows, two more of waves
+    assert len(found["scores"]) == 5 + 4  # 176 to 96 rows; untuned, 160 rows, two more of waves
 
 
 def test_a_wrong_result_is_not_chosen_but_said(monkeypatch: pytest.MonkeyPatch) -> None:
