@@ -328,7 +328,7 @@ __device__ inline void record_all(Shared<kTraced>& sh, EventKind kind, uint32_t 
 }
 
 // Steps 1 to 3: gate, barrier, counts, plan.  kOk if rows may move.
-template <class T, bool kGated, bool kTraced>
+template <class T, bool kTraced>
 __device__ inline Status prepare(Shared<kTraced>& sh, const Place& place, char* stages) {
   const uint32_t tokens = chunk_begin(sh.shape, place.tokens, place.chunk + 1) -
                           chunk_begin(sh.shape, place.tokens, place.chunk);
@@ -341,9 +341,6 @@ __device__ inline Status prepare(Shared<kTraced>& sh, const Place& place, char* 
   }
   if (!rank_barrier(sh, place)) return static_cast<Status>(sh.status);
   own_counts(sh, place);
-  if (threadIdx.x / 32 == kCommWarp && sh.shape.world == 1) {
-    prefetch_first_weights<kGated>(sh, place, own_rows(sh, place));
-  }
   send_counts(sh, place);
   if (!await_counts(sh, place)) return static_cast<Status>(sh.status);
   make_plan(sh, place);
@@ -388,7 +385,7 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
   const Place place = enter(sh, args);
   Status status = static_cast<Status>(sh.status);
   __syncthreads();
-  if (status == Status::kOk) status = prepare<T, kGated>(sh, place, stages);
+  if (status == Status::kOk) status = prepare<T>(sh, place, stages);
   if (status != Status::kOk) {
     if (threadIdx.x == 0) tell_left(sh, place);
     leave(sh, place, status);

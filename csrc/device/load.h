@@ -59,48 +59,6 @@ struct WeightBox {
   }
 };
 
-inline constexpr uint32_t kEarlyBlocks = 10;
-// Brings the first blocks of the weights of this CTA's first tile into L2, as soon as the rows of all experts are
-// known: until the tile's own loads begin, memory would have nothing to do.  By one warp, where there is one rank.
-template <bool kGated, bool kTraced>
-__device__ __forceinline__ void prefetch_first_weights(const Shared<kTraced>& sh,
-                                                       const Place& place,
-                                                       const uint32_t* rows_of) {
-  const Shape& shape = sh.shape;
-  const uint32_t lane = threadIdx.x % 32, columns = column_tiles(shape, 1);
-  const uint32_t experts = min_u32(shape.wave_experts, shape.experts);
-  const uint32_t index = place.chunk;  // the first pairs of tiles are dealt
-  uint32_t before = 0;
-  for (uint32_t e0 = 0; e0 < experts; e0 += 32) {
-    const uint32_t rows = e0 + lane < experts ? rows_of[e0 + lane] : 0;
-    const uint32_t row_tiles = rows == 0 ? 0 : ceil_div(rows, tile_height(shape, rows));
-    const uint32_t running = warp_running_sum(row_tiles * columns);
-    const uint32_t lanes = __ballot_sync(0xffffffffu, before + running > index);
-    if (lanes == 0) {
-      before += __shfl_sync(0xffffffffu, running, 31);
-      continue;
-    }
-    const uint32_t of_lane = __ffs(lanes) - 1;
-    const uint32_t tiles = __shfl_sync(0xffffffffu, row_tiles, of_lane);
-    const uint32_t end = before + __shfl_sync(0xffffffffu, running, of_lane);
-    if (lane == 0) {
-      Tile tile{};
-      tile.gemm = 1;
-      tile.expert = e0 + of_lane;
-      tile.col_tile = position_in_segment(index + tiles * columns - end, tiles, columns).col;
-      const WeightBox box = WeightBox::of<kGated>(*place.args, tile, 0);
-      const uint32_t blocks = min_u32(kEarlyBlocks, ceil_div(shape.hidden, kTileK));
-#pragma unroll 1
-      for (uint32_t i = 0; i < 2 * blocks; ++i) {
-        const int32_t half = i % 2;
-        ptx::tma_prefetch_5d(box.map, i / 2 * kTileK, box.c1 + half * box.step1,
-                             box.c2 + half * box.step2, box.c3, 0);
-      }
-    }
-    return;
-  }
-}
-
 // Until a stage may be filled; adds the cycles that took, should it not have been at once.
 template <bool kTraced>
 __device__ __forceinline__ void await_empty(Shared<kTraced>& sh, uint32_t stage, uint32_t turn,

@@ -303,15 +303,6 @@ __device__ __forceinline__ void tma_load_5d(void* to, const void* map, uint64_t*
       : "memory");
 }
 
-// Into L2 alone.
-__device__ __forceinline__ void tma_prefetch_5d(const void* map, int32_t c0, int32_t c1, int32_t c2,
-                                                int32_t c3, int32_t c4) {
-  asm volatile(
-      "cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];" ::"l"(map),
-      "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
-      : "memory");
-}
-
 // The same into both CTAs of a pair: to this place and to this barrier of each.
 __device__ __forceinline__ void tma_load_5d_both(void* to, const void* map, uint64_t* barrier,
                                                  int32_t c0, int32_t c1, int32_t c2, int32_t c3,

@@ -23,8 +23,8 @@ SHARED_BYTES = (4 * 54 + 10 + 1) * 1024
 
 TILE_ROWS = {"bf16": 176, "fp16": 128}
 TILE_ROWS_STEP = {"bf16": 16, "fp16": 64}
-"""The most rows that a tile may have, and what heights are multiples of: what the kernel is
-compiled for (csrc/device/tile.h)."""
+"""The most rows that a tile may have, and what heights are multiples of: what the kernel is compiled
+for (csrc/device/tile.h)."""
 
 TILE_WEIGHT_ROWS = 256
 TILE_DEPTH = 64
