@@ -46,6 +46,8 @@ struct alignas(64) RankArgs {
 inline uint32_t pair_size(const Shape& s) { return s.chunks % 2 == 0 ? 2 : 1; }
 
 struct LaunchArgs {
+  const char* code;     // of the entry point launched, where the host knows it: else null
+  uint64_t code_bytes;  // a multiple of 128
   Shape shape;
   HeapLayout layout;
   Heap heaps[kMaxRanks];  // as this process reaches them

@@ -147,8 +147,9 @@ struct Shared : PendingResults<kPuts> {
   uint64_t task_empty[kTasks];
   uint64_t pair_full[kTasks];   // second CTA: a message is here, of kMessageBytes
   uint64_t pair_empty[kTasks];  // first CTA: the second can take another task
+  uint64_t pair_ready;          // second CTA: the first's stages are free, or it has left
   PairMessage messages[kTasks];
-  uint64_t other_left;  // first CTA: the second has left before the roles parted
+  uint64_t other_left;  // the other CTA of the pair has left before the roles parted
   uint64_t piece_full[kCommWarps][kPieces];
   PieceGoal piece_goals[kCommWarps][kPieces];
   uint64_t first_full[kWarps];  // of the rows that each warp dispatches before the roles part

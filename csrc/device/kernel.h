@@ -69,6 +69,7 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
       ptx::mbarrier_init(&sh.pair_full[i], 1);
       ptx::mbarrier_init(&sh.pair_empty[i], 1);
     }
+    ptx::mbarrier_init(&sh.pair_ready, 1);
     ptx::mbarrier_init(&sh.order_full, 1);
     ptx::fence_mbarrier_init();
   }
@@ -339,7 +340,10 @@ __device__ inline Status prepare(Shared<kTraced>& sh, const Place& place, char* 
     if (threadIdx.x == 0) raise_abort(sh, Status::kBadIds);
     return Status::kBadIds;
   }
+  // The gate wrote its scratch by ordinary stores where bulk and tensor copies will write.
+  ptx::fence_proxy_async();
   if (!rank_barrier(sh, place)) return static_cast<Status>(sh.status);
+  if (sh.gathers) tell_ready(sh, place);
   own_counts(sh, place);
   send_counts(sh, place);
   if (!await_counts(sh, place)) return static_cast<Status>(sh.status);
@@ -375,8 +379,20 @@ __device__ inline void leave(Shared<kTraced>& sh, const Place& place, Status sta
   *place.heap.at<uint64_t>(sh.layout.epoch_word) = place.epoch;
 }
 
+// Brings the launch's code into L2, a line a thread, by all CTAs together.  A launch may find none of it there, and
+// what is run once and in line takes as long as its instructions take to come: from memory, at worst.
+__device__ __forceinline__ void prefetch_code(const LaunchArgs& args) {
+  constexpr uint32_t kLine = 128;
+  const uint32_t step = kThreads * gridDim.x * kLine;
+  for (uint32_t at = (ptx::thread_id() * gridDim.x + blockIdx.x) * kLine; at < args.code_bytes;
+       at += step) {
+    ptx::prefetch_l2(args.code + at);
+  }
+}
+
 template <class T, bool kGated, bool kTraced>
 __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
+  prefetch_code(args);
   extern __shared__ char dynamic[];
   // Swizzled stages start at multiples of 1,024 bytes.
   char* stages = dynamic + (1024 - (ptx::shared_address(dynamic) & 1023) & 1023);
@@ -391,9 +407,6 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
     leave(sh, place, status);
     return;
   }
-  // The gate wrote its scratch by ordinary stores where bulk and tensor copies will write.
-  ptx::fence_proxy_async();
-  __syncthreads();
   dispatch_first(sh, place, args.fault, stages);
   const uint32_t warp = threadIdx.x / 32;
   if (warp < kMathWarp) {

@@ -44,6 +44,14 @@ extern "C" __global__ void flashmoe_clock_probe(uint64_t* out, char* scratch,
   out[3] = kRecords;
 }
 
+// Tells the host where this kernel's code lies, or that of another which the host has put in its place
+// (flashmoe/kernels/places.py).  One thread.
+extern "C" __global__ void flashmoe_code_place(uint64_t* out) {
+  uint64_t at;
+  asm volatile("mov.u64 %0, flashmoe_code_place;" : "=l"(at));
+  *out = at;
+}
+
 // Tells the host what time it is: `answer` (pinned) = {%globaltimer in ns, number of the question}, the
 // number last.  One thread.
 extern "C" __global__ void flashmoe_now(volatile uint64_t* answer, uint64_t number) {

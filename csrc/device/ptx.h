@@ -359,6 +359,11 @@ __device__ __forceinline__ void bulk_wait_all() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
+// The line of 128 bytes at an address into L2; at what is no address, nothing.
+__device__ __forceinline__ void prefetch_l2(const void* at) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+}
+
 // ---- 16 bytes of a row ---------------------------------------------------------------------------
 
 __device__ __forceinline__ uint4 load_shared(uint32_t address) {

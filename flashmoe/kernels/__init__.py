@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from flashmoe.build_info import BuildInfo, Cubin, build_info
 from flashmoe.errors import EXIT_NO_GPU, FlashmoeError
+from flashmoe.kernels import places
 
 if TYPE_CHECKING:
     from cuda.core import ObjectCode
@@ -134,12 +135,18 @@ def select(device: int = 0, flavour: str = "p2p", kernel: str = "moe") -> Cubin:
     return cubin
 
 
-def load(device: int = 0, flavour: str = "p2p", kernel: str = "moe") -> ObjectCode:
+def load(
+    device: int = 0, flavour: str = "p2p", kernel: str = "moe", telling: str = ""
+) -> tuple[ObjectCode, int]:
     """The kernel file for GPU ``device`` as cuda.core's ObjectCode; ``get_kernel(name)`` loads.
 
-    Raises as :func:`select` does.
+    Its :data:`places.PLACE` tells where entry point ``telling`` lies, whose code has as many bytes
+    as are returned; 0: nothing is told.  Raises as :func:`select` does.
     """
     cubin = select(device, flavour, kernel)
     from cuda.core import ObjectCode
 
-    return ObjectCode.from_cubin(cubin.path.read_bytes(), name=cubin.file)
+    binary, size = cubin.path.read_bytes(), 0
+    if telling:
+        binary, size = places.telling(binary, telling)
+    return ObjectCode.from_cubin(binary, name=cubin.file), size

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from flashmoe import kernels
 from flashmoe.errors import FlashmoeError
+from flashmoe.kernels import places
 from flashmoe.trace import schema
 from flashmoe.tuning import Tiling, tiling_of
 
@@ -23,8 +25,8 @@ SHARED_BYTES = (4 * 54 + 10 + 1) * 1024
 
 TILE_ROWS = {"bf16": 176, "fp16": 128}
 TILE_ROWS_STEP = {"bf16": 16, "fp16": 64}
-"""The most rows that a tile may have, and what heights are multiples of: what the kernel is compiled
-for (csrc/device/tile.h)."""
+"""The most rows that a tile may have, and what heights are multiples of: what the kernel is
+compiled for (csrc/device/tile.h)."""
 
 TILE_WEIGHT_ROWS = 256
 TILE_DEPTH = 64
@@ -33,6 +35,9 @@ FAMILY = "sm90-256w-176t"
 
 ROW_BOXES = (16, 32, 64, 128)
 """Rows of the boxes that a tile's tokens are fetched in (csrc/core/args.h)."""
+
+LINE = 128
+"""Bytes of a line of L2."""
 
 MAX_RANKS = 8
 MAX_EXPERTS = 1024
@@ -115,9 +120,22 @@ def launch_shape(
 
 
 @functools.cache
-def code(device: int, flavour: str) -> Any:
-    """The cubin of this flavour that fits GPU ``device``, loaded once: cuda.core's ObjectCode."""
-    return kernels.load(device, flavour)
+def code(device: int, flavour: str, telling: str = "") -> tuple[Any, int]:
+    """The cubin of this flavour that fits GPU ``device``, loaded once: :func:`kernels.load`."""
+    return kernels.load(device, flavour, telling=telling)
+
+
+@functools.cache
+def code_place(device: int, entry: str) -> tuple[int, int]:
+    """Address and bytes of an entry point's code on GPU ``device``; (0, 0) where it is not told."""
+    _, size = code(device, "p2p", entry)
+    if size == 0:
+        return 0, 0
+    out = torch.zeros(1, dtype=torch.int64, device=torch.device("cuda", device))
+    place = Kernel(out.device, places.PLACE, telling=entry)
+    place.launch(1, 1, (out.data_ptr(),), (ctypes.c_uint64,))
+    address = int(out.item())
+    return (address, -(-size // LINE) * LINE) if address != 0 else (0, 0)
 
 
 class Kernel:
@@ -127,15 +145,21 @@ class Kernel:
     """
 
     def __init__(
-        self, device: torch.device, name: str, shared_bytes: int = 0, flavour: str = "p2p"
+        self,
+        device: torch.device,
+        name: str,
+        shared_bytes: int = 0,
+        flavour: str = "p2p",
+        telling: str = "",
     ) -> None:
         from cuda.bindings import driver
 
         self.device = device
         self.shared_bytes = shared_bytes
+        self.code = 0, 0  # address and bytes, where they are known
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # makes torch's context the current one
-            kernel = code(device.index, flavour).get_kernel(name)
+            kernel = code(device.index, flavour, telling)[0].get_kernel(name)
             self.function = check(driver.cuKernelGetFunction(kernel.handle), "finding the kernel")
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             check(
@@ -150,12 +174,18 @@ class Kernel:
         """The forward of a layer: see :meth:`launch_moe`."""
         kind = "gated" if config.gated else "plain"
         how = "traced" if traced else "untraced"
-        return cls(device, f"moe_{config.dtype}_{kind}_{how}", SHARED_BYTES, flavour)
+        name = f"moe_{config.dtype}_{kind}_{how}"
+        # NVSHMEM initialises the one module that the engine has loaded.
+        telling = name if flavour == "p2p" else ""
+        moe = cls(device, name, SHARED_BYTES, flavour, telling)
+        if telling:
+            moe.code = code_place(device.index, name)
+        return moe
 
     def launch_moe(self, ranks: int, chunks: int, args: ctypes.Array[ctypes.c_char]) -> None:
         """One launch of ``ranks`` ranks of ``chunks`` CTAs on torch's current stream; no wait.
 
-        ``args``: a LaunchArgs of csrc/core/args.h.
+        ``args``: a LaunchArgs of csrc/core/args.h but for its first two words, where the code lies.
         """
         from cuda.bindings import driver
 
@@ -175,6 +205,7 @@ class Kernel:
         cluster.value.clusterDim.y = cluster.value.clusterDim.z = 1
         config.attrs = [cooperative, cluster]
         config.numAttrs = 2
+        struct.pack_into("<QQ", args, 0, *self.code)
         # The driver copies the arguments before it returns.
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(args))
         check(
