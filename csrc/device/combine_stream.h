@@ -148,10 +148,10 @@ __device__ __forceinline__ Status combine_stream(Shared<kTraced>& sh, const Plac
         uint64_t* full = ring.full + slot;
         ptx::mbarrier_expect(full, two ? 2 * bytes : bytes);
         char* piece = ring.pieces + slot * (2 * kSlice);
-        ptx::bulk_load(piece, ret + static_cast<uint64_t>(row0) * row_bytes, bytes, full);
+        ptx::bulk_load_last(piece, ret + static_cast<uint64_t>(row0) * row_bytes, bytes, full);
         if (two) {
-          ptx::bulk_load(piece + kSlice, ret + static_cast<uint64_t>(row1) * row_bytes, bytes,
-                         full);
+          ptx::bulk_load_last(piece + kSlice, ret + static_cast<uint64_t>(row1) * row_bytes, bytes,
+                              full);
         }
       }
       ++issued;
@@ -239,7 +239,7 @@ __device__ __forceinline__ Status combine_stream(Shared<kTraced>& sh, const Plac
           T* values = reinterpret_cast<T*>(&out);
 #pragma unroll
           for (int v = 0; v < 8; ++v) values[v] = static_cast<T>(sum[c][v]);
-          reinterpret_cast<uint4*>(y)[unit] = out;
+          __stcs(reinterpret_cast<uint4*>(y) + unit, out);
         }
       }
     }

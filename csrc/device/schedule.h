@@ -127,10 +127,11 @@ __device__ inline void tell_left(Shared<kTraced>& sh, const Place& place) {
   }
 }
 
-// The second CTA of a pair can take a task into `slot`.
+// The second CTA of a pair awaits a message in `slot`; returns the first one's barrier that says so once it has
+// been arrived at.
 template <bool kTraced>
-__device__ __forceinline__ uint32_t await_message(Shared<kTraced>& sh, const Place& place,
-                                                  uint32_t slot) {
+__device__ __forceinline__ uint32_t expect_message(Shared<kTraced>& sh, const Place& place,
+                                                   uint32_t slot) {
   ptx::mbarrier_expect(&sh.pair_full[slot], kMessageBytes<kTraced>);
   return ptx::shared_address(&sh.pair_empty[slot]) + place.to_other;
 }
@@ -143,7 +144,7 @@ __device__ __forceinline__ void tell_ready(Shared<kTraced>& sh, const Place& pla
   if (place.pair_size == 1 || ptx::thread_id() != kSchedWarp * 32) return;
   ptx::mbarrier_arrive_cluster(place.pair_rank == 0
                                    ? ptx::shared_address(&sh.pair_ready) + place.to_other
-                                   : await_message(sh, place, 0));
+                                   : expect_message(sh, place, 0));
 }
 
 // Fills in where the rows of a GEMM2 tile go.
@@ -417,9 +418,9 @@ __device__ inline void follow_schedule(Shared<kTraced>& sh, const Place& place) 
     // The first arrival publishes that the stages are free, and waits for all that this thread has stored; then
     // there is nothing to publish.
     if (heard != 0) {
-      ptx::mbarrier_arrive_other(await_message(sh, place, slot));
+      ptx::mbarrier_arrive_other(expect_message(sh, place, slot));
     } else if (!sh.gathers) {
-      ptx::mbarrier_arrive_cluster(await_message(sh, place, slot));
+      ptx::mbarrier_arrive_cluster(expect_message(sh, place, slot));
     }
     ring.await_other(&sh.pair_full[slot], heard / kTasks);
     const PairMessage message = sh.messages[slot];
