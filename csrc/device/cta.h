@@ -59,10 +59,16 @@ inline constexpr uint32_t kGateStages = 8;
 // Plan tables of up to so many words lie in shared memory, larger ones in the heap.
 inline constexpr uint32_t kTableWords = 1536;
 
-// One task is being computed while the loads of the next run; a third would only be hoarded.  The ring
-// has a place more, so that a task that is done can be published after the next one is handed over.
-inline constexpr uint32_t kTasksAhead = 2;
+// One task is being computed while the loads of the next run.  Where tiles have many rows, one more is at hand, so that
+// nobody waits for the scheduler; where they have few, the last tasks would be hoarded.  The ring has a place more, so
+// that a task that is done can be published after the next one is handed over.
+inline constexpr uint32_t kTasksAhead = 3;
 inline constexpr uint32_t kTasks = kTasksAhead + 1;
+inline constexpr uint32_t kManyRows = 128;  // of an expert, on average
+__device__ __forceinline__ uint32_t tasks_ahead(const Shape& shape, uint32_t tokens) {
+  const uint64_t rows = static_cast<uint64_t>(tokens) * shape.world * shape.top_k;
+  return rows >= kManyRows * shape.experts ? kTasksAhead : kTasksAhead - 1;
+}
 
 // The gate keeps one warp's share of the experts in a 32-bit mask a lane.
 inline constexpr uint32_t kMaxExperts = 1024;
@@ -147,9 +153,8 @@ struct Shared : PendingResults<kPuts> {
   uint64_t task_empty[kTasks];
   uint64_t pair_full[kTasks];   // second CTA: a message is here, of kMessageBytes
   uint64_t pair_empty[kTasks];  // first CTA: the second can take another task
-  uint64_t pair_ready;          // second CTA: the first's stages are free, or it has left
   PairMessage messages[kTasks];
-  uint64_t other_left;  // the other CTA of the pair has left before the roles parted
+  uint64_t other_left;  // first CTA: the second has left before the roles parted
   uint64_t piece_full[kCommWarps][kPieces];
   PieceGoal piece_goals[kCommWarps][kPieces];
   uint64_t first_full[kWarps];  // of the rows that each warp dispatches before the roles part
@@ -167,6 +172,7 @@ struct Shared : PendingResults<kPuts> {
   uint32_t wait_lacking;
   uint32_t status;        // Status, as this CTA knows it
   bool gathers;           // gathers_rows()
+  uint32_t ahead;         // tasks_ahead()
   uint32_t lacking_word;  // first counts word not there yet
   uint32_t bad_ids;
   uint32_t next_token;  // of this chunk's order, not yet taken for combining

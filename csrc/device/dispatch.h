@@ -212,8 +212,7 @@ __device__ inline void dispatch_first(Shared<kTraced>& sh, const Place& place,
   uint32_t turn_of_full = 0;
   if (sh.gathers) {
     const DispatchUnit own = dispatch_unit(sh, place, 0, groups_of(shape), 0);
-    // By a warp that has nothing else to do before rows are here.
-    if (warp == kMathWarp) {
+    if (warp == 0) {
       ptx::fence_acq_rel_gpu();
       publish_rows(sh, place, fault, own, own.begin, own.end);
     }

@@ -51,6 +51,7 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
                                 : table_place(place.heap, args.layout, args.shape, place.chunk),
                             args.shape);
     sh.gathers = gathers;
+    sh.ahead = tasks_ahead(args.shape, place.tokens);
     sh.bad_ids = 0;
     sh.other_left = 0;
     sh.next_token = 0;
@@ -69,7 +70,6 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
       ptx::mbarrier_init(&sh.pair_full[i], 1);
       ptx::mbarrier_init(&sh.pair_empty[i], 1);
     }
-    ptx::mbarrier_init(&sh.pair_ready, 1);
     ptx::mbarrier_init(&sh.order_full, 1);
     ptx::fence_mbarrier_init();
   }
@@ -340,10 +340,7 @@ __device__ inline Status prepare(Shared<kTraced>& sh, const Place& place, char* 
     if (threadIdx.x == 0) raise_abort(sh, Status::kBadIds);
     return Status::kBadIds;
   }
-  // The gate wrote its scratch by ordinary stores where bulk and tensor copies will write.
-  ptx::fence_proxy_async();
   if (!rank_barrier(sh, place)) return static_cast<Status>(sh.status);
-  if (sh.gathers) tell_ready(sh, place);
   own_counts(sh, place);
   send_counts(sh, place);
   if (!await_counts(sh, place)) return static_cast<Status>(sh.status);
@@ -407,6 +404,9 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
     leave(sh, place, status);
     return;
   }
+  // The gate wrote its scratch by ordinary stores where bulk and tensor copies will write.
+  ptx::fence_proxy_async();
+  __syncthreads();
   dispatch_first(sh, place, args.fault, stages);
   const uint32_t warp = threadIdx.x / 32;
   if (warp < kMathWarp) {

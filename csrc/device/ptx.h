@@ -340,14 +340,18 @@ __device__ __forceinline__ void bulk_load(void* to, const void* from, uint32_t b
       : "memory");
 }
 
-// Of bytes that nobody reads again.
+// Of bytes that nobody reads again.  The policy is made anew, not kept in registers.
 __device__ __forceinline__ void bulk_load_last(void* to, const void* from, uint32_t bytes,
                                                uint64_t* barrier) {
   asm volatile(
+      "{\n"
+      ".reg .b64 policy;\n"
+      "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
       "[%1], "
-      "%2, [%3], %4;" ::"r"(shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy_evict_first())
+      "%2, [%3], policy;\n"
+      "}\n" ::"r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
 }
 

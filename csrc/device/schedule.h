@@ -116,35 +116,14 @@ __device__ __forceinline__ void send_message(Shared<kTraced>& sh, const Place& p
 template <bool kTraced>
 __device__ inline void tell_left(Shared<kTraced>& sh, const Place& place) {
   if (place.pair_size == 1) return;
-  ptx::store_cluster(ptx::shared_address(&sh.other_left) + place.to_other, 1);
   if (place.pair_rank == 0) {
-    ptx::mbarrier_arrive_cluster(ptx::shared_address(&sh.pair_ready) + place.to_other);
     PairMessage none{};
     none.has = kNoWork;
     send_message(sh, place, 0, none);
   } else {
+    ptx::store_cluster(ptx::shared_address(&sh.other_left) + place.to_other, 1);
     ptx::mbarrier_arrive_cluster(ptx::shared_address(&sh.pair_empty[0]) + place.to_other);
   }
-}
-
-// The second CTA of a pair awaits a message in `slot`; returns the first one's barrier that says so once it has
-// been arrived at.
-template <bool kTraced>
-__device__ __forceinline__ uint32_t expect_message(Shared<kTraced>& sh, const Place& place,
-                                                   uint32_t slot) {
-  ptx::mbarrier_expect(&sh.pair_full[slot], kMessageBytes<kTraced>);
-  return ptx::shared_address(&sh.pair_empty[slot]) + place.to_other;
-}
-
-// Tells the other CTA of a pair that the stages here are free for what it loads into both.  One thread.  Where rows
-// are gathered that is so, for good, from the rank's barrier on: nothing else passes through them.  Told then, nobody
-// has to wait for it with the first tiles.
-template <bool kTraced>
-__device__ __forceinline__ void tell_ready(Shared<kTraced>& sh, const Place& place) {
-  if (place.pair_size == 1 || ptx::thread_id() != kSchedWarp * 32) return;
-  ptx::mbarrier_arrive_cluster(place.pair_rank == 0
-                                   ? ptx::shared_address(&sh.pair_ready) + place.to_other
-                                   : expect_message(sh, place, 0));
 }
 
 // Fills in where the rows of a GEMM2 tile go.
@@ -197,11 +176,12 @@ struct TaskRing {
     finish();
     return true;
   }
-  // Until another task may be handed over: all but kTasksAhead - 1 are done.  What is done is not yet
+  // Until another task may be handed over: all but sh.ahead - 1 are done.  What is done is not yet
   // published, since the math groups wait for their next tile first.
   __device__ __forceinline__ void make_room() {
-    if (handed < kTasksAhead) return;
-    const uint32_t last = handed - kTasksAhead;
+    const uint32_t ahead = sh.ahead;
+    if (handed < ahead) return;
+    const uint32_t last = handed - ahead;
     ptx::mbarrier_wait(&sh.task_empty[last % kTasks], last / kTasks & 1);
     actor.skip();  // it had nothing to do until then
   }
@@ -290,37 +270,6 @@ __device__ inline Status await_operands(TaskRing<kTraced>& ring, const Tile& til
                     word, Until::kAtLeast, due, wait);
 }
 
-// The tiles of a rank from its first-th on that a pair runs together; rows 0: there is only one.
-template <bool kTraced>
-__device__ __forceinline__ void tiles_of_pair(const Shared<kTraced>& sh, const Place& place,
-                                              uint32_t first, uint32_t tiles, Tile& one,
-                                              Tile& two) {
-  // By a loop, so that the second is found by code that is there already.
-  const uint32_t count = min_u32(place.pair_size, tiles - first);
-#pragma unroll 1
-  for (uint32_t i = 0; i < count; ++i) {
-    const Tile tile = tile_at(sh.tables, sh.shape, place.rank, first + i);
-    if (i == 0) {
-      one = two = tile;
-      two.rows = 0;
-    } else {
-      two = tile;
-    }
-  }
-}
-
-// What both CTAs of a pair must know of the tiles that they begin together.
-__device__ __forceinline__ void describe_pair(const Shape& shape, const Tile& one, const Tile& two,
-                                              PairMessage& message) {
-  const uint32_t depth = max_u32(one.rows == 0 ? 0 : depth_of(shape, one.gemm),
-                                 two.rows == 0 ? 0 : depth_of(shape, two.gemm));
-  message.index = two.index;
-  message.has = two.rows != 0;
-  message.turns = ceil_div(depth, kTileK);
-  message.shared = one.rows != 0 && two.rows != 0 && one.gemm == two.gemm &&
-                   one.expert == two.expert && one.col_tile == two.col_tile;
-}
-
 // The first CTA of a pair, or a CTA alone: takes pairs of tiles and waits for the rows of both, so that
 // a pair once begun finishes in both; but for first tiles whose rows are gathered (load.h).
 template <bool kTraced>
@@ -348,7 +297,13 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
       return await_operands(ring, tile, message) == Status::kOk;
     };
     if (!await(one) || !await(two)) return false;
-    describe_pair(shape, one, two, message);
+    const uint32_t depth = max_u32(one.rows == 0 ? 0 : depth_of(shape, one.gemm),
+                                   two.rows == 0 ? 0 : depth_of(shape, two.gemm));
+    message.index = two.index;
+    message.has = two.rows != 0;
+    message.turns = ceil_div(depth, kTileK);
+    message.shared = one.rows != 0 && two.rows != 0 && one.gemm == two.gemm &&
+                     one.expert == two.expert && one.col_tile == two.col_tile;
     tell_other(message);
     ring.hand_over(one, message);
     return true;
@@ -366,8 +321,19 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
     if (sh.other_left != 0) break;
     const uint32_t first = static_cast<uint32_t>(pair) * place.pair_size;
     if (first >= tiles || aborted != 0) break;
+    // By a loop, so that the second is found by code that is there already.
     Tile one{}, two{};
-    tiles_of_pair(sh, place, first, tiles, one, two);
+    const uint32_t count = min_u32(place.pair_size, tiles - first);
+#pragma unroll 1
+    for (uint32_t i = 0; i < count; ++i) {
+      const Tile tile = tile_at(sh.tables, shape, place.rank, first + i);
+      if (i == 0) {
+        one = two = tile;
+        two.rows = 0;
+      } else {
+        two = tile;
+      }
+    }
     // Where an expert has an odd number of tiles, a pair may hold its last GEMM1 tile and its first GEMM2
     // tile: the one waits for the other.
     if (two.rows != 0 && one.gemm != two.gemm && one.expert == two.expert) {
@@ -391,42 +357,27 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
   ring.hand_over_exit();
 }
 
-// The second CTA of a pair: takes what the first one's scheduler tells it.  Its first tile, where rows are gathered,
-// it finds by itself: that is dealt, and nothing has to be awaited for it.
+// The second CTA of a pair: takes what the first one's scheduler tells it.
 template <bool kTraced>
 __device__ inline void follow_schedule(Shared<kTraced>& sh, const Place& place) {
-  const Shape& shape = sh.shape;
   TaskRing<kTraced> ring{sh, place, sh.actors[static_cast<int>(Lane::k_sched)]};
-  uint32_t heard = 0;  // messages
-  auto run_first = [&] {
-    const uint32_t tiles = tiles_of_rank(sh.tables, shape, place.rank);
-    if (!sh.gathers || place.chunk >= tiles) return;
-    Tile one{}, two{};
-    tiles_of_pair(sh, place, place.chunk - 1, tiles, one, two);
-    if (two.gemm != 1) return;
-    ring.await_other(&sh.pair_ready, 0);
-    if (sh.other_left != 0) return;
-    PairMessage message{};
-    describe_pair(shape, one, two, message);
-    ring.hand_over(two, message);
-  };
-  run_first();
   for (;;) {
-    const uint32_t slot = heard % kTasks;
+    const uint32_t slot = ring.handed % kTasks;
     if constexpr (kPuts) put_results(sh, place);
-    if (heard == ring.handed) ring.make_room();
-    // The first arrival publishes that the stages are free, and waits for all that this thread has stored; then
+    ring.make_room();
+    ptx::mbarrier_expect(&sh.pair_full[slot], kMessageBytes<kTraced>);
+    const uint32_t empty = ptx::shared_address(&sh.pair_empty[slot]) + place.to_other;
+    // The first publishes that the stages are free, and waits for all that this thread has stored; then
     // there is nothing to publish.
-    if (heard != 0) {
-      ptx::mbarrier_arrive_other(expect_message(sh, place, slot));
-    } else if (!sh.gathers) {
-      ptx::mbarrier_arrive_cluster(expect_message(sh, place, slot));
+    if (ring.handed == 0) {
+      ptx::mbarrier_arrive_cluster(empty);
+    } else {
+      ptx::mbarrier_arrive_other(empty);
     }
-    ring.await_other(&sh.pair_full[slot], heard / kTasks);
+    ring.await_other(&sh.pair_full[slot], ring.handed / kTasks);
     const PairMessage message = sh.messages[slot];
     if (message.has == kNoWork) break;
-    if (heard++ != ring.handed) continue;  // of the first tile
-    Tile tile = tile_at(sh.tables, shape, place.rank, message.index);
+    Tile tile = tile_at(sh.tables, sh.shape, place.rank, message.index);
     if (message.has == 0) tile.rows = 0;
     ring.hand_over(tile, message);
   }
