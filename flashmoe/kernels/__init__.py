@@ -137,16 +137,24 @@ def select(device: int = 0, flavour: str = "p2p", kernel: str = "moe") -> Cubin:
 
 def load(
     device: int = 0, flavour: str = "p2p", kernel: str = "moe", telling: str = ""
-) -> tuple[ObjectCode, int]:
+) -> ObjectCode:
     """The kernel file for GPU ``device`` as cuda.core's ObjectCode; ``get_kernel(name)`` loads.
 
-    Its :data:`places.PLACE` tells where entry point ``telling`` lies, whose code has as many bytes
-    as are returned; 0: nothing is told.  Raises as :func:`select` does.
+    Its :data:`places.PLACE` tells where entry point ``telling`` lies.  Raises as :func:`select`
+    does.
     """
     cubin = select(device, flavour, kernel)
     from cuda.core import ObjectCode
 
-    binary, size = cubin.path.read_bytes(), 0
+    binary = cubin.path.read_bytes()
     if telling:
-        binary, size = places.telling(binary, telling)
-    return ObjectCode.from_cubin(binary, name=cubin.file), size
+        binary, _ = places.telling(binary, telling)
+    return ObjectCode.from_cubin(binary, name=cubin.file)
+
+
+def code_bytes(device: int, entry: str) -> int:
+    """Bytes of the code of an entry point, if :func:`load` can make the cubin tell where it lies.
+
+    Else 0.  Raises as :func:`select` does.
+    """
+    return places.telling(select(device).path.read_bytes(), entry)[1]

@@ -120,7 +120,7 @@ def launch_shape(
 
 
 @functools.cache
-def code(device: int, flavour: str, telling: str = "") -> tuple[Any, int]:
+def code(device: int, flavour: str, telling: str = "") -> Any:
     """The cubin of this flavour that fits GPU ``device``, loaded once: :func:`kernels.load`."""
     return kernels.load(device, flavour, telling=telling)
 
@@ -128,7 +128,7 @@ def code(device: int, flavour: str, telling: str = "") -> tuple[Any, int]:
 @functools.cache
 def code_place(device: int, entry: str) -> tuple[int, int]:
     """Address and bytes of an entry point's code on GPU ``device``; (0, 0) where it is not told."""
-    _, size = code(device, "p2p", entry)
+    size = kernels.code_bytes(device, entry)
     if size == 0:
         return 0, 0
     out = torch.zeros(1, dtype=torch.int64, device=torch.device("cuda", device))
@@ -159,7 +159,7 @@ class Kernel:
         self.code = 0, 0  # address and bytes, where they are known
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # makes torch's context the current one
-            kernel = code(device.index, flavour, telling)[0].get_kernel(name)
+            kernel = code(device.index, flavour, telling).get_kernel(name)
             self.function = check(driver.cuKernelGetFunction(kernel.handle), "finding the kernel")
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             check(

@@ -263,7 +263,7 @@ class NvshmemMemory:
         said = self.job.gather("nvshmem", own)[0]
         ctypes.memmove(uid.ptr, said, _UID_BYTES)
         # By its library: the bindings' module_init prints.
-        library_handle = int(code(self.device.index, "nvshmem")[0].handle)
+        library_handle = int(code(self.device.index, "nvshmem").handle)
         self.job.barrier("starting")
         try:
             nvshmem.core.init(

@@ -221,6 +221,7 @@ def test_a_kill_on_one_of_two_gpus_is_named(tmp_path: Path, way: str) -> None:
     args = ("trace", "tiny", *apart(2), *WAYS[way], "-T", "200", "-o", "run.fmoe")
     how = ("--fault", "killed:1:kernel:1.0", *STUCK, "--deadline", "2", "--json")
     done = finish(start(tmp_path, *args, *how), 1)
+    assert "hang" in done.said, done
     hang = done.said["hang"]
     assert (hang["cause"], hang["culprit"]) == ("dead", 1), done
     run = open_run(tmp_path / "run.fmoe")
