@@ -119,9 +119,13 @@ def launch_shape(
     }
 
 
-@functools.cache
 def code(device: int, flavour: str, telling: str = "") -> Any:
     """The cubin of this flavour that fits GPU ``device``, loaded once: :func:`kernels.load`."""
+    return _loaded(device, flavour, telling)
+
+
+@functools.cache  # which would hold a default that is given for another argument
+def _loaded(device: int, flavour: str, telling: str) -> Any:
     return kernels.load(device, flavour, telling=telling)
 
 
