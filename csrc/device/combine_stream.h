@@ -148,9 +148,9 @@ __device__ __forceinline__ Status combine_stream(Shared<kTraced>& sh, const Plac
         uint64_t* full = ring.full + slot;
         ptx::mbarrier_expect(full, two ? 2 * bytes : bytes);
         char* piece = ring.pieces + slot * (2 * kSlice);
-        ptx::bulk_load_last(piece, ret + static_cast<uint64_t>(row0) * row_bytes, bytes, full);
+        ptx::bulk_load_once(piece, ret + static_cast<uint64_t>(row0) * row_bytes, bytes, full);
         if (two) {
-          ptx::bulk_load_last(piece + kSlice, ret + static_cast<uint64_t>(row1) * row_bytes, bytes,
+          ptx::bulk_load_once(piece + kSlice, ret + static_cast<uint64_t>(row1) * row_bytes, bytes,
                               full);
         }
       }

@@ -341,7 +341,7 @@ __device__ __forceinline__ void bulk_load(void* to, const void* from, uint32_t b
 }
 
 // Of bytes that nobody reads again.  The policy is made anew, not kept in registers.
-__device__ __forceinline__ void bulk_load_last(void* to, const void* from, uint32_t bytes,
+__device__ __forceinline__ void bulk_load_once(void* to, const void* from, uint32_t bytes,
                                                uint64_t* barrier) {
   asm volatile(
       "{\n"

@@ -17,7 +17,7 @@ PLACE = "flashmoe_code_place"
 _SECTION = struct.Struct("<IIQQQQIIQQ")
 _SYMBOL = struct.Struct("<IBBHQQ")
 _RELOCATION = struct.Struct("<QQq")
-_SYMTAB, _RELA = 2, 4
+_SYMBOLS, _RELOCATIONS = 2, 4  # sections' kinds
 _FUNC_DESC_64, _ADDRESS_64 = 0x23, 2
 
 
@@ -31,7 +31,7 @@ def telling(cubin: bytes, entry: str) -> tuple[bytes, int]:
     sections = [_SECTION.unpack_from(cubin, sections_at + i * _SECTION.size) for i in range(count)]
     symbols: dict[str, tuple[int, int]] = {}  # name -> index, bytes
     for _, kind, _, _, at, size, link, *_ in sections:
-        if kind != _SYMTAB:
+        if kind != _SYMBOLS:
             continue
         names = sections[link][4]
         for index in range(size // _SYMBOL.size):
@@ -44,7 +44,7 @@ def telling(cubin: bytes, entry: str) -> tuple[bytes, int]:
     own, (wanted, length) = symbols[PLACE][0], symbols[entry]
     told = bytearray(cubin)
     for _, kind, _, _, at, size, *_ in sections:
-        if kind != _RELA:
+        if kind != _RELOCATIONS:
             continue
         for place in range(at, at + size, _RELOCATION.size):
             offset, info, addend = _RELOCATION.unpack_from(cubin, place)

@@ -120,11 +120,11 @@ def launch_shape(
 
 
 def code(device: int, flavour: str, telling: str = "") -> Any:
-    """The cubin of this flavour that fits GPU ``device``, loaded once: :func:`kernels.load`."""
+    """The cubin of this flavour that fits GPU ``device``: :func:`kernels.load`, once for each."""
     return _loaded(device, flavour, telling)
 
 
-@functools.cache  # which would hold a default that is given for another argument
+@functools.cache  # its key tells an argument left out from the same one given: so by code() alone
 def _loaded(device: int, flavour: str, telling: str) -> Any:
     return kernels.load(device, flavour, telling=telling)
 
