@@ -111,11 +111,12 @@ nb::dict plan_dict(const nb::dict& shape, const ChunkCounts& chunk_counts) {
   std::vector<uint32_t> columns[kColumns];
   SerialTeam team;
   for (uint32_t rank = 0; rank < s.world; ++rank) {
-    build_plan(team, p, s, rank, counts);
-    const uint32_t tiles = tiles_of_rank(p, s, rank);
+    const TileOrder order = tile_order(s, rank);
+    build_plan(team, p, s, order, counts);
+    const uint32_t tiles = tiles_of_rank(p, order);
     for (auto& column : columns) column.reserve(column.size() + tiles);
     for (uint32_t i = 0; i < tiles; ++i) {
-      const Tile t = tile_at(p, s, rank, i);
+      const Tile t = tile_at(p, s, order, i);
       const uint32_t width = t.gemm == 1 ? s.inter : s.hidden;
       const uint32_t step = t.gemm == 1 ? s.tile_n1 : s.tile_n2;
       columns[kRank].push_back(rank);
@@ -190,6 +191,8 @@ nb::bytes launch_args(const nb::dict& shape, const std::vector<uintptr_t>& heaps
     copy_maps(rank.map_down, d["map_down"]);
     copy_maps(rank.map_x, d["map_x"]);
     copy_maps(rank.map_gate, d["map_gate"]);
+    copy_maps(rank.map_x_slice, d["map_x_slice"]);
+    copy_maps(rank.map_gate_slice, d["map_gate_slice"]);
     rank.x = pointer<const void>(d["x"]);
     rank.gate = pointer<const void>(d["gate"]);
     rank.bias = pointer<const float>(d["bias"]);

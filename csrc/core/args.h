@@ -31,6 +31,9 @@ struct alignas(64) RankArgs {
   uint8_t map_down[128];  // [experts owned][H][I]
   uint8_t map_x[128];     // x [tokens][H], box 64 x gate_box_tokens
   uint8_t map_gate[128];  // gate [E][H], box 64 x gate_columns(E) / 2
+  // The same by blocks of 64 columns, [H / 64][rows][64], box min(H / 64, 32) x 8 x 64: a gate in slices.
+  uint8_t map_x_slice[128];
+  uint8_t map_gate_slice[128];
   const void* x;          // [tokens][H] dtype
   const void* gate;       // [E][H] dtype
   const float* bias;      // [E], or null

@@ -28,6 +28,7 @@ struct HeapLayout {
   uint64_t returned;    // peers: [row tiles over all experts] epoch, by the row tile's owner
   uint64_t arrived;     // peers: [W][E] (epoch << 32 | rows), row s by a source s beyond pointers
   uint64_t staged;      // [2][E] counter: rows staged for an expert whose owner is beyond pointers
+  uint64_t logits;      // [most_sliced_tokens][E] (epoch << 32 | float), of a gate in slices
   // rows
   uint64_t pool;  // peers: [pool_rows][H] dtype, rows for this rank's experts
   uint64_t ret;   // peers: [max_tokens * k][H] dtype, result rows in send order
@@ -75,7 +76,7 @@ FLASHMOE_HD uint64_t table_words(const Shape& s) {
          + 1ull * s.world * s.experts        // start
          + 2ull * columns                    // chunk_prefix, chunk_order
          + s.experts                         // height
-         + 2ull * max_owned_experts(s) + 1;  // segments
+         + 4ull * max_owned_experts(s) + 1;  // segments, segment_of
 }
 
 // The rows a pool may have to hold: every token of every rank sends each of min(k, experts of the
@@ -108,6 +109,7 @@ inline HeapLayout heap_layout(const Shape& s) {
   l.returned = take(8ull * max_global_tiles(s), kSectionAlign);
   l.arrived = take(8ull * s.world * s.experts, kSectionAlign);
   l.staged = take(16ull * s.experts, kSectionAlign);
+  l.logits = take(8ull * most_sliced_tokens(s) * s.experts, kSectionAlign);
   l.pool = take(kElement * s.pool_rows * s.hidden, kSectionAlign);
   l.ret = take(kElement * rows_sent * s.hidden, kSectionAlign);
   l.h = take(kElement * s.pool_rows * s.inter, kSectionAlign);

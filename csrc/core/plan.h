@@ -5,8 +5,8 @@
 // Row tiles cut each expert's rows in steps of its tile_height(); no two experts share a tile.
 //
 // `Team` is who builds the tables together: the threads of a CTA, or one thread of the host engine.
-// It gives rank(), size(), sync(), and scan(table, rows, n): in place, exclusive, over each of `rows`
-// contiguous rows of n + 1 entries, whose last becomes the row's sum; all see it on return.
+// It gives rank(), size(), sync(), and scan(rows, row): exclusive sums in place over each of `rows` ScanRows,
+// row(r) the r-th; all see them on return.
 #pragma once
 
 #include <cstdint>
@@ -24,6 +24,13 @@ struct PlanTables {
   uint32_t* chunk_order;   // [E + 1]: rows of this chunk for experts before e
   uint32_t* height;        // [E]: rows of the expert's row tiles, but for the last one
   uint32_t* segments;      // [2 * experts owned + 1]: tiles before each segment of the order
+  uint32_t* segment_of;    // [2 * experts owned]: whose tiles a segment is of, see Segment
+};
+
+// n values, and a place for their sum behind them.
+struct ScanRow {
+  uint32_t* at;
+  uint32_t n;
 };
 
 // Where a CTA's tables lie in the heap, should they not fit a place nearer to it.
@@ -42,6 +49,7 @@ FLASHMOE_HD PlanTables plan_tables(uint32_t* at, const Shape& s) {
   p.chunk_order = p.chunk_prefix + columns;
   p.height = p.chunk_order + columns;
   p.segments = p.height + s.experts;
+  p.segment_of = p.segments + 2 * max_owned_experts(s) + 1;
   return p;
 }
 
@@ -84,27 +92,33 @@ FLASHMOE_HD uint32_t source_start(const PlanTables& p, const Shape& s, uint32_t 
 
 // Order of a rank's tiles: block b holds GEMM1 of wave b, then GEMM2 of wave b - 1, so that no tile
 // waits for one handed out later.  A segment is one expert's tiles of one GEMM.
-struct Segment {
-  uint32_t gemm;    // 1 or 2
-  uint32_t expert;  // global id
-};
-
 FLASHMOE_HD uint32_t block_begin(uint32_t block, uint32_t wave, uint32_t owned) {
   return min_u32(block * wave, owned) + (block == 0 ? 0 : min_u32((block - 1) * wave, owned));
 }
 
-FLASHMOE_HD Segment segment_of(const Shape& s, uint32_t rank, uint32_t index) {
-  const uint32_t owned = owned_experts(s, rank);
-  const uint32_t wave = s.wave_experts;
-  uint32_t block = index < wave ? 0 : 1 + (index - wave) / (2 * wave);
-  // A short last wave makes its block shorter than 2 * wave, and with it the estimate too small.
-  while (index >= block_begin(block + 1, wave, owned)) ++block;
-  const uint32_t offset = index - block_begin(block, wave, owned);
-  const uint32_t gemm1 = min_u32((block + 1) * wave, owned) - min_u32(block * wave, owned);
-  const uint32_t local =
-      offset < gemm1 ? block * wave + offset : (block - 1) * wave + offset - gemm1;
-  return {offset < gemm1 ? 1u : 2u, first_expert(s, rank) + local};
+// What follows from the shape alone, worked out once: divisions are long code.
+struct TileOrder {
+  uint32_t first;       // expert that the rank owns
+  uint32_t owned;       // experts
+  uint32_t columns[2];  // column tiles of GEMM1 and of GEMM2
+  uint32_t after_gemm1;  // the first segment behind all of GEMM1's
+};
+FLASHMOE_HD TileOrder tile_order(const Shape& s, uint32_t rank) {
+  const uint32_t first = first_expert(s, rank), owned = first_expert(s, rank + 1) - first;
+  const uint32_t wave = s.wave_experts, last = owned == 0 ? 0 : (owned - 1) / wave;
+  return {first,
+          owned,
+          {column_tiles(s, 1), column_tiles(s, 2)},
+          block_begin(last, wave, owned) + owned - last * wave};
 }
+
+// What PlanTables::segment_of holds: the rank's own expert, counted from its first, and the GEMM.
+struct Segment {
+  uint32_t gemm;   // 1 or 2
+  uint32_t local;  // expert
+  FLASHMOE_HD static Segment of(uint32_t word) { return {1 + (word & 1), word >> 1}; }
+  FLASHMOE_HD uint32_t word() const { return local << 1 | (gemm - 1); }
+};
 
 // One unit of work for the tensor cores.
 struct Tile {
@@ -119,8 +133,8 @@ struct Tile {
   uint32_t col_tile;
 };
 
-FLASHMOE_HD uint32_t tiles_of_rank(const PlanTables& p, const Shape& s, uint32_t rank) {
-  return p.segments[2 * owned_experts(s, rank)];
+FLASHMOE_HD uint32_t tiles_of_rank(const PlanTables& p, const TileOrder& order) {
+  return p.segments[2 * order.owned];
 }
 
 // Where the tile `within` a segment lies.  Row tile by row tile, so that the two tiles of a pair (2i and
@@ -131,6 +145,7 @@ struct TilePosition {
   uint32_t row;
 };
 FLASHMOE_HD TilePosition position_in_segment(uint32_t within, uint32_t rows, uint32_t columns) {
+  if (rows == 1) return {within, 0};  // as below, without divisions
   const uint32_t block = within / (2 * rows), v = within - block * 2 * rows;
   const uint32_t col = 2 * block;
   if (rows % 2 == 0 || col + 1 == columns) return {col + v / rows, v % rows};
@@ -140,8 +155,9 @@ FLASHMOE_HD TilePosition position_in_segment(uint32_t within, uint32_t rows, uin
 }
 
 // The tile at `index` of the rank's order; index < tiles_of_rank().
-FLASHMOE_HD Tile tile_at(const PlanTables& p, const Shape& s, uint32_t rank, uint32_t index) {
-  uint32_t low = 0, high = 2 * owned_experts(s, rank);
+FLASHMOE_HD Tile tile_at(const PlanTables& p, const Shape& s, const TileOrder& order,
+                         uint32_t index) {
+  uint32_t low = 0, high = 2 * order.owned;
   while (high - low > 1) {  // invariant: segments[low] <= index < segments[high]
     const uint32_t middle = (low + high) / 2;
     if (p.segments[middle] <= index)
@@ -149,29 +165,30 @@ FLASHMOE_HD Tile tile_at(const PlanTables& p, const Shape& s, uint32_t rank, uin
     else
       high = middle;
   }
-  const Segment segment = segment_of(s, rank, low);
-  const uint32_t row_tiles = expert_row_tiles(p, s, segment.expert);
-  const TilePosition at =
-      position_in_segment(index - p.segments[low], row_tiles, column_tiles(s, segment.gemm));
-  const uint32_t col = at.col, j = at.row;
+  const Segment segment = Segment::of(p.segment_of[low]);
+  const uint32_t expert = order.first + segment.local;
+  const uint32_t* tiles = p.prefix + s.experts + 1;
+  const uint32_t row_tile = tiles[expert], height = p.height[expert];
+  const TilePosition at = position_in_segment(index - p.segments[low], tiles[expert + 1] - row_tile,
+                                              order.columns[segment.gemm - 1]);
   Tile t;
   t.index = index;
   t.gemm = segment.gemm;
-  t.expert = segment.expert;
-  t.row_tile = pool_tile(p, s, segment.expert, j);
-  t.row_tile_global = global_tile(p, s, segment.expert, j);
-  t.row0 = j * p.height[segment.expert];
-  t.pool_row0 = pool_row(p, s, segment.expert, t.row0);
-  t.rows = min_u32(p.height[segment.expert], expert_rows(p, segment.expert) - t.row0);
-  t.col_tile = col;
+  t.expert = expert;
+  t.row_tile = row_tile - tiles[order.first] + at.row;
+  t.row_tile_global = row_tile + at.row;
+  t.row0 = at.row * height;
+  t.pool_row0 = p.prefix[expert] - p.prefix[order.first] + t.row0;
+  t.rows = min_u32(height, expert_rows(p, expert) - t.row0);
+  t.col_tile = at.col;
   return t;
 }
 
-// Fills prefix, start and segments from counts(source, expert) -> rows.
+// Fills prefix, start and segments from counts(source, expert) -> rows, and sums chunk_order.
 template <class Team, class Counts>
-FLASHMOE_HD void build_plan(Team& team, const PlanTables& p, const Shape& s, uint32_t rank,
+FLASHMOE_HD void build_plan(Team& team, const PlanTables& p, const Shape& s, const TileOrder& order,
                             const Counts& counts) {
-  const uint32_t columns = s.experts + 1;
+  const uint32_t columns = s.experts + 1, wave = s.wave_experts, owned = order.owned;
   for (uint32_t e = team.rank(); e < s.experts; e += team.size()) {
     uint32_t total = 0;
     for (uint32_t source = 0; source < s.world; ++source) {
@@ -180,23 +197,32 @@ FLASHMOE_HD void build_plan(Team& team, const PlanTables& p, const Shape& s, uin
       p.prefix[(2 + source) * columns + e] = rows;
       total += rows;
     }
+    const uint32_t height = tile_height(s, total);
+    const uint32_t row_tiles = total <= height ? min_u32(total, 1) : ceil_div(total, height);
     p.prefix[e] = total;
-    p.height[e] = tile_height(s, total);
-    p.prefix[columns + e] = ceil_div(total, p.height[e]);
+    p.height[e] = height;
+    p.prefix[columns + e] = row_tiles;
+    const uint32_t local = e - order.first;
+    if (local >= owned) continue;
+    const uint32_t block = local / wave, within = local - block * wave;
+    const uint32_t of_next = min_u32((block + 2) * wave, owned) - min_u32((block + 1) * wave, owned);
+    const uint32_t at[2] = {block_begin(block, wave, owned) + within,
+                            block_begin(block + 1, wave, owned) + of_next + within};
+    for (uint32_t gemm = 1; gemm <= 2; ++gemm) {
+      p.segments[at[gemm - 1]] = row_tiles * order.columns[gemm - 1];
+      p.segment_of[at[gemm - 1]] = Segment{gemm, local}.word();
+    }
   }
   team.sync();
-  team.scan(p.prefix, 2 + s.world, s.experts);
-  const uint32_t segments = 2 * owned_experts(s, rank);
-  for (uint32_t i = team.rank(); i < segments; i += team.size()) {
-    const Segment segment = segment_of(s, rank, i);
-    p.segments[i] = expert_row_tiles(p, s, segment.expert) * column_tiles(s, segment.gemm);
-  }
-  team.sync();
-  team.scan(p.segments, 1, segments);
+  const uint32_t rows = 2 + s.world;  // of prefix
+  team.scan(rows + 2, [&](uint32_t row) {
+    if (row < rows) return ScanRow{p.prefix + row * columns, s.experts};
+    return row == rows ? ScanRow{p.segments, 2 * owned} : ScanRow{p.chunk_order, s.experts};
+  });
 }
 
 // Fills chunk_prefix and chunk_order from the rank's [chunks][E]: rows of each chunk, and of all the
-// chunks before it.
+// chunks before it.  build_plan() then sums chunk_order.
 template <class Team>
 FLASHMOE_HD void build_chunk_tables(Team& team, const PlanTables& p, const Shape& s,
                                     const uint32_t* histogram, const uint32_t* chunk_rows,
@@ -205,8 +231,6 @@ FLASHMOE_HD void build_chunk_tables(Team& team, const PlanTables& p, const Shape
     p.chunk_prefix[e] = chunk_rows[chunk * s.experts + e];
     p.chunk_order[e] = histogram[chunk * s.experts + e];
   }
-  team.sync();
-  team.scan(p.chunk_order, 1, s.experts);
 }
 
 // The largest pool any rank needs, rows; over pool_rows it is an overflow on all ranks alike.

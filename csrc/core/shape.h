@@ -73,10 +73,22 @@ FLASHMOE_HD uint32_t chunk_begin(const Shape& s, uint32_t tokens, uint32_t chunk
   return min_u32(chunk * chunk_size(s, tokens), tokens);
 }
 
+// A gate in slices: each CTA works out the logits of 8 experts for 8 tokens, so that few tokens' gate is
+// shared by all CTAs, each of which reads little.  The most tokens of a rank that have it; H is to be a multiple
+// of kSliceDepth.
+inline constexpr uint32_t kSliceExperts = 8;
+inline constexpr uint32_t kSliceTokens = 8;
+inline constexpr uint32_t kSliceDepth = 64;
+FLASHMOE_HD uint32_t gate_slices(const Shape& s) { return ceil_div(s.experts, kSliceExperts); }
+FLASHMOE_HD uint32_t most_sliced_tokens(const Shape& s) {
+  return s.chunks / gate_slices(s) * kSliceTokens;
+}
+
 // Rows of each row tile (the last may have fewer) of an expert with `rows` rows: as few tiles as
 // tile_m allows, all of nearly one height.  A function of the rows alone, so the same for every W.
 FLASHMOE_HD uint32_t tile_height(const Shape& s, uint32_t rows) {
   if (rows == 0) return s.tile_step;
+  if (rows <= s.tile_m) return align_up_u32(rows, s.tile_step);  // as below
   const uint32_t tiles = ceil_div(rows, s.tile_m);
   return align_up_u32(ceil_div(rows, tiles), s.tile_step);
 }

@@ -259,9 +259,7 @@ struct TeamCombiner {
 template <class T, bool kTraced>
 __device__ inline void combine_beside_tiles(Shared<kTraced>& sh, const Place& place, uint32_t half,
                                             char* pieces, uint32_t used) {
-  const uint32_t tokens = chunk_begin(sh.shape, place.tokens, place.chunk + 1) -
-                          chunk_begin(sh.shape, place.tokens, place.chunk);
-  if (sh.shape.top_k > 32 || tokens <= kMathGroups * kTeamWarps) return;
+  if (sh.shape.top_k > 32 || sh.own.tokens <= kMathGroups * kTeamWarps) return;
   ptx::mbarrier_wait(&sh.order_full, 0);
   using Ring = RowRing<kPieces, kPieceBytes / 2 / 512>;
   CommCombiner<kTraced> waiter{sh, place, sh.actors[static_cast<int>(Lane::k_comm0) + half]};
@@ -279,8 +277,7 @@ __device__ inline Status combine_in_step(Shared<kTraced>& sh, const Place& place
   const Shape& shape = sh.shape;
   GpuActor<kTraced>& actor = sh.actors[static_cast<int>(Lane::k_math0) + group];
   const uint32_t warp = threadIdx.x / 32 % kTeamWarps, lane = threadIdx.x % 32;
-  const uint32_t begin = chunk_begin(shape, place.tokens, place.chunk);
-  const uint32_t end = chunk_begin(shape, place.tokens, place.chunk + 1) - begin;
+  const uint32_t begin = sh.own.begin, end = sh.own.tokens;
   uint32_t summed = 0;  // tokens of the batch before
   for (;;) {
     if (warp == 0 && lane == 0) {

@@ -58,8 +58,7 @@ __device__ __forceinline__ Status combine_stream(Shared<kTraced>& sh, const Plac
   uint32_t used = ring.used;
   const uint32_t lane = threadIdx.x % 32, k = shape.top_k;
   const uint32_t row_bytes = shape.hidden * 2;
-  const uint32_t chunk_first = chunk_begin(shape, place.tokens, place.chunk);
-  const uint32_t chunk_tokens = chunk_begin(shape, place.tokens, place.chunk + 1) - chunk_first;
+  const uint32_t chunk_first = sh.own.begin, chunk_tokens = sh.own.tokens;
   TokenParts parts{1, row_bytes};
   if constexpr (Waiter::kSplits) parts = token_parts(shape, chunk_tokens);
 

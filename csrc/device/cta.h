@@ -115,6 +115,12 @@ inline constexpr uint32_t kMessageBytes =
     kTraced ? sizeof(PairMessage) : offsetof(PairMessage, wait_kind_lacking);
 inline constexpr uint32_t kNoWork = 2;
 
+// Tokens of the rank.
+struct TokenRange {
+  uint32_t begin;
+  uint32_t tokens;
+};
+
 // Where a loaded piece of a row goes.
 struct PieceGoal {
   char* to;
@@ -167,11 +173,14 @@ struct Shared : PendingResults<kPuts> {
   HeapLayout layout;
   Heap heaps[kMaxRanks];
   PlanTables tables;
+  TileOrder order;
+  TokenRange own;  // the chunk's tokens
   uint64_t wait_from;  // of the scheduler's last wait on behalf of all lanes
   uint64_t wait_to;
   uint32_t wait_lacking;
   uint32_t status;        // Status, as this CTA knows it
   bool gathers;           // gathers_rows()
+  bool sliced;            // gate_in_slices()
   uint32_t ahead;         // tasks_ahead()
   uint32_t lacking_word;  // first counts word not there yet
   uint32_t bad_ids;

@@ -138,7 +138,7 @@ template <bool kTraced>
 __device__ __forceinline__ const uint32_t* chunk_rows_sorted(const Shared<kTraced>& sh,
                                                              const Place& place) {
   return place.heap.at<uint32_t>(sh.layout.sorted) +
-         static_cast<uint64_t>(chunk_begin(sh.shape, place.tokens, place.chunk)) * sh.shape.top_k;
+         static_cast<uint64_t>(sh.own.begin) * sh.shape.top_k;
 }
 
 // Adds rows [begin, end) of a unit to their row tiles' counters, or, where the unit was staged, puts what
@@ -211,7 +211,7 @@ __device__ inline void dispatch_first(Shared<kTraced>& sh, const Place& place,
   const uint32_t piece_bytes = min_u32(row_bytes, kPart);
   uint32_t turn_of_full = 0;
   if (sh.gathers) {
-    const DispatchUnit own = dispatch_unit(sh, place, 0, groups_of(shape), 0);
+    const DispatchUnit own{place.rank, 0, shape.experts, 0, sh.tables.chunk_order[shape.experts]};
     if (warp == 0) {
       ptx::fence_acq_rel_gpu();
       publish_rows(sh, place, fault, own, own.begin, own.end);

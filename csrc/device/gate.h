@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "device/cta.h"
+#include "device/gate_slices.h"
 
 namespace flashmoe {
 
@@ -69,11 +70,7 @@ __device__ __forceinline__ float warp_sum(float v) {
   return v;
 }
 
-// Tokens of the rank: those of a chunk from its `skip`-th, `most` at most.
-struct TokenRange {
-  uint32_t begin;
-  uint32_t tokens;
-};
+// The tokens of a chunk from its `skip`-th, `most` at most.
 __device__ __forceinline__ TokenRange chunk_part(const Shape& shape, const Place& place,
                                                  uint32_t chunk, uint32_t skip = 0,
                                                  uint32_t most = 0xffffffffu) {
@@ -419,6 +416,22 @@ __device__ inline void count_rows(uint32_t* counters, const Shape& shape, const 
   __syncthreads();
 }
 
+// Ids and weights of tokens `here` from their logits.
+template <bool kTraced>
+__device__ __forceinline__ void choose_all(Shared<kTraced>& sh, const Place& place,
+                                           GateScratch& scratch, const TokenRange& here) {
+  const Shape& shape = sh.shape;
+  const float* bias = place.args->bias;
+  uint32_t* ids = place.heap.at<uint32_t>(sh.layout.ids);
+  float* weights = place.heap.at<float>(sh.layout.weights);
+  for (uint32_t t = threadIdx.x / 32; t < here.tokens; t += kWarps) {
+    const uint64_t at = static_cast<uint64_t>(here.begin + t) * shape.top_k;
+    float* logits = scratch.logits + t * gate_stride(shape.experts);
+    float* choice = scratch.choice + t * gate_stride(shape.experts);
+    choose_any(shape, logits, choice, bias, ids + at, weights + at);
+  }
+}
+
 // Ids and weights of the chunk's tokens from their logits.  What a pass needs is worked out anew before
 // and after its products, which leave few registers.
 template <class T, bool kTraced>
@@ -445,27 +458,42 @@ __device__ __forceinline__ void route_chunk(Shared<kTraced>& sh, const Place& pl
           gate_logits<T, kGateExperts>(sh, scratch, place, here, two, block);
       }
     }
-    const TokenRange here = chunk_part(shape, place, place.chunk, t0, gate_pass(shape.experts));
-    const float* bias = place.args->bias;
-    uint32_t* ids = place.heap.at<uint32_t>(sh.layout.ids);
-    float* weights = place.heap.at<float>(sh.layout.weights);
-    for (uint32_t t = threadIdx.x / 32; t < here.tokens; t += kWarps) {
-      const uint64_t at = static_cast<uint64_t>(here.begin + t) * shape.top_k;
-      float* logits = scratch.logits + t * gate_stride(shape.experts);
-      float* choice = scratch.choice + t * gate_stride(shape.experts);
-      choose_any(shape, logits, choice, bias, ids + at, weights + at);
-    }
+    choose_all(sh, place, scratch,
+               chunk_part(shape, place, place.chunk, t0, gate_pass(shape.experts)));
   }
 }
 
-// Routes the CTA's chunk: ids, weights, slots and histogram in the rank's heap.  False if external
+// The same by slices.  False if the launch ended meanwhile.
+template <class T, bool kTraced>
+__device__ __forceinline__ bool route_by_slices(Shared<kTraced>& sh, const Place& place,
+                                                GateScratch& scratch) {
+  static_assert(kSliceParts * 2 * kSliceHalfBytes <= kGateRingBytes, "slices leave the logits' place");
+  if (threadIdx.x / 32 == kGateLoaders) rehearse_choice(sh.shape, scratch, place.args->bias);
+  float* handed = scratch.logits + kGateLogits - 64;  // beyond the logits of so few tokens
+  multiply_slice<T>(sh, place, scratch.ring, reinterpret_cast<float2*>(handed));
+  const TokenRange here = sh.own;
+  if (!await_logits(sh, place, here.begin, here.tokens, scratch.logits,
+                    gate_stride(sh.shape.experts))) {
+    return false;
+  }
+  choose_all(sh, place, scratch, here);
+  return true;
+}
+
+// Routes the CTA's chunk: ids, weights, slots and histogram in the rank's heap.  kBadIds if external
 // ids are bad.  Ends with the CTA in step.
 template <class T, bool kTraced>
-__device__ inline bool run_gate(Shared<kTraced>& sh, const Place& place, char* stages) {
+__device__ inline Status run_gate(Shared<kTraced>& sh, const Place& place, char* stages) {
   const Shape& shape = sh.shape;
   const bool external = shape.routing == RoutingKind::kExternal;
-  if (!external) route_chunk<T>(sh, place, *reinterpret_cast<GateScratch*>(stages));
-  const TokenRange chunk = chunk_part(shape, place, place.chunk);
+  if (sh.sliced) {
+    if (!route_by_slices<T>(sh, place, *reinterpret_cast<GateScratch*>(stages))) {
+      return static_cast<Status>(sh.status);
+    }
+  } else if (!external) {
+    route_chunk<T>(sh, place, *reinterpret_cast<GateScratch*>(stages));
+  }
+  const TokenRange chunk = sh.own;
   const uint64_t first = static_cast<uint64_t>(chunk.begin) * shape.top_k;
   uint32_t* ids = place.heap.at<uint32_t>(sh.layout.ids) + first;
   bool good = true;
@@ -479,13 +507,13 @@ __device__ inline bool run_gate(Shared<kTraced>& sh, const Place& place, char* s
              good;
     }
   }
-  if (__syncthreads_or(!good)) return false;
+  if (__syncthreads_or(!good)) return Status::kBadIds;
   count_rows(reinterpret_cast<uint32_t*>(stages), shape, ids,
              place.heap.at<uint32_t>(sh.layout.slots) + first,
              place.heap.at<uint32_t>(sh.layout.histogram) +
                  static_cast<uint64_t>(place.chunk) * shape.experts,
              chunk.tokens);
-  return true;
+  return Status::kOk;
 }
 
 }  // namespace flashmoe

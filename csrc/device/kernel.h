@@ -10,6 +10,7 @@
 #include "device/load.h"
 #include "device/schedule.h"
 #include "device/tile.h"
+#include "device/wait.h"
 
 namespace flashmoe {
 
@@ -25,7 +26,7 @@ __device__ __forceinline__ void copy_by_warp(V* to, const V* from, uint32_t coun
 // Copies what every role needs from the arguments and makes the barriers and the actors.  The warps share
 // that: no launch, however short, can do anything before it is done.
 template <bool kTraced>
-__device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
+__device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args, char* stages) {
   const uint32_t local = blockIdx.x / args.shape.chunks;
   Place place;
   place.args = &args.ranks[local];
@@ -85,6 +86,11 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
     }
     ptx::fence_mbarrier_init();
   }
+  if (ptx::thread_id() == 7 * 32) {
+    sh.order = tile_order(args.shape, place.rank);
+    const uint32_t begin = chunk_begin(args.shape, place.tokens, place.chunk);
+    sh.own = {begin, chunk_begin(args.shape, place.tokens, place.chunk + 1) - begin};
+  }
   if (ptx::thread_id() == 6 * 32) {
     for (uint32_t i = 0; i < kWarps; ++i) ptx::mbarrier_init(&sh.first_full[i], 1);
     for (uint32_t i = 0; i < kGateStages; ++i) {
@@ -92,6 +98,10 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args) {
       ptx::mbarrier_init(&sh.gate_empty[i], 4 * args.pair_size);
     }
     ptx::fence_mbarrier_init();
+    const bool sliced = gate_in_slices(args.shape, place.tokens);
+    sh.sliced = sliced;
+    // What the gate reads is the same whatever this thread has yet to learn.
+    if (sliced) begin_slice(sh, *place.args, args.shape, GateSlice::of(args.shape, place), stages);
   }
   place.epoch = static_cast<uint32_t>(epoch) + 1;
   // Abort is sticky: nothing runs until reset().
@@ -140,33 +150,6 @@ __device__ inline void clear_idle_sets(const Shared<kTraced>& sh, const Place& p
   }
   if (place.chunk == 0 && threadIdx.x == 0) *next_tile_word(place.heap, sh.layout, next) = 0;
   if constexpr (kPuts) clear_staged(sh, place);
-}
-
-// The scheduler's leader waits for all lanes; the others record the same wait.  Ends in step; true if
-// the CTA goes on.
-template <bool kTraced>
-__device__ inline bool wait_together(Shared<kTraced>& sh, const Awaited& what, const uint64_t* word,
-                                     Until until, uint64_t target) {
-  constexpr int kWaiter = static_cast<int>(Lane::k_sched);
-  const int lane = led_lane();
-  if (lane == kWaiter) {
-    sh.wait_from = kTraced ? ptx::globaltimer() : 0;
-    const uint64_t seen = ptx::load_acquire_sys(word);
-    sh.wait_lacking =
-        until == Until::kAtLeast && seen < target ? static_cast<uint32_t>(target - seen) : 0;
-    const Status status = sh.actors[kWaiter].wait(what, word, until, target);
-    if (status == Status::kHang) raise_abort(sh, status);
-    sh.status = static_cast<uint32_t>(status);
-    // A wait that ended at its first try is no wait.
-    sh.wait_to = !kTraced || reached(seen, until, target) ? sh.wait_from : ptx::globaltimer();
-  }
-  __syncthreads();
-  const Status status = static_cast<Status>(sh.status);
-  if (lane >= 0 && lane != kWaiter) {
-    sh.actors[lane].waited(what, sh.wait_from, sh.wait_to, sh.wait_lacking, status);
-  }
-  __syncthreads();
-  return status == Status::kOk;
 }
 
 // All histograms of the rank are visible to all its CTAs.  The only such barrier of a launch.
@@ -231,7 +214,14 @@ __device__ inline void send_counts(Shared<kTraced>& sh, const Place& place) {
   const Shape& shape = sh.shape;
   const uint32_t* own = own_rows(sh, place);
   uint32_t share = 0;
-  if (threadIdx.x < 32) {
+  if (shape.world == 1) {  // for the diagnosis alone: the rank has summed them itself
+    uint64_t* words = counts_words(place.heap, sh.layout, shape, place.epoch, place.rank);
+    for (uint32_t e = place.chunk + threadIdx.x * shape.chunks; e < shape.experts;
+         e += kThreads * shape.chunks) {
+      ptx::store_relaxed_sys(words + e, static_cast<uint64_t>(place.epoch) << 32 | own[e]);
+      share += 8;
+    }
+  } else if (threadIdx.x < 32) {
     share = place.chunk < shape.experts
                 ? ceil_div(shape.experts - place.chunk, shape.chunks) * shape.world
                 : 0;
@@ -264,26 +254,18 @@ __device__ inline void send_counts(Shared<kTraced>& sh, const Place& place) {
 template <bool kTraced>
 __device__ inline bool await_counts(Shared<kTraced>& sh, const Place& place) {
   const Shape& shape = sh.shape;
-  const uint64_t* words = counts_words(place.heap, sh.layout, shape, place.epoch, 0);
-  const uint32_t n = shape.world * shape.experts;
   if (shape.world == 1) return true;
-  for (;;) {
-    if (threadIdx.x == 0) sh.lacking_word = n;
-    __syncthreads();
-    for (uint32_t i = threadIdx.x; i < n; i += kThreads) {
-      if (i / shape.experts != place.rank &&
-          !reached(ptx::load_acquire_sys(words + i), Until::kTag, place.epoch)) {
-        atomicMin(&sh.lacking_word, i);
-        break;
-      }
-    }
-    __syncthreads();
-    const uint32_t lacking = sh.lacking_word;
-    if (lacking == n) return true;
-    const Awaited what{EventKind::k_wait_counts, static_cast<uint16_t>(lacking / shape.experts),
-                       static_cast<uint16_t>(lacking % shape.experts), kNoTile};
-    if (!wait_together(sh, what, words + lacking, Until::kTag, place.epoch)) return false;
-  }
+  const uint64_t* words = counts_words(place.heap, sh.layout, shape, place.epoch, 0);
+  return await_tags(
+      sh, place, words, shape.world * shape.experts,
+      [&](uint32_t i) {
+        return i / shape.experts == place.rank ||
+               reached(ptx::load_acquire_sys(words + i), Until::kTag, place.epoch);
+      },
+      [&](uint32_t i) {
+        return Awaited{EventKind::k_wait_counts, static_cast<uint16_t>(i / shape.experts),
+                       static_cast<uint16_t>(i % shape.experts), kNoTile};
+      });
 }
 
 // The plan, this chunk's tables, the chunk's rows in the order of their experts, and of those for the
@@ -298,20 +280,18 @@ __device__ inline void make_plan(Shared<kTraced>& sh, const Place& place) {
   for (uint32_t e = threadIdx.x; e < shape.experts; e += kThreads) {
     sh.tables.chunk_order[e] = mine[e];
   }
-  build_plan(team, sh.tables, shape, place.rank, [&](uint32_t source, uint32_t e) {
+  build_plan(team, sh.tables, shape, sh.order, [&](uint32_t source, uint32_t e) {
     return source == place.rank
                ? own[e]
                : static_cast<uint32_t>(ptx::load_relaxed_sys(words + source * shape.experts + e));
   });
-  team.scan(sh.tables.chunk_order, 1, shape.experts);
-  const uint32_t begin = chunk_begin(shape, place.tokens, place.chunk);
-  const uint32_t end = chunk_begin(shape, place.tokens, place.chunk + 1);
+  const uint32_t begin = sh.own.begin, tokens = sh.own.tokens;
   const uint64_t first = static_cast<uint64_t>(begin) * shape.top_k;
   const uint32_t* ids = place.heap.at<uint32_t>(sh.layout.ids) + first;
   const uint32_t* slots = place.heap.at<uint32_t>(sh.layout.slots) + first;
   uint32_t* sorted = place.heap.at<uint32_t>(sh.layout.sorted) + first;
   uint32_t* origin = place.heap.at<uint32_t>(sh.layout.origin);
-  for (uint32_t i = threadIdx.x; i < (end - begin) * shape.top_k; i += kThreads) {
+  for (uint32_t i = threadIdx.x; i < tokens * shape.top_k; i += kThreads) {
     const uint32_t e = ids[i], slot = slots[i];
     sorted[sh.tables.chunk_order[e] + slot] = begin * shape.top_k + i;
     if (!sh.gathers) continue;
@@ -331,14 +311,12 @@ __device__ inline void record_all(Shared<kTraced>& sh, EventKind kind, uint32_t 
 // Steps 1 to 3: gate, barrier, counts, plan.  kOk if rows may move.
 template <class T, bool kTraced>
 __device__ inline Status prepare(Shared<kTraced>& sh, const Place& place, char* stages) {
-  const uint32_t tokens = chunk_begin(sh.shape, place.tokens, place.chunk + 1) -
-                          chunk_begin(sh.shape, place.tokens, place.chunk);
   clear_idle_sets(sh, place);
-  const bool good = run_gate<T>(sh, place, stages);
-  record_all(sh, EventKind::k_gate, place.chunk, tokens);
-  if (!good) {
-    if (threadIdx.x == 0) raise_abort(sh, Status::kBadIds);
-    return Status::kBadIds;
+  const Status routed = run_gate<T>(sh, place, stages);
+  record_all(sh, EventKind::k_gate, place.chunk, sh.own.tokens);
+  if (routed != Status::kOk) {
+    if (threadIdx.x == 0 && routed == Status::kBadIds) raise_abort(sh, routed);
+    return routed;
   }
   if (!rank_barrier(sh, place)) return static_cast<Status>(sh.status);
   own_counts(sh, place);
@@ -395,10 +373,14 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
   char* stages = dynamic + (1024 - (ptx::shared_address(dynamic) & 1023) & 1023);
   Shared<kTraced>& sh = *reinterpret_cast<Shared<kTraced>*>(stages + kWorkBytes);
   if (args.fault.never_starts_rank == args.ranks[blockIdx.x / args.shape.chunks].rank) return;
-  const Place place = enter(sh, args);
+  const Place place = enter(sh, args, stages);
   Status status = static_cast<Status>(sh.status);
   __syncthreads();
-  if (status == Status::kOk) status = prepare<T>(sh, place, stages);
+  if (status == Status::kOk) {
+    status = prepare<T>(sh, place, stages);
+  } else {
+    abandon_slice(sh, place);
+  }
   if (status != Status::kOk) {
     if (threadIdx.x == 0) tell_left(sh, place);
     leave(sh, place, status);

@@ -71,12 +71,8 @@ __device__ __forceinline__ void await_empty(Shared<kTraced>& sh, uint32_t stage,
 
 // The first tile after all GEMM1 tiles of the rank, where rows are gathered; else 0.
 template <bool kTraced>
-__device__ __forceinline__ uint32_t gather_end(const Shared<kTraced>& sh, const Place& place) {
-  const Shape& shape = sh.shape;
-  if (!sh.gathers) return 0;
-  const uint32_t owned = owned_experts(shape, place.rank), wave = shape.wave_experts;
-  const uint32_t last = ceil_div(owned, wave) - 1;  // wave
-  return sh.tables.segments[block_begin(last, wave, owned) + owned - last * wave];
+__device__ __forceinline__ uint32_t gather_end(const Shared<kTraced>& sh) {
+  return sh.gathers ? sh.tables.segments[sh.order.after_gemm1] : 0;
 }
 
 // Until all rows of a GEMM1 tile have been announced; false if that is not to be.  One warp.
@@ -106,7 +102,7 @@ __device__ inline void gather_tiles(Shared<kTraced>& sh, const Place& place, uin
   static_assert(kTileRows % (8 * kCommWarps) == 0 && kGroups == 11,
                 "each warp has the same share of the highest tile");
   GpuActor<kTraced>& actor = sh.actors[static_cast<int>(Lane::k_comm0) + half];
-  const uint32_t end = gather_end(sh, place);
+  const uint32_t end = gather_end(sh);
   StageCursor cursor(sh.gathers);
   for (uint32_t n = 0;; ++n) {
     const uint32_t slot = n % kTasks;
@@ -196,8 +192,8 @@ template <bool kGated, bool kTraced>
 __device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char* stages) {
   GpuActor<kTraced>& actor = sh.actors[static_cast<int>(Lane::k_load)];
   const RankArgs& args = *place.args;
-  const uint32_t expert0 = first_expert(sh.shape, place.rank);
-  const uint32_t gathered_until = gather_end(sh, place);
+  const uint32_t expert0 = sh.order.first;
+  const uint32_t gathered_until = gather_end(sh);
   constexpr uint32_t kHalfBytes = kStageBytesWeights / 2;
   StageCursor cursor(sh.gathers);
   for (uint32_t n = 0;; ++n) {

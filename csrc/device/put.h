@@ -90,7 +90,7 @@ __device__ __forceinline__ void put_results(Shared<kTraced>& sh, const Place& pl
   const Shape& shape = sh.shape;
   const uint64_t row_bytes = 2ull * shape.hidden;
   for (; sh.pending_tiles != 0; --sh.pending_tiles) {
-    const Tile tile = tile_at(sh.tables, shape, place.rank, sh.pending[sh.pending_tiles - 1]);
+    const Tile tile = tile_at(sh.tables, shape, sh.order, sh.pending[sh.pending_tiles - 1]);
     for (uint32_t source = 0; source < shape.world; ++source) {
       if (sh.heaps[source].base != nullptr) continue;
       const SourceShare share = share_of(sh.tables, shape, tile, source);

@@ -30,8 +30,7 @@ __device__ inline void order_tokens(Shared<kTraced>& sh, const Place& place) {
   constexpr uint32_t kClasses = 32;  // a lane each
   const Shape& shape = sh.shape;
   const uint32_t lane = threadIdx.x % 32, k = shape.top_k;
-  const uint32_t begin = chunk_begin(shape, place.tokens, place.chunk);
-  const uint32_t end = chunk_begin(shape, place.tokens, place.chunk + 1);
+  const uint32_t begin = sh.own.begin, end = begin + sh.own.tokens;
   const uint32_t* ids = place.heap.at<uint32_t>(sh.layout.ids);
   const uint32_t* slots = place.heap.at<uint32_t>(sh.layout.slots);
   const float* weights = place.heap.at<float>(sh.layout.weights);
@@ -98,7 +97,9 @@ __device__ inline Status await_returns(Shared<kTraced>& sh, const Place& place,
             sh.layout.ids)[static_cast<uint64_t>(result.token) * k + (base + lane) % k];
       }
     }
-    for (uint32_t mask = __ballot_sync(0xffffffffu, lacking); mask != 0; mask &= mask - 1) {
+    // Those that have come while one was awaited are seen all at once.
+    for (uint32_t mask; (mask = __ballot_sync(0xffffffffu, lacking)) != 0;
+         lacking = lacking && ptx::load_acquire_sys(returned + tile) < place.epoch) {
       const uint32_t from_lane = __ffs(mask) - 1;
       const uint32_t awaited_expert = __shfl_sync(0xffffffffu, expert, from_lane);
       const uint32_t awaited_tile = __shfl_sync(0xffffffffu, tile, from_lane);

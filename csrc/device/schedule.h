@@ -67,7 +67,7 @@ __device__ __forceinline__ void publish_tile(Shared<kTraced>& sh, const Place& p
   ptx::fence_acq_rel_gpu();
   const uint64_t before = ptx::fetch_add_relaxed_gpu(
       tile_counter(place.heap, sh.layout.y_ready, shape, place.epoch, tile.row_tile), 1);
-  if (before + 1 != column_tiles(shape, 2)) return;
+  if (before + 1 != sh.order.columns[1]) return;
   if (shape.world == 1) {
     ptx::fence_acq_rel_gpu();
   } else {
@@ -256,7 +256,7 @@ __device__ inline Status await_operands(TaskRing<kTraced>& ring, const Tile& til
   const uint64_t* word =
       tile_counter(place.heap, up ? ring.sh.layout.rows_ready : ring.sh.layout.h_ready, shape,
                    place.epoch, tile.row_tile);
-  uint64_t due = up ? tile.rows : column_tiles(shape, 1);
+  uint64_t due = up ? tile.rows : ring.sh.order.columns[0];
   if constexpr (kPuts) {
     if (up) {
       const Status status = await_arrivals(ring, tile, wait);
@@ -271,89 +271,76 @@ __device__ inline Status await_operands(TaskRing<kTraced>& ring, const Tile& til
 }
 
 // The first CTA of a pair, or a CTA alone: takes pairs of tiles and waits for the rows of both, so that
-// a pair once begun finishes in both; but for first tiles whose rows are gathered (load.h).
+// a pair once begun finishes in both; but for first tiles whose rows are gathered (load.h).  Everything stands
+// once in the code, the way out too: what a launch's first tile waits for is mostly that code.
 template <bool kTraced>
 __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
   const Shape& shape = sh.shape;
   TaskRing<kTraced> ring{sh, place, sh.actors[static_cast<int>(Lane::k_sched)]};
-  const uint32_t tiles = tiles_of_rank(sh.tables, shape, place.rank);
-  const uint32_t clusters = shape.chunks / place.pair_size;
-  auto tell_other = [&](const PairMessage& message) {
-    if (place.pair_size == 2) send_message(sh, place, ring.handed % kTasks, message);
-  };
-  // The second CTA says from its first task on that it can take one: before that its stages, which this
-  // one's loads fill too, still hold what it dispatches.
-  auto await_other = [&] {
-    if (place.pair_size == 2) {
-      ring.await_other(&sh.pair_empty[ring.handed % kTasks], ring.handed / kTasks);
-    }
-  };
-  // Once the rows of `one` and `two` are here, the CTAs begin them; rows 0: no tile for that CTA.  Of the first
-  // tiles whoever gathers the rows awaits them, so that weights are on their way meanwhile.
-  auto run = [&](const Tile& one, const Tile& two) {
-    PairMessage message{};
-    auto await = [&](const Tile& tile) {
-      if (tile.rows == 0 || (tile.gemm == 1 && gathers_unawaited(sh, ring.handed))) return true;
-      return await_operands(ring, tile, message) == Status::kOk;
-    };
-    if (!await(one) || !await(two)) return false;
-    const uint32_t depth = max_u32(one.rows == 0 ? 0 : depth_of(shape, one.gemm),
-                                   two.rows == 0 ? 0 : depth_of(shape, two.gemm));
-    message.index = two.index;
-    message.has = two.rows != 0;
-    message.turns = ceil_div(depth, kTileK);
-    message.shared = one.rows != 0 && two.rows != 0 && one.gemm == two.gemm &&
-                     one.expert == two.expert && one.col_tile == two.col_tile;
-    tell_other(message);
-    ring.hand_over(one, message);
-    return true;
-  };
+  const uint32_t tiles = tiles_of_rank(sh.tables, sh.order);
+  Tile held{};  // the second of a pair whose first it waits for; rows 0: none
   for (;;) {
     if constexpr (kPuts) put_results(sh, place);
     ring.make_room();
     // Both on their way while the other CTA is awaited.  The first pairs are dealt, so that no CTA begins
     // by a round trip to the counter.
-    const uint64_t aborted = ptx::load_relaxed_sys(place.heap.at<uint64_t>(sh.layout.abort_word));
-    uint64_t* counter = next_tile_word(place.heap, sh.layout, place.epoch);
-    const uint64_t pair = ring.handed == 0 ? place.chunk / place.pair_size
-                                           : clusters + ptx::fetch_add_relaxed_gpu(counter, 1);
-    await_other();
-    if (sh.other_left != 0) break;
-    const uint32_t first = static_cast<uint32_t>(pair) * place.pair_size;
-    if (first >= tiles || aborted != 0) break;
-    // By a loop, so that the second is found by code that is there already.
-    Tile one{}, two{};
-    const uint32_t count = min_u32(place.pair_size, tiles - first);
+    uint64_t aborted = 0, pair = 0;
+    if (held.rows == 0) {
+      aborted = ptx::load_relaxed_sys(place.heap.at<uint64_t>(sh.layout.abort_word));
+      uint64_t* counter = next_tile_word(place.heap, sh.layout, place.epoch);
+      pair = ring.handed == 0 ? place.chunk / place.pair_size
+                              : shape.chunks / place.pair_size + ptx::fetch_add_relaxed_gpu(counter, 1);
+    }
+    // The second CTA says from its first task on that it can take one: before that its stages, which this
+    // one's loads fill too, still hold what it dispatches.
+    if (place.pair_size == 2) {
+      ring.await_other(&sh.pair_empty[ring.handed % kTasks], ring.handed / kTasks);
+    }
+    // Two tiles for the two CTAs; rows 0: none for that one.
+    Tile one = held, two = held;
+    one.rows = held.rows = 0;
+    bool goes_on = true;
+    if (two.rows == 0) {
+      const uint32_t first = static_cast<uint32_t>(pair) * place.pair_size;
+      goes_on = first < tiles && aborted == 0 && sh.other_left == 0;
+      const uint32_t count = goes_on ? min_u32(place.pair_size, tiles - first) : 0;
 #pragma unroll 1
-    for (uint32_t i = 0; i < count; ++i) {
-      const Tile tile = tile_at(sh.tables, shape, place.rank, first + i);
-      if (i == 0) {
-        one = two = tile;
+      for (uint32_t i = 0; i < count; ++i) {
+        const Tile tile = tile_at(sh.tables, shape, sh.order, first + i);
+        if (i == 0) {
+          one = two = tile;
+          two.rows = 0;
+        } else {
+          two = tile;
+        }
+      }
+      // Where an expert has an odd number of tiles, a pair may hold its last GEMM1 tile and its first GEMM2
+      // tile: the one waits for the other.
+      if (two.rows != 0 && one.gemm != two.gemm && one.expert == two.expert) {
+        held = two;
+        two = one;
         two.rows = 0;
-      } else {
-        two = tile;
       }
     }
-    // Where an expert has an odd number of tiles, a pair may hold its last GEMM1 tile and its first GEMM2
-    // tile: the one waits for the other.
-    if (two.rows != 0 && one.gemm != two.gemm && one.expert == two.expert) {
-      Tile none = one;
-      none.rows = 0;
-      if (!run(one, none)) break;
-      ring.make_room();
-      await_other();
-      none = two;
-      none.rows = 0;
-      if (!run(none, two)) break;
-    } else if (!run(one, two)) {
-      break;
+    // Of the first tiles whoever gathers the rows awaits them, so that weights are on their way meanwhile.
+    PairMessage message{};
+#pragma unroll 1
+    for (uint32_t i = 0; goes_on && i < 2; ++i) {
+      const Tile tile = i == 0 ? one : two;
+      if (tile.rows == 0 || (tile.gemm == 1 && gathers_unawaited(sh, ring.handed))) continue;
+      goes_on = await_operands(ring, tile, message) == Status::kOk;
     }
+    const uint32_t depth = max_u32(one.rows == 0 ? 0 : depth_of(shape, one.gemm),
+                                   two.rows == 0 ? 0 : depth_of(shape, two.gemm));
+    message.index = two.index;
+    message.has = !goes_on ? kNoWork : two.rows != 0 ? 1 : 0;
+    message.turns = ceil_div(depth, kTileK);
+    message.shared = one.rows != 0 && two.rows != 0 && one.gemm == two.gemm &&
+                     one.expert == two.expert && one.col_tile == two.col_tile;
+    if (place.pair_size == 2) send_message(sh, place, ring.handed % kTasks, message);
+    if (!goes_on) break;
+    ring.hand_over(one, message);
   }
-  ring.make_room();
-  await_other();
-  PairMessage none{};
-  none.has = kNoWork;
-  tell_other(none);
   ring.hand_over_exit();
 }
 
@@ -377,7 +364,7 @@ __device__ inline void follow_schedule(Shared<kTraced>& sh, const Place& place) 
     ring.await_other(&sh.pair_full[slot], ring.handed / kTasks);
     const PairMessage message = sh.messages[slot];
     if (message.has == kNoWork) break;
-    Tile tile = tile_at(sh.tables, sh.shape, place.rank, message.index);
+    Tile tile = tile_at(sh.tables, sh.shape, sh.order, message.index);
     if (message.has == 0) tile.rows = 0;
     ring.hand_over(tile, message);
   }

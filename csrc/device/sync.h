@@ -74,11 +74,12 @@ struct CtaTeam {
   __device__ __forceinline__ uint32_t size() const { return kThreads; }
   __device__ __forceinline__ void sync() const { __syncthreads(); }
   // A warp a row; a lane some neighbouring entries, so that few sums go from lane to lane.
-  __device__ __forceinline__ void scan(uint32_t* table, uint32_t rows, uint32_t n) const {
+  template <class Row>
+  __device__ __forceinline__ void scan(uint32_t rows, const Row& row) const {
     constexpr uint32_t kMost = 8;  // of a lane
     const uint32_t lane = threadIdx.x % 32;
-    for (uint32_t row = threadIdx.x / 32; row < rows; row += kWarps) {
-      uint32_t* t = table + static_cast<uint64_t>(row) * (n + 1);
+    for (uint32_t r = threadIdx.x / 32; r < rows; r += kWarps) {
+      const auto [t, n] = row(r);
       uint32_t carry = 0;
       for (uint32_t base = 0; base < n; base += 32 * kMost) {
         const uint32_t each = min_u32(kMost, ceil_div(n - base, 32));

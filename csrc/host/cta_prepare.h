@@ -129,13 +129,13 @@ template <bool kTraced>
 void Cta<kTraced>::plan(LaneActor& a) {
   a.doing(EventKind::k_plan, kNoPeer, kNoExpert, kNoTile);
   SerialTeam team;
-  build_plan(team, tables_, s_, rank_, [&](uint32_t source, uint32_t expert) {
+  build_chunk_tables(team, tables_, s_, heap_.at<uint32_t>(l_.histogram),
+                     heap_.at<uint32_t>(l_.chunk_rows), cta_);
+  build_plan(team, tables_, s_, tile_order(s_, rank_), [&](uint32_t source, uint32_t expert) {
     // Awaited above: the tag is this epoch's, and the word has one writer, who is not yet ahead.
     return static_cast<uint32_t>(
         HostPlatform::load(counts_words(heap_, l_, s_, epoch_, source) + expert));
   });
-  build_chunk_tables(team, tables_, s_, heap_.at<uint32_t>(l_.histogram),
-                     heap_.at<uint32_t>(l_.chunk_rows), cta_);
   const uint32_t* ids = heap_.at<uint32_t>(l_.ids);
   const uint32_t* slots = heap_.at<uint32_t>(l_.slots);
   uint32_t* sorted = heap_.at<uint32_t>(l_.sorted);

@@ -48,7 +48,8 @@ SharedWait Cta<kTraced>::await_operands(LaneActor& a, const Tile& tile) {
 
 template <bool kTraced>
 Status Cta<kTraced>::sched_lane(LaneActor& a) {
-  const uint32_t tiles = tiles_of_rank(tables_, s_, rank_);
+  const TileOrder order = tile_order(s_, rank_);
+  const uint32_t tiles = tiles_of_rank(tables_, order);
   uint64_t* next_tile = next_tile_word(heap_, l_, epoch_);
   Status status = Status::kOk;
   for (;;) {
@@ -63,7 +64,7 @@ Status Cta<kTraced>::sched_lane(LaneActor& a) {
     if (index >= tiles) {
       task.exit = true;
     } else {
-      task.tile = tile_at(tables_, s_, rank_, static_cast<uint32_t>(index));
+      task.tile = tile_at(tables_, s_, order, static_cast<uint32_t>(index));
       a.doing(EventKind::k_schedule, kNoPeer, static_cast<uint16_t>(task.tile.expert),
               task.tile.index);
       a.span(EventKind::k_schedule, kNoPeer, static_cast<uint16_t>(task.tile.expert),

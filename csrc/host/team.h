@@ -10,10 +10,10 @@ struct SerialTeam {
   uint32_t size() const { return 1; }
   void sync() const {}
 
-  // Exclusive sums in place: each of `rows` rows holds n values and then a place for their sum.
-  void scan(uint32_t* data, uint32_t rows, uint32_t n) const {
-    for (uint32_t row = 0; row < rows; ++row) {
-      uint32_t* values = data + static_cast<uint64_t>(row) * (n + 1);
+  template <class Row>
+  void scan(uint32_t rows, const Row& row) const {
+    for (uint32_t r = 0; r < rows; ++r) {
+      const auto [values, n] = row(r);
       uint32_t sum = 0;
       for (uint32_t i = 0; i < n; ++i) {
         const uint32_t value = values[i];

@@ -79,8 +79,11 @@ class WaitGraph:
 
     def _step(self, wait: Wait) -> tuple[Verdict | None, Wait | None]:
         match wait.kind:
+            case "wait_logits":
+                return self._logits(wait), None
             case "wait_barrier":
-                return self._barrier(wait), None
+                held = self._held_up(wait.rank, wait.kind)
+                return (None, held) if held is not None else (self._barrier(wait), None)
             case "wait_counts":
                 return self._counts(wait)
             case "wait_rows":
@@ -105,20 +108,30 @@ class WaitGraph:
         flight = self.flight
         return np.isin(flight.kind[index], list(kinds)) & ~flight.absent[index]
 
+    def _routing(self, rank: int, past: Iterable[EventKind], lacked: str) -> Verdict | None:
+        """CTAs of a rank that are at none of ``past``, which follows what others lack of them."""
+        flight = self.flight
+        late = [c for c in flight.ctas(rank) if not self._at(flight.of(rank, c), past).any()]
+        if not late:
+            return None
+        doing = flight.doing(np.concatenate([flight.of(rank, cta) for cta in late]))
+        reason = (
+            f"rank {rank} was still routing: CTA {', '.join(map(str, late[:6]))} {lacked} ({doing})"
+        )
+        return Verdict("slow", rank, reason, _SLOW_HINT)
+
+    def _logits(self, wait: Wait) -> Verdict:
+        past = (EventKind.WAIT_LOGITS, EventKind.WAIT_BARRIER, *_AFTER_COUNTS)
+        verdict = self._routing(wait.rank, past, "had not worked out its share of the logits")
+        if verdict is not None:
+            return verdict
+        reason = f"rank {wait.rank} lost logits: all of its CTAs say they are past their share"
+        return Verdict("lost-signal", wait.rank, reason, "the gate's words are broken: report it")
+
     def _barrier(self, wait: Wait) -> Verdict:
-        flight, rank = self.flight, wait.rank
-        late = []
-        for cta in flight.ctas(rank):
-            mine = flight.of(rank, cta)
-            if not self._at(mine, (EventKind.WAIT_BARRIER, *_AFTER_COUNTS)).any():
-                late.append(cta)
-        if late:
-            doing = flight.doing(np.concatenate([flight.of(rank, cta) for cta in late]))
-            reason = (
-                f"rank {rank} was still routing: CTA {', '.join(map(str, late[:6]))} had not "
-                f"reached its barrier ({doing})"
-            )
-            return Verdict("slow", rank, reason, _SLOW_HINT)
+        rank, past = wait.rank, (EventKind.WAIT_BARRIER, *_AFTER_COUNTS)
+        if (verdict := self._routing(rank, past, "had not reached its barrier")) is not None:
+            return verdict
         reason = (
             f"rank {rank} lost a barrier arrival: all of its CTAs say they arrived, and "
             f"{wait.lacking} are not counted"

@@ -45,7 +45,8 @@ _WAITING = np.array([s for s, c in STATE_CLASS.items() if c == "wait"])
 # In the order in which a launch meets them.
 _BY_STAGE = np.array(
     [
-        *(EventKind.WAIT_BARRIER, EventKind.WAIT_COUNTS, EventKind.WAIT_ROWS, EventKind.WAIT_H),
+        *(EventKind.WAIT_LOGITS, EventKind.WAIT_BARRIER, EventKind.WAIT_COUNTS),
+        *(EventKind.WAIT_ROWS, EventKind.WAIT_H),
         *(State.WAIT_OPERANDS, State.WAIT_STAGE, EventKind.WAIT_RETURN),
     ]
 )

@@ -22,6 +22,7 @@ from flashmoe.trace.schema import (
 # A launch's waits in the order in which an actor meets them: what one waits for is held up by
 # waits of the same or an earlier kind, never of a later one.
 STAGES: Final = (
+    EventKind.WAIT_LOGITS,
     EventKind.WAIT_BARRIER,
     EventKind.WAIT_COUNTS,
     EventKind.WAIT_ROWS,
@@ -71,6 +72,8 @@ class Wait:
         """What it awaits, in words."""
         expert = "" if self.expert is None else f" of expert {self.expert}"
         match self.kind:
+            case "wait_logits":
+                return f"logits of its rank's gate (expert {self.expert} is the first lacking)"
             case "wait_barrier":
                 return f"{self.lacking} more arrivals at its rank's barrier"
             case "wait_counts":

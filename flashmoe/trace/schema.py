@@ -42,6 +42,7 @@ class EventKind(IntEnum):
     WAIT_ROWS = 34
     WAIT_H = 35
     WAIT_RETURN = 36
+    WAIT_LOGITS = 37
 
 
 class Lane(IntEnum):
@@ -117,6 +118,7 @@ STALL_REASON: Final[dict[EventKind, str]] = {
 }
 # The reason a wait of its own goes by.
 WAIT_REASON: Final[dict[EventKind, str]] = {
+    EventKind.WAIT_LOGITS: "logits",
     EventKind.WAIT_BARRIER: "barrier",
     EventKind.WAIT_COUNTS: "counts",
     EventKind.WAIT_ROWS: "rows",

@@ -8,7 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flashmoe.errors import FlashmoeError
-from flashmoe.world.kernel import ROW_BOXES, TILE_DEPTH, TILE_WEIGHT_ROWS
+from flashmoe.world.kernel import (
+    ROW_BOXES,
+    SLICE_BLOCKS,
+    SLICE_ROWS,
+    TILE_DEPTH,
+    TILE_WEIGHT_ROWS,
+)
 from flashmoe.world.tensor_maps import TENSOR_MAP_BYTES, encode_tensor_map
 from flashmoe.world.tiles import extension
 
@@ -102,7 +108,8 @@ def gate_maps(config: MoEConfig, gate: int, x: int, tokens: int, chunks: int) ->
     hidden, experts = config.hidden, config.experts
     if tokens == 0 or config.routing.kind == "external":
         none = bytes(TENSOR_MAP_BYTES)
-        return {"map_x": none, "map_gate": none, "gate_box_tokens": 8}
+        names = ("map_x", "map_gate", "map_x_slice", "map_gate_slice")
+        return {**dict.fromkeys(names, none), "gate_box_tokens": 8}
     box = 8 if -(-tokens // chunks) <= 8 else 32
     columns = 16 if experts <= 16 else 64 if experts <= 64 else 128
 
@@ -110,9 +117,23 @@ def gate_maps(config: MoEConfig, gate: int, x: int, tokens: int, chunks: int) ->
         dims, strides = [hidden, rows], [hidden * 2]
         return encode_tensor_map(address, dims, [TILE_DEPTH, box_rows], strides, config.dtype)
 
+    def encode_slice(address: int, rows: int) -> bytes:
+        blocks = hidden // TILE_DEPTH
+        if hidden % TILE_DEPTH != 0:  # the last block would go on in the next row
+            return bytes(TENSOR_MAP_BYTES)
+        return encode_tensor_map(
+            address,
+            [TILE_DEPTH, rows, blocks],
+            [TILE_DEPTH, SLICE_ROWS, min(blocks, SLICE_BLOCKS)],
+            [hidden * 2, TILE_DEPTH * 2],
+            config.dtype,
+        )
+
     return {
         "map_x": encode(x, tokens, box),
         "map_gate": encode(gate, experts, columns // 2),  # of a pair, each CTA fetches a half
+        "map_x_slice": encode_slice(x, tokens),
+        "map_gate_slice": encode_slice(gate, experts),
         "gate_box_tokens": box,
     }
 

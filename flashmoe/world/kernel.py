@@ -34,6 +34,9 @@ FAMILY = "sm90-256w-176t"
 """256 weight rows by up to 176 rows of tokens."""
 
 ROW_BOXES = (16, 32, 64, 128)
+# Tensor copies of a gate in slices: rows and, at most, blocks of TILE_DEPTH columns.
+SLICE_ROWS = 8
+SLICE_BLOCKS = 32
 """Rows of the boxes that a tile's tokens are fetched in (csrc/core/args.h)."""
 
 LINE = 128

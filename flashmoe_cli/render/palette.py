@@ -27,6 +27,7 @@ STATES: tuple[State, ...] = (
     State("load", "L", 110, "load"),
     State("give_back", "R", 214, "return rows"),
     State("schedule", "S", 66, "schedule"),
+    State("wait_logits", "l", 89, "wait logits"),
     State("wait_barrier", "b", 95, "wait barrier"),
     State("wait_counts", "n", 131, "wait counts"),
     State("wait_rows", "r", 160, "wait rows"),

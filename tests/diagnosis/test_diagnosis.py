@@ -229,6 +229,28 @@ def test_barrier_waits_on_the_cta_that_still_routes() -> None:
     assert "CTA 1" in report.reason and "gate" in report.reason
 
 
+def test_logits_wait_on_the_cta_that_has_not_worked_out_its_share() -> None:
+    launch = Launch(1, 4)
+    for cta in (0, 1):
+        launch.waits(0, EventKind.WAIT_LOGITS, cta, gave_up=cta == 0, expert=9)
+    launch.waits(0, EventKind.WAIT_BARRIER, 2, expected=4, seen=1)
+    launch.set(0, ActorState.RUNNING, EventKind.LAUNCH, cta=3)
+    report = launch.diagnose()
+    assert (report.cause, report.culprit) == ("slow", 0)
+    assert "CTA 3 had not worked out its share of the logits" in report.reason
+    assert "expert 9 is the first lacking" in report.chain[0].sentence()
+
+
+def test_barrier_that_waits_for_a_cta_without_logits_leads_to_them() -> None:
+    launch = Launch(1, 3)
+    launch.waits(0, EventKind.WAIT_BARRIER, 0, gave_up=True, expected=3, seen=1)
+    launch.waits(0, EventKind.WAIT_LOGITS, 1, expert=9)
+    launch.set(0, ActorState.RUNNING, EventKind.LAUNCH, cta=2)
+    report = launch.diagnose()
+    assert [w.kind for w in report.chain] == ["wait_barrier", "wait_logits"]
+    assert "CTA 2 had not worked out its share" in report.reason
+
+
 def test_barrier_arrival_that_was_lost() -> None:
     launch = Launch(1, 3)
     launch.waits(0, EventKind.WAIT_BARRIER, gave_up=True, expected=3, seen=2)

@@ -207,6 +207,7 @@ def test_launch_args_hold_what_they_were_given() -> None:
     rank = {
         "map_pool": b"p" * 512, "map_h": b"h" * 512, "map_up": b"u" * 128, "map_down": b"d" * 128,
         "map_x": b"x" * 128, "map_gate": b"g" * 128,
+        "map_x_slice": b"X" * 128, "map_gate_slice": b"G" * 128,
         "x": 0x1111, "gate": 0x2222, "bias": 0, "y": 0x4444, "ids": 0, "weights": 0,
         "rank": 1, "tokens": 7, "gate_box_tokens": 8,
     }  # fmt: skip
@@ -223,9 +224,10 @@ def test_launch_args_hold_what_they_were_given() -> None:
     assert pack() == whole  # padding included
     assert not any(whole[:16])  # where the code lies is told by whoever launches
     at = whole.index(b"p" * 512)
-    maps = b"p" * 512 + b"h" * 512 + b"u" * 128 + b"d" * 128 + b"x" * 128 + b"g" * 128
-    assert whole[at : at + 1536] == maps
-    at += 1536
+    ones = (b"u", b"d", b"x", b"g", b"X", b"G")
+    maps = b"p" * 512 + b"h" * 512 + b"".join(one * 128 for one in ones)
+    assert whole[at : at + len(maps)] == maps
+    at += len(maps)
     fields = np.frombuffer(whole[at : at + 48], np.uint64).tolist()
     assert fields == [0x1111, 0x2222, 0, 0x4444, 0, 0]
     assert np.frombuffer(whole[at + 48 : at + 60], np.uint32).tolist() == [1, 7, 8]

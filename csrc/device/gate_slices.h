@@ -1,0 +1,171 @@
+// The gate of few tokens, in slices: each CTA works out the logits of 8 experts for 8 tokens, and tells them to
+// the CTA whose chunk has the token.
+//
+// A CTA that routed its own tokens alone would read all of the gate's weights for a token or two; so it reads
+// a sixteenth of 128 experts'.  The logits are the same bits: of a token and an expert the even blocks of 64
+// columns are summed by one group and the odd ones by the other, as in gate.h.
+#pragma once
+
+#include <cstdint>
+
+#include "device/cta.h"
+#include "device/wait.h"
+
+namespace flashmoe {
+
+// What is fetched at once, of tokens and of experts: so many blocks of 64 columns of 8 rows each.
+inline constexpr uint32_t kSliceBlocks = 32;
+inline constexpr uint32_t kSliceBlockBytes = kSliceTokens * kRowBytes;
+inline constexpr uint32_t kSliceHalfBytes = kSliceBlocks * kSliceBlockBytes;
+inline constexpr uint32_t kSliceParts = 2;  // fetched ahead
+static_assert(kSliceExperts == kSliceTokens && kSliceDepth == kTileK, "both have the same boxes");
+
+__device__ __forceinline__ bool gate_in_slices(const Shape& shape, uint32_t tokens) {
+  return shape.routing != RoutingKind::kExternal && shape.hidden % kSliceDepth == 0 && tokens != 0 &&
+         tokens <= most_sliced_tokens(shape);
+}
+
+// The slice of a CTA; `tokens` 0: none.
+struct GateSlice {
+  uint32_t token;   // the first
+  uint32_t tokens;
+  uint32_t expert;  // the first
+  static __device__ __forceinline__ GateSlice of(const Shape& shape, const Place& place) {
+    const uint32_t slices = gate_slices(shape), group = place.chunk / slices;
+    const uint32_t token = group * kSliceTokens;
+    const uint32_t tokens = token < place.tokens ? min_u32(place.tokens - token, kSliceTokens) : 0;
+    return {token, tokens, (place.chunk - group * slices) * kSliceExperts};
+  }
+};
+
+__device__ __forceinline__ uint32_t slice_parts(const Shape& shape) {
+  return ceil_div(shape.hidden, kSliceBlocks * kSliceDepth);
+}
+
+// Fetches a part of the slice's rows.  One thread.
+template <bool kTraced>
+__device__ __forceinline__ void load_slice(Shared<kTraced>& sh, const RankArgs& args,
+                                           const Shape& shape, const GateSlice& slice,
+                                           uint32_t part, char* stages) {
+  const uint32_t stage = part % kSliceParts;
+  char* x = stages + stage * 2 * kSliceHalfBytes;
+  uint64_t* full = &sh.gate_full[stage];
+  const uint32_t blocks = min_u32(shape.hidden / kSliceDepth, kSliceBlocks);  // of a box
+  ptx::mbarrier_expect(full, 2 * blocks * kSliceBlockBytes);
+  const int32_t block = static_cast<int32_t>(part * kSliceBlocks);
+  ptx::tma_load_3d(x, args.map_x_slice, full, 0, static_cast<int32_t>(slice.token), block);
+  ptx::tma_load_3d(x + kSliceHalfBytes, args.map_gate_slice, full, 0,
+                   static_cast<int32_t>(slice.expert), block);
+}
+
+// The first parts.
+template <bool kTraced>
+__device__ __forceinline__ void begin_slice(Shared<kTraced>& sh, const RankArgs& args,
+                                            const Shape& shape, const GateSlice& slice,
+                                            char* stages) {
+  if (slice.tokens == 0) return;
+  const uint32_t parts = min_u32(slice_parts(shape), kSliceParts);
+  for (uint32_t part = 0; part < parts; ++part) {
+    load_slice(sh, args, shape, slice, part, stages);
+  }
+}
+
+// Until nothing that begin_slice() fetches is under way: no CTA may leave before.
+template <bool kTraced>
+__device__ inline void abandon_slice(Shared<kTraced>& sh, const Place& place) {
+  if (!sh.sliced || GateSlice::of(sh.shape, place).tokens == 0) return;
+  const uint32_t parts = min_u32(slice_parts(sh.shape), kSliceParts);
+  for (uint32_t part = 0; part < parts; ++part) ptx::mbarrier_wait(&sh.gate_full[part], 0);
+}
+
+__device__ __forceinline__ uint64_t* logit_words(const Heap& heap, const HeapLayout& layout,
+                                                 const Shape& shape, uint32_t token) {
+  return heap.at<uint64_t>(layout.logits) + static_cast<uint64_t>(token) * shape.experts;
+}
+
+// The logits of the CTA's slice, to whoever routes its tokens.  `handed` is scratch of 32 pairs beside the parts.
+template <class T, bool kTraced>
+__device__ __forceinline__ void multiply_slice(Shared<kTraced>& sh, const Place& place,
+                                               char* stages, float2* handed) {
+  const Shape& shape = sh.shape;
+  const GateSlice slice = GateSlice::of(shape, place);
+  if (slice.tokens == 0) return;
+  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const uint32_t group = (warp - kMathWarp) / 4, parts = slice_parts(shape);
+  const uint32_t depth = shape.hidden / kSliceDepth;
+  float sums[kSliceExperts / 2] = {};
+  for (uint32_t part = 0; part < parts; ++part) {
+    const uint32_t stage = part % kSliceParts;
+    if (warp >= kMathWarp) {
+      ptx::mbarrier_wait(&sh.gate_full[stage], part / kSliceParts & 1);
+      // The product's rows from the ninth on are whatever follows the tokens, and nobody's.
+      const uint32_t x = ptx::shared_address(stages) + stage * 2 * kSliceHalfBytes;
+      const uint64_t a = ptx::wgmma_descriptor(x, 1024);
+      const uint64_t b = ptx::wgmma_descriptor(x + kSliceHalfBytes, 1024);
+      const uint32_t blocks = min_u32(depth - part * kSliceBlocks, kSliceBlocks);
+      for (uint32_t i = group; i < blocks; i += kMathGroups) {
+        ptx::wgmma_fence();
+#pragma unroll
+        for (uint32_t k = 0; k < kTileK / 16; ++k) {
+          const uint32_t at = i * (kSliceBlockBytes / 16) + 2 * k;
+          ptx::wgmma<T, kSliceExperts>(sums, a + at, b + at);
+        }
+        ptx::wgmma_commit();
+      }
+      ptx::wgmma_wait<0>();
+    }
+    if (part + kSliceParts < parts) {
+      __syncthreads();  // the part has been read
+      if (threadIdx.x == 0) {
+        load_slice(sh, *place.args, shape, slice, part + kSliceParts, stages);
+      }
+    }
+  }
+  // A group's first warp has all of the tokens, and both add what the groups have.
+  constexpr uint32_t kSecond = kMathWarp + kGroupThreads / 32;
+  if (warp != kMathWarp && warp != kSecond) return;
+  if (warp == kSecond) handed[lane] = make_float2(sums[0], sums[1]);
+  ptx::named_barrier(1, 64);
+  if (warp != kMathWarp) return;
+  const float2 other = handed[lane];
+  const uint32_t token = lane / 4, expert = slice.expert + lane % 4 * 2;
+  if (token >= slice.tokens) return;
+  uint64_t* words = logit_words(place.heap, sh.layout, shape, slice.token + token);
+  const uint64_t tag = static_cast<uint64_t>(place.epoch) << 32;
+  if (expert < shape.experts) {
+    ptx::store_relaxed_gpu(words + expert, tag | __float_as_uint(sums[0] + other.x));
+  }
+  if (expert + 1 < shape.experts) {
+    ptx::store_relaxed_gpu(words + expert + 1, tag | __float_as_uint(sums[1] + other.y));
+  }
+}
+
+// Until the logits of the chunk's tokens are here, as rows of `logits`, `stride` floats apart.  Each comes with
+// the epoch in one word, so nothing else is to be ordered.
+template <bool kTraced>
+__device__ __forceinline__ bool await_logits(Shared<kTraced>& sh, const Place& place,
+                                             uint32_t begin, uint32_t tokens, float* logits,
+                                             uint32_t stride) {
+  constexpr uint32_t kTries = 256;  // some 100 us; then the one who waits with a deadline does
+  const Shape& shape = sh.shape;
+  const uint64_t* words = logit_words(place.heap, sh.layout, shape, begin);
+  return await_tags(
+      sh, place, words, tokens * shape.experts,
+      [&](uint32_t i) {
+        for (uint32_t tries = 0; tries < kTries; ++tries) {
+          const uint64_t word = ptx::load_relaxed_gpu(words + i);
+          if (!reached(word, Until::kTag, place.epoch)) continue;
+          const uint32_t token = i / shape.experts;
+          logits[token * stride + i - token * shape.experts] =
+              __uint_as_float(static_cast<uint32_t>(word));
+          return true;
+        }
+        return false;
+      },
+      [&](uint32_t i) {
+        return Awaited{EventKind::k_wait_logits, kNoPeer, static_cast<uint16_t>(i % shape.experts),
+                       kNoTile};
+      });
+}
+
+}  // namespace flashmoe
