@@ -72,9 +72,6 @@ FLASHMOE_HD uint32_t pool_tile(const PlanTables& p, const Shape& s, uint32_t e, 
 FLASHMOE_HD uint32_t pool_row(const PlanTables& p, const Shape& s, uint32_t e, uint32_t i) {
   return p.prefix[e] - p.prefix[first_expert(s, owner_of(s, e))] + i;
 }
-FLASHMOE_HD uint32_t pool_rows_of(const PlanTables& p, const Shape& s, uint32_t rank) {
-  return p.prefix[first_expert(s, rank + 1)] - p.prefix[first_expert(s, rank)];
-}
 FLASHMOE_HD uint32_t source_rows(const PlanTables& p, const Shape& s, uint32_t source, uint32_t e) {
   const uint32_t* row = p.prefix + (2 + source) * (s.experts + 1);
   return row[e + 1] - row[e];
@@ -236,7 +233,12 @@ FLASHMOE_HD void build_chunk_tables(Team& team, const PlanTables& p, const Shape
 // The largest pool any rank needs, rows; over pool_rows it is an overflow on all ranks alike.
 FLASHMOE_HD uint32_t pool_rows_needed(const PlanTables& p, const Shape& s) {
   uint32_t needed = 0;
-  for (uint32_t r = 0; r < s.world; ++r) needed = max_u32(needed, pool_rows_of(p, s, r));
+  uint32_t begin = 0;
+  for (uint32_t r = 1; r <= s.world; ++r) {
+    const uint32_t end = p.prefix[r == s.world ? s.experts : first_expert(s, r)];
+    needed = max_u32(needed, end - begin);
+    begin = end;
+  }
   return needed;
 }
 

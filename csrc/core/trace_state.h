@@ -39,20 +39,23 @@ struct TraceState<P, true> {
   uint8_t iter_flags;
   uint8_t keep_last;
 
-  // Before begin(): the actor's ring is the one at `index`, of `ring_capacity` records.
+  FLASHMOE_HD static uint64_t written_into(const RingHeader* ring) { return ring->count; }
+
+  // Before begin(): the actor's ring is the one at `index`, of `ring_capacity` records, into which `written` have
+  // been written.
   FLASHMOE_HD void record_into(RingHeader* rings, Record* all, uint64_t index,
-                               uint32_t ring_capacity, bool keeps_last) {
+                               uint32_t ring_capacity, bool keeps_last, uint64_t written) {
     ring = rings + index;
     records = all + index * ring_capacity;
     capacity = ring_capacity;
     keep_last = keeps_last ? 1 : 0;
+    count = written;
   }
 
   FLASHMOE_HD void begin_ring(uint32_t iteration, uint16_t rank, uint16_t sm, uint16_t cta,
                               uint8_t lane) {
     iter = static_cast<uint16_t>(iteration < 0xffffu ? iteration : 0xffffu);
     iter_flags = iteration < 0xffffu ? 0 : kFlagIterWrapped;
-    count = ring->count;
     begin_ns = last_ns = P::now_ns();
     begin_cycles = P::cycles();
     ring->begin_ns = begin_ns;

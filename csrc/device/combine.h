@@ -95,6 +95,31 @@ __device__ inline void combine_token(const Shared<kTraced>& sh, const Place& pla
   }
 }
 
+// y of one token in some of its columns, [begin, end) in units of 8: `own` is a lane's of the token's results, lane j
+// that of row j.  For one that is summed alone: a column of a lane at a time, in little code.
+template <class T, bool kTraced>
+__device__ __forceinline__ void combine_part(const Shared<kTraced>& sh, const Place& place,
+                                             const Result& own, uint32_t begin, uint32_t end) {
+  const uint32_t lane = threadIdx.x % 32, k = sh.shape.top_k, units = sh.shape.hidden / 8;
+  const uint4* ret = place.heap.at<uint4>(sh.layout.ret);
+  const uint32_t token = __shfl_sync(0xffffffffu, own.token, 0);
+  uint4* y = static_cast<uint4*>(place.args->y) + static_cast<uint64_t>(token) * units;
+#pragma unroll 1
+  for (uint32_t base = begin; base < end; base += 32) {
+    float sum[1][8] = {};
+    uint32_t j = 0;
+#pragma unroll 1
+    for (; j + 8 <= k; j += 8) add_rows<T, 8>(ret, units, base, own.row, own.weight, j, sum);
+#pragma unroll 1
+    for (; j < k; ++j) add_rows<T, 1>(ret, units, base, own.row, own.weight, j, sum);
+    uint4 out;
+    T* values = reinterpret_cast<T*>(&out);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) values[i] = static_cast<T>(sum[0][i]);
+    if (base + lane < end) y[base + lane] = out;
+  }
+}
+
 // A comm warp as it combines: it waits and records for itself.  It has few rows under way and takes long for
 // a token, so it takes one only when that can be summed, and none once math warps combine: these would have
 // to wait for it.  Results that are put it must see arrive, which the wait does.
@@ -307,6 +332,9 @@ __device__ inline Status combine_in_step(Shared<kTraced>& sh, const Place& place
   }
 }
 
+// Parts of up to so many bytes are summed without a ring.
+inline constexpr uint32_t kFewBytes = 2048;
+
 // Combines what is left of the chunk's tokens, by a math group; both groups come here.
 template <class T, bool kTraced>
 __device__ inline Status combine(Shared<kTraced>& sh, const Place& place, uint32_t group,
@@ -320,6 +348,21 @@ __device__ inline Status combine(Shared<kTraced>& sh, const Place& place, uint32
   const uint32_t warp = threadIdx.x / 32 % kTeamWarps, ring = group * kTeamWarps + warp;
   TeamCombiner<kTraced> waiter{sh, place, sh.actors[static_cast<int>(Lane::k_math0) + group],
                                sh.teams[group], warp};
+  // So few that each warp sums one part of one token.
+  const TokenParts parts = token_parts(sh.shape, sh.own.tokens);
+  if (parts.bytes <= kFewBytes && sh.own.tokens <= kMathGroups * kTeamWarps) {
+    const uint32_t token = ring / parts.count, part = ring - token * parts.count;
+    if (token < sh.own.tokens) {
+      const uint32_t at = sh.own.begin + token, row_bytes = sh.shape.hidden * 2;
+      const Result own = find_results(sh, place, at, 1);
+      const Status status = waiter.await(at, 1, own);
+      if (status != Status::kOk) return status;
+      const uint32_t begin = part * parts.bytes, end = min_u32(begin + parts.bytes, row_bytes);
+      combine_part<T>(sh, place, own, begin / 16, end / 16);
+      waiter.summed(part == 0 ? 1 : 0);
+    }
+    return waiter.finish();
+  }
   return combine_stream<T>(
       sh, place, Ring{stages + ring * kRingPieces * 2 * Ring::kSlice, sh.ring_full[ring], 0},
       waiter);

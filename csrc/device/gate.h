@@ -373,11 +373,13 @@ __device__ inline bool take_external(const Shape& shape, const int32_t* from,
   return __all_sync(0xffffffffu, good);
 }
 
-// Index of each (token, j) among the chunk's rows for its expert, and the chunk's histogram.
+// Index of each (token, j) among the chunk's rows for its expert, and the chunk's histogram, into `histogram` and
+// into `order`, which is this CTA's.
 //
 // A warp a run of consecutive rows, counting for itself; then it begins where the warps before end.
 __device__ inline void count_rows(uint32_t* counters, const Shape& shape, const uint32_t* ids,
-                                  uint32_t* slots, uint32_t* histogram, uint32_t tokens) {
+                                  uint32_t* slots, uint32_t* histogram, uint32_t* order,
+                                  uint32_t tokens) {
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (uint32_t i = threadIdx.x; i < kWarps * shape.experts; i += kThreads) counters[i] = 0;
   __syncthreads();
@@ -397,7 +399,7 @@ __device__ inline void count_rows(uint32_t* counters, const Shape& shape, const 
       counters[w * shape.experts + e] = sum;
       sum += of_warp[w];
     }
-    histogram[e] = sum;
+    histogram[e] = order[e] = sum;
   }
   __syncthreads();
   for (uint32_t base = begin; base < end; base += 32) {
@@ -512,7 +514,7 @@ __device__ inline Status run_gate(Shared<kTraced>& sh, const Place& place, char*
              place.heap.at<uint32_t>(sh.layout.slots) + first,
              place.heap.at<uint32_t>(sh.layout.histogram) +
                  static_cast<uint64_t>(place.chunk) * shape.experts,
-             chunk.tokens);
+             sh.tables.chunk_order, chunk.tokens);
   return Status::kOk;
 }
 

@@ -90,8 +90,10 @@ __device__ __forceinline__ void multiply_slice(Shared<kTraced>& sh, const Place&
   const Shape& shape = sh.shape;
   const GateSlice slice = GateSlice::of(shape, place);
   if (slice.tokens == 0) return;
-  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const uint32_t group = (warp - kMathWarp) / 4, parts = slice_parts(shape);
+  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, parts = slice_parts(shape);
+  // From one lane, so that the compiler knows it to be the warp's: descriptors are then uniform registers, without
+  // which these small products take as long as their moves.
+  const uint32_t group = __shfl_sync(0xffffffffu, (warp - kMathWarp) / 4, 0);
   const uint32_t depth = shape.hidden / kSliceDepth;
   float sums[kSliceExperts / 2] = {};
   for (uint32_t part = 0; part < parts; ++part) {
@@ -103,6 +105,7 @@ __device__ __forceinline__ void multiply_slice(Shared<kTraced>& sh, const Place&
       const uint64_t a = ptx::wgmma_descriptor(x, 1024);
       const uint64_t b = ptx::wgmma_descriptor(x + kSliceHalfBytes, 1024);
       const uint32_t blocks = min_u32(depth - part * kSliceBlocks, kSliceBlocks);
+#pragma unroll 1
       for (uint32_t i = group; i < blocks; i += kMathGroups) {
         ptx::wgmma_fence();
 #pragma unroll

@@ -39,9 +39,15 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args, char*
   place.pair_rank = place.chunk & (args.pair_size - 1);  // a rank's CTAs begin with a cluster
   const uint32_t here = ptx::shared_address(&sh);
   place.to_other = args.pair_size == 1 ? 0 : ptx::cluster_address(here, place.pair_rank ^ 1) - here;
-  // Both words on their way at once.
+  // All words on their way at once.
   const uint64_t epoch = ptx::load_relaxed_sys(place.heap.at<uint64_t>(args.layout.epoch_word));
   const uint64_t aborted = ptx::load_relaxed_sys(place.heap.at<uint64_t>(args.layout.abort_word));
+  const int lane = led_lane();
+  const uint64_t actor = static_cast<uint64_t>(blockIdx.x) * kLanes + lane;  // if it leads one
+  [[maybe_unused]] uint64_t written = 0;
+  if constexpr (kTraced) {
+    if (lane >= 0) written = GpuActor<kTraced>::written_into(args.rings + actor);
+  }
   const uint32_t warp = ptx::thread_id() / 32;
   if (warp == 0) copy_by_warp(&sh.shape, &args.shape);
   if (warp == 1) copy_by_warp(&sh.layout, &args.layout);
@@ -106,13 +112,12 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args, char*
   place.epoch = static_cast<uint32_t>(epoch) + 1;
   // Abort is sticky: nothing runs until reset().
   if (ptx::thread_id() == 0) sh.status = static_cast<uint32_t>(aborted);
-  const int lane = led_lane();
   if (lane >= 0) {
-    const uint64_t index = static_cast<uint64_t>(blockIdx.x) * kLanes + lane;
     GpuActor<kTraced>& a = sh.actors[lane];
-    a.slot = args.slots + index;
+    a.slot = args.slots + actor;
     if constexpr (kTraced) {
-      a.record_into(args.rings, args.records, index, args.ring_capacity, args.keep_last != 0);
+      a.record_into(args.rings, args.records, actor, args.ring_capacity, args.keep_last != 0,
+                    written);
     }
     a.abort_word = place.heap.at<uint64_t>(args.layout.abort_word);
     a.deadline_ns = place.epoch == 1 ? args.first_deadline_ns : args.deadline_ns;
@@ -171,6 +176,14 @@ __device__ __forceinline__ uint32_t* own_rows(const Shared<kTraced>& sh, const P
   return sh.tables.prefix + (2 + place.rank) * (sh.shape.experts + 1);
 }
 
+template <bool kTraced>
+__device__ __forceinline__ void clear_own_counts(const Shared<kTraced>& sh, const Place& place) {
+  uint32_t* own = own_rows(sh, place);
+  for (uint32_t e = threadIdx.x; e < sh.shape.experts; e += kThreads) {
+    own[e] = sh.tables.chunk_prefix[e] = 0;
+  }
+}
+
 // Sums the rank's histograms: its rows for each expert, and those of the chunks before this one.  Every
 // CTA does so for itself, which costs less than to wait once more for what others have summed.
 template <bool kTraced>
@@ -179,8 +192,6 @@ __device__ inline void own_counts(const Shared<kTraced>& sh, const Place& place)
   const uint32_t* histogram = place.heap.at<uint32_t>(sh.layout.histogram);
   uint32_t* own = own_rows(sh, place);
   uint32_t* earlier = sh.tables.chunk_prefix;
-  for (uint32_t e = threadIdx.x; e < shape.experts; e += kThreads) own[e] = earlier[e] = 0;
-  __syncthreads();
   // A warp a histogram, a lane an expert, so that all loads of a warp are in flight together.
   const uint32_t chunks = ceil_div(place.tokens, chunk_size(shape, place.tokens));  // not empty
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -276,23 +287,26 @@ __device__ inline void make_plan(Shared<kTraced>& sh, const Place& place) {
   CtaTeam team;
   const uint64_t* words = counts_words(place.heap, sh.layout, shape, place.epoch, 0);
   const uint32_t* own = own_rows(sh, place);
-  const uint32_t* mine = place.heap.at<uint32_t>(sh.layout.histogram) + place.chunk * shape.experts;
-  for (uint32_t e = threadIdx.x; e < shape.experts; e += kThreads) {
-    sh.tables.chunk_order[e] = mine[e];
-  }
+  const uint32_t begin = sh.own.begin, rows = sh.own.tokens * shape.top_k;
+  const uint64_t first = static_cast<uint64_t>(begin) * shape.top_k;
+  const uint32_t* ids = place.heap.at<uint32_t>(sh.layout.ids) + first;
+  const uint32_t* slots = place.heap.at<uint32_t>(sh.layout.slots) + first;
+  // The first ones are on their way while the tables are built.
+  uint32_t e = 0, slot = 0;
+  auto fetch = [&](uint32_t i) {
+    if (i >= rows) return;
+    e = ids[i];
+    slot = slots[i];
+  };
+  fetch(threadIdx.x);
   build_plan(team, sh.tables, shape, sh.order, [&](uint32_t source, uint32_t e) {
     return source == place.rank
                ? own[e]
                : static_cast<uint32_t>(ptx::load_relaxed_sys(words + source * shape.experts + e));
   });
-  const uint32_t begin = sh.own.begin, tokens = sh.own.tokens;
-  const uint64_t first = static_cast<uint64_t>(begin) * shape.top_k;
-  const uint32_t* ids = place.heap.at<uint32_t>(sh.layout.ids) + first;
-  const uint32_t* slots = place.heap.at<uint32_t>(sh.layout.slots) + first;
   uint32_t* sorted = place.heap.at<uint32_t>(sh.layout.sorted) + first;
   uint32_t* origin = place.heap.at<uint32_t>(sh.layout.origin);
-  for (uint32_t i = threadIdx.x; i < tokens * shape.top_k; i += kThreads) {
-    const uint32_t e = ids[i], slot = slots[i];
+  for (uint32_t i = threadIdx.x; i < rows; i += kThreads, fetch(i)) {
     sorted[sh.tables.chunk_order[e] + slot] = begin * shape.top_k + i;
     if (!sh.gathers) continue;
     const uint32_t row = sh.tables.prefix[e] + sh.tables.chunk_prefix[e] + slot;
@@ -312,6 +326,7 @@ __device__ inline void record_all(Shared<kTraced>& sh, EventKind kind, uint32_t 
 template <class T, bool kTraced>
 __device__ inline Status prepare(Shared<kTraced>& sh, const Place& place, char* stages) {
   clear_idle_sets(sh, place);
+  clear_own_counts(sh, place);
   const Status routed = run_gate<T>(sh, place, stages);
   record_all(sh, EventKind::k_gate, place.chunk, sh.own.tokens);
   if (routed != Status::kOk) {
@@ -387,7 +402,7 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
     return;
   }
   // The gate wrote its scratch by ordinary stores where bulk and tensor copies will write.
-  ptx::fence_proxy_async();
+  ptx::fence_proxy_async_shared();
   __syncthreads();
   dispatch_first(sh, place, args.fault, stages);
   const uint32_t warp = threadIdx.x / 32;

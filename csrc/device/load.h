@@ -204,14 +204,13 @@ __device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char*
     if (task.tile.rows != 0) take_up(actor, task, EventKind::k_load);
     const uint32_t begin_cycles = kTraced ? ptx::clock32() : 0;
     uint32_t stall = 0;
+    const bool up = task.tile.gemm == 1, shared = task.shared != 0, gathered = up && sh.gathers;
     // The rows were written by ordinary or bulk stores of other CTAs; the scheduler acquired them, this
-    // lane makes that hold for its tensor copies too.
-    ptx::fence_proxy_async();
-    const bool up = task.tile.gemm == 1, shared = task.shared != 0;
+    // lane makes that hold for its tensor copies too.  Gathered rows are not this lane's.
+    if (!gathered) ptx::fence_proxy_async();
     const int32_t row = static_cast<int32_t>(task.tile.pool_row0);
     const WeightBox box = WeightBox::of<kGated>(args, task.tile, expert0);
-    // A bit a box of 16 << bit rows.  Gathered rows are not this lane's.
-    const bool gathered = up && sh.gathers;
+    // A bit a box of 16 << bit rows.
     const uint32_t boxes = gathered ? 0 : ceil_div(task.tile.rows, kBoxRows);
     const uint32_t bytes = kStageBytesWeights + boxes * kBoxRows * kRowBytes;
     // Where gathering is over, this lane arrives for those who gathered too.

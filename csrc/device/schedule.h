@@ -20,6 +20,7 @@ __device__ __forceinline__ void record_tile(Shared<kTraced>& sh, uint32_t slot) 
   const Shape& shape = sh.shape;
   const Task& task = sh.tasks[slot];
   const Tile& tile = task.tile;
+#pragma unroll 1
   for (uint32_t group = 0; group < kMathGroups; ++group) {
     GpuActor<kTraced>& actor = sh.actors[static_cast<int>(Lane::k_math0) + group];
     const TileStamps& stamps = sh.stamps[slot][group];
@@ -185,11 +186,12 @@ struct TaskRing {
     ptx::mbarrier_wait(&sh.task_empty[last % kTasks], last / kTasks & 1);
     actor.skip();  // it had nothing to do until then
   }
-  // Waits for a barrier that the other CTA arrives at, once a task.
-  __device__ __forceinline__ void await_other(uint64_t* barrier, uint32_t turn) {
-    if (ptx::mbarrier_test_cluster(barrier, turn & 1)) return;
-    while (!ptx::mbarrier_test_cluster(barrier, turn & 1)) meanwhile();
-    actor.skip();
+  // Publishes tiles as they become done, until `ready`, or, where the CTA leaves, until all are.  Once in the code
+  // of a scheduler, which is one warp's and yet would fill the instruction cache that all share.
+  template <class Ready>
+  __device__ __forceinline__ void publish_until(const Ready& ready, bool leaves) {
+    while (meanwhile() || !(leaves ? finished == handed : ready())) {
+    }
   }
   // The time since it had something to do went into this tile.
   __device__ __forceinline__ void scheduled(const Tile& tile) {
@@ -213,15 +215,9 @@ struct TaskRing {
     ptx::mbarrier_arrive(&sh.task_full[slot]);
     ++handed;
     if (tile.rows != 0) scheduled(tile);
-    while (meanwhile()) {
-    }
   }
-  // Every role leaves by the same way out, whatever ended the launch.
+  // Every role leaves by the same way out, whatever ended the launch.  All tiles are published.
   __device__ __forceinline__ void hand_over_exit() {
-    while (finished < handed) {
-      ptx::mbarrier_wait(&sh.task_empty[finished % kTasks], finished / kTasks & 1);
-      finish();
-    }
     sh.tasks[handed % kTasks].tile.gemm = 0;
     ptx::mbarrier_arrive(&sh.task_full[handed % kTasks]);
   }
@@ -278,49 +274,52 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
   const Shape& shape = sh.shape;
   TaskRing<kTraced> ring{sh, place, sh.actors[static_cast<int>(Lane::k_sched)]};
   const uint32_t tiles = tiles_of_rank(sh.tables, sh.order);
-  Tile held{};  // the second of a pair whose first it waits for; rows 0: none
-  for (;;) {
+  constexpr uint32_t kNone = 0xffffffffu;
+  uint32_t held = kNone;  // index of the second tile of a pair whose first it waits for
+  for (bool leaves = false;;) {
     if constexpr (kPuts) put_results(sh, place);
-    ring.make_room();
-    // Both on their way while the other CTA is awaited.  The first pairs are dealt, so that no CTA begins
-    // by a round trip to the counter.
-    uint64_t aborted = 0, pair = 0;
-    if (held.rows == 0) {
-      aborted = ptx::load_relaxed_sys(place.heap.at<uint64_t>(sh.layout.abort_word));
-      uint64_t* counter = next_tile_word(place.heap, sh.layout, place.epoch);
-      pair = ring.handed == 0 ? place.chunk / place.pair_size
-                              : shape.chunks / place.pair_size + ptx::fetch_add_relaxed_gpu(counter, 1);
-    }
     // The second CTA says from its first task on that it can take one: before that its stages, which this
     // one's loads fill too, still hold what it dispatches.
-    if (place.pair_size == 2) {
-      ring.await_other(&sh.pair_empty[ring.handed % kTasks], ring.handed / kTasks);
+    const uint32_t slot = ring.handed % kTasks;
+    ring.publish_until(
+        [&] {
+          return place.pair_size == 1 ||
+                 ptx::mbarrier_test_cluster(&sh.pair_empty[slot], ring.handed / kTasks & 1);
+        },
+        leaves);
+    if (leaves) break;
+    ring.make_room();
+    // The first pairs are dealt, so that no CTA begins by a round trip to memory.  Later ones make both at once.
+    uint64_t aborted = 0, pair = place.chunk / place.pair_size;
+    if (held == kNone && ring.handed != 0) {
+      aborted = ptx::load_relaxed_sys(place.heap.at<uint64_t>(sh.layout.abort_word));
+      uint64_t* counter = next_tile_word(place.heap, sh.layout, place.epoch);
+      pair = shape.chunks / place.pair_size + ptx::fetch_add_relaxed_gpu(counter, 1);
     }
+    const uint32_t first =
+        held == kNone ? static_cast<uint32_t>(pair) * place.pair_size : held;
+    bool goes_on = first < tiles && aborted == 0 && sh.other_left == 0;
+    const uint32_t count =
+        !goes_on ? 0 : held == kNone ? min_u32(place.pair_size, tiles - first) : 1;
     // Two tiles for the two CTAs; rows 0: none for that one.
-    Tile one = held, two = held;
-    one.rows = held.rows = 0;
-    bool goes_on = true;
-    if (two.rows == 0) {
-      const uint32_t first = static_cast<uint32_t>(pair) * place.pair_size;
-      goes_on = first < tiles && aborted == 0 && sh.other_left == 0;
-      const uint32_t count = goes_on ? min_u32(place.pair_size, tiles - first) : 0;
+    Tile one{}, two{};
 #pragma unroll 1
-      for (uint32_t i = 0; i < count; ++i) {
-        const Tile tile = tile_at(sh.tables, shape, sh.order, first + i);
-        if (i == 0) {
-          one = two = tile;
-          two.rows = 0;
-        } else {
-          two = tile;
-        }
-      }
+    for (uint32_t i = 0; i < count; ++i) {
+      const Tile tile = tile_at(sh.tables, shape, sh.order, first + i);
+      if (i == 0) one = tile;
+      two = tile;
+    }
+    if (held != kNone) {
+      held = kNone;
+      one.rows = 0;
+    } else if (count == 1) {
+      two.rows = 0;
+    } else if (one.gemm != two.gemm && one.expert == two.expert) {
       // Where an expert has an odd number of tiles, a pair may hold its last GEMM1 tile and its first GEMM2
       // tile: the one waits for the other.
-      if (two.rows != 0 && one.gemm != two.gemm && one.expert == two.expert) {
-        held = two;
-        two = one;
-        two.rows = 0;
-      }
+      held = two.index;
+      two = one;
+      two.rows = 0;
     }
     // Of the first tiles whoever gathers the rows awaits them, so that weights are on their way meanwhile.
     PairMessage message{};
@@ -337,9 +336,9 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
     message.turns = ceil_div(depth, kTileK);
     message.shared = one.rows != 0 && two.rows != 0 && one.gemm == two.gemm &&
                      one.expert == two.expert && one.col_tile == two.col_tile;
-    if (place.pair_size == 2) send_message(sh, place, ring.handed % kTasks, message);
-    if (!goes_on) break;
-    ring.hand_over(one, message);
+    if (place.pair_size == 2) send_message(sh, place, slot, message);
+    if (goes_on) ring.hand_over(one, message);
+    leaves = !goes_on;
   }
   ring.hand_over_exit();
 }
@@ -348,22 +347,29 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
 template <bool kTraced>
 __device__ inline void follow_schedule(Shared<kTraced>& sh, const Place& place) {
   TaskRing<kTraced> ring{sh, place, sh.actors[static_cast<int>(Lane::k_sched)]};
-  for (;;) {
+  for (bool leaves = false;;) {
     const uint32_t slot = ring.handed % kTasks;
     if constexpr (kPuts) put_results(sh, place);
-    ring.make_room();
-    ptx::mbarrier_expect(&sh.pair_full[slot], kMessageBytes<kTraced>);
-    const uint32_t empty = ptx::shared_address(&sh.pair_empty[slot]) + place.to_other;
-    // The first publishes that the stages are free, and waits for all that this thread has stored; then
-    // there is nothing to publish.
-    if (ring.handed == 0) {
-      ptx::mbarrier_arrive_cluster(empty);
-    } else {
-      ptx::mbarrier_arrive_other(empty);
+    if (!leaves) {
+      ring.make_room();
+      ptx::mbarrier_expect(&sh.pair_full[slot], kMessageBytes<kTraced>);
+      const uint32_t empty = ptx::shared_address(&sh.pair_empty[slot]) + place.to_other;
+      // The first publishes that the stages are free, and waits for all that this thread has stored; then
+      // there is nothing to publish.
+      if (ring.handed == 0) {
+        ptx::mbarrier_arrive_cluster(empty);
+      } else {
+        ptx::mbarrier_arrive_other(empty);
+      }
     }
-    ring.await_other(&sh.pair_full[slot], ring.handed / kTasks);
+    ring.publish_until(
+        [&] { return ptx::mbarrier_test_cluster(&sh.pair_full[slot], ring.handed / kTasks & 1); },
+        leaves);
+    if (leaves) break;
+    ring.actor.skip();  // it had no task until then
     const PairMessage message = sh.messages[slot];
-    if (message.has == kNoWork) break;
+    leaves = message.has == kNoWork;
+    if (leaves) continue;
     Tile tile = tile_at(sh.tables, sh.shape, sh.order, message.index);
     if (message.has == 0) tile.rows = 0;
     ring.hand_over(tile, message);
