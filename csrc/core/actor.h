@@ -137,11 +137,11 @@ struct Actor : TraceState<P, kTraced> {
       P::relax();
       meanwhile();
       seen = P::peek(word);
+      const uint64_t aborted = P::peek(abort_word);  // both on their way at once
       if (reached(seen, until, target)) {
         P::load(word);  // counters only grow and tags stay until the next launch: it is there still
         break;
       }
-      const uint64_t aborted = P::peek(abort_word);
       if (aborted != 0) {
         status = static_cast<Status>(aborted);
         note(ActorState::kAborted, what, due, as_count(seen, until, target), from);

@@ -34,12 +34,12 @@ struct alignas(64) RankArgs {
   // The same by blocks of 64 columns, [H / 64][rows][64], box min(H / 64, 32) x 8 x 64: a gate in slices.
   uint8_t map_x_slice[128];
   uint8_t map_gate_slice[128];
-  const void* x;          // [tokens][H] dtype
-  const void* gate;       // [E][H] dtype
-  const float* bias;      // [E], or null
-  void* y;                // [tokens][H] dtype
-  const int32_t* ids;     // external routing: [tokens][k], or null
-  const float* weights;   // external routing: [tokens][k], or null
+  const void* x;         // [tokens][H] dtype
+  const void* gate;      // [E][H] dtype
+  const float* bias;     // [E], or null
+  void* y;               // [tokens][H] dtype
+  const int32_t* ids;    // external routing: [tokens][k], or null
+  const float* weights;  // external routing: [tokens][k], or null
   uint32_t rank;
   uint32_t tokens;
   uint32_t gate_box_tokens;  // 8 or 32

@@ -95,9 +95,9 @@ FLASHMOE_HD uint32_t block_begin(uint32_t block, uint32_t wave, uint32_t owned) 
 
 // What follows from the shape alone, worked out once: divisions are long code.
 struct TileOrder {
-  uint32_t first;       // expert that the rank owns
-  uint32_t owned;       // experts
-  uint32_t columns[2];  // column tiles of GEMM1 and of GEMM2
+  uint32_t first;        // expert that the rank owns
+  uint32_t owned;        // experts
+  uint32_t columns[2];   // column tiles of GEMM1 and of GEMM2
   uint32_t after_gemm1;  // the first segment behind all of GEMM1's
 };
 FLASHMOE_HD TileOrder tile_order(const Shape& s, uint32_t rank) {
@@ -202,7 +202,8 @@ FLASHMOE_HD void build_plan(Team& team, const PlanTables& p, const Shape& s, con
     const uint32_t local = e - order.first;
     if (local >= owned) continue;
     const uint32_t block = local / wave, within = local - block * wave;
-    const uint32_t of_next = min_u32((block + 2) * wave, owned) - min_u32((block + 1) * wave, owned);
+    const uint32_t of_next =
+        min_u32((block + 2) * wave, owned) - min_u32((block + 1) * wave, owned);
     const uint32_t at[2] = {block_begin(block, wave, owned) + within,
                             block_begin(block + 1, wave, owned) + of_next + within};
     for (uint32_t gemm = 1; gemm <= 2; ++gemm) {

@@ -174,7 +174,7 @@ struct Shared : PendingResults<kPuts> {
   Heap heaps[kMaxRanks];
   PlanTables tables;
   TileOrder order;
-  TokenRange own;  // the chunk's tokens
+  TokenRange own;      // the chunk's tokens
   uint64_t wait_from;  // of the scheduler's last wait on behalf of all lanes
   uint64_t wait_to;
   uint32_t wait_lacking;

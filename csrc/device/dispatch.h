@@ -199,6 +199,15 @@ __device__ inline void dispatch_first(Shared<kTraced>& sh, const Place& place,
                                       const FaultArgs& fault, char* stages) {
   const Shape& shape = sh.shape;
   const uint32_t warp = threadIdx.x / 32, thread = threadIdx.x % 32;
+  if (sh.gathers) {
+    const DispatchUnit own{place.rank, 0, shape.experts, 0, sh.tables.chunk_order[shape.experts]};
+    if (warp == 0) {
+      ptx::fence_acq_rel_gpu();
+      publish_rows(sh, place, fault, own, own.begin, own.end);
+    }
+    record_first(sh, place, own);
+    return;
+  }
   const uint32_t row_bytes = shape.hidden * 2;
   const char* x = static_cast<const char*>(place.args->x);
   const uint32_t* sorted = chunk_rows_sorted(sh, place);
@@ -210,15 +219,6 @@ __device__ inline void dispatch_first(Shared<kTraced>& sh, const Place& place,
   const uint32_t at_once = max_u32(1, min_u32(kPart / row_bytes, 32));
   const uint32_t piece_bytes = min_u32(row_bytes, kPart);
   uint32_t turn_of_full = 0;
-  if (sh.gathers) {
-    const DispatchUnit own{place.rank, 0, shape.experts, 0, sh.tables.chunk_order[shape.experts]};
-    if (warp == 0) {
-      ptx::fence_acq_rel_gpu();
-      publish_rows(sh, place, fault, own, own.begin, own.end);
-    }
-    record_first(sh, place, own);
-    return;
-  }
   const uint32_t groups = first_groups(sh, place);
   for (uint32_t turn = 0; turn < shape.world; ++turn) {
     const DispatchUnit u = dispatch_unit(sh, place, 0, groups, turn);

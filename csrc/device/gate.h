@@ -469,7 +469,8 @@ __device__ __forceinline__ void route_chunk(Shared<kTraced>& sh, const Place& pl
 template <class T, bool kTraced>
 __device__ __forceinline__ bool route_by_slices(Shared<kTraced>& sh, const Place& place,
                                                 GateScratch& scratch) {
-  static_assert(kSliceParts * 2 * kSliceHalfBytes <= kGateRingBytes, "slices leave the logits' place");
+  static_assert(kSliceParts * 2 * kSliceHalfBytes <= kGateRingBytes,
+                "slices leave the logits' place");
   if (threadIdx.x / 32 == kGateLoaders) rehearse_choice(sh.shape, scratch, place.args->bias);
   float* handed = scratch.logits + kGateLogits - 64;  // beyond the logits of so few tokens
   multiply_slice<T>(sh, place, scratch.ring, reinterpret_cast<float2*>(handed));

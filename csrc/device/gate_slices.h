@@ -21,13 +21,13 @@ inline constexpr uint32_t kSliceParts = 2;  // fetched ahead
 static_assert(kSliceExperts == kSliceTokens && kSliceDepth == kTileK, "both have the same boxes");
 
 __device__ __forceinline__ bool gate_in_slices(const Shape& shape, uint32_t tokens) {
-  return shape.routing != RoutingKind::kExternal && shape.hidden % kSliceDepth == 0 && tokens != 0 &&
-         tokens <= most_sliced_tokens(shape);
+  return shape.routing != RoutingKind::kExternal && shape.hidden % kSliceDepth == 0 &&
+         tokens != 0 && tokens <= most_sliced_tokens(shape);
 }
 
 // The slice of a CTA; `tokens` 0: none.
 struct GateSlice {
-  uint32_t token;   // the first
+  uint32_t token;  // the first
   uint32_t tokens;
   uint32_t expert;  // the first
   static __device__ __forceinline__ GateSlice of(const Shape& shape, const Place& place) {

@@ -333,6 +333,8 @@ __device__ inline Status prepare(Shared<kTraced>& sh, const Place& place, char* 
     if (threadIdx.x == 0 && routed == Status::kBadIds) raise_abort(sh, routed);
     return routed;
   }
+  // The gate wrote its scratch by ordinary stores where bulk and tensor copies will write.
+  ptx::fence_proxy_async_shared();
   if (!rank_barrier(sh, place)) return static_cast<Status>(sh.status);
   own_counts(sh, place);
   send_counts(sh, place);
@@ -401,9 +403,6 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
     leave(sh, place, status);
     return;
   }
-  // The gate wrote its scratch by ordinary stores where bulk and tensor copies will write.
-  ptx::fence_proxy_async_shared();
-  __syncthreads();
   dispatch_first(sh, place, args.fault, stages);
   const uint32_t warp = threadIdx.x / 32;
   if (warp < kMathWarp) {

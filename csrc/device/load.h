@@ -217,9 +217,9 @@ __device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char*
     const uint32_t arrivals = task.tile.index < gathered_until ? 1 : fills(sh.gathers);
     const uint32_t blocks = task.blocks, turns = task.turns;
     // Weights used once L2 need not keep.
-    const uint32_t uses =
-        ceil_div(expert_row_tiles(sh.tables, sh.shape, task.tile.expert), shared ? 2 : 1);
-    const uint64_t policy = uses == 1 ? ptx::policy_evict_first() : ptx::policy_normal();
+    const uint32_t row_tiles = expert_row_tiles(sh.tables, sh.shape, task.tile.expert);
+    const bool once = row_tiles == 1 || (shared && row_tiles == 2);
+    const uint64_t policy = once ? ptx::policy_evict_first() : ptx::policy_normal();
     for (uint32_t i = 0; i < turns; ++i, cursor.next()) {
       uint64_t* full = &sh.full[cursor.stage];
       await_empty(sh, cursor.stage, cursor.turn(), stall);

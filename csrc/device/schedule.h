@@ -296,11 +296,11 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
       uint64_t* counter = next_tile_word(place.heap, sh.layout, place.epoch);
       pair = shape.chunks / place.pair_size + ptx::fetch_add_relaxed_gpu(counter, 1);
     }
-    const uint32_t first =
-        held == kNone ? static_cast<uint32_t>(pair) * place.pair_size : held;
+    const uint32_t first = held == kNone ? static_cast<uint32_t>(pair) * place.pair_size : held;
     bool goes_on = first < tiles && aborted == 0 && sh.other_left == 0;
-    const uint32_t count =
-        !goes_on ? 0 : held == kNone ? min_u32(place.pair_size, tiles - first) : 1;
+    const uint32_t count = !goes_on        ? 0
+                           : held == kNone ? min_u32(place.pair_size, tiles - first)
+                                           : 1;
     // Two tiles for the two CTAs; rows 0: none for that one.
     Tile one{}, two{};
 #pragma unroll 1
