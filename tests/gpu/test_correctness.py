@@ -160,6 +160,42 @@ def test_rows_read_in_place_and_rows_copied_give_the_same_bits(tokens: int) -> N
     assert len(seen) == 1
 
 
+def test_a_gate_in_slices_gives_the_same_bits() -> None:
+    """132 CTAs route up to 64 tokens of 128 experts in slices; with a 65th they route all whole."""
+    config = PRESETS["qwen3-30b"].config
+    weights, x = inputs(config, 65)
+    whole = forward(engine_for(config, weights, [x]))
+    for tokens in (1, 9, 64):
+        some = forward(engine_for(config, weights, [x[:tokens]]))
+        assert torch.equal(some.ids, whole.ids[:tokens])
+        assert torch.equal(some.weights, whole.weights[:tokens])
+        assert bits(some) == whole.y[:tokens].view(torch.int16).numpy().tobytes()
+
+
+@pytest.mark.parametrize("tokens", [7, 8, 61, 64])
+@pytest.mark.parametrize(
+    "config",
+    [
+        MoEConfig(
+            hidden=2112, intermediate=64, experts=60, top_k=4
+        ),  # parts of columns, of 8 experts
+        MoEConfig(
+            hidden=7168, intermediate=64, experts=32, top_k=8
+        ),  # more parts than are fetched ahead
+        MoEConfig(hidden=64, intermediate=64, experts=9, top_k=2),  # no block for the second group
+        MoEConfig(256, 192, 64, 6, routing=Routing("sigmoid", True, 2.5, 8, 4)),
+    ],
+    ids=["2112x60", "7168x32", "64x9", "sigmoid"],
+)
+def test_gates_in_slices(config: MoEConfig, tokens: int) -> None:
+    weights, x = inputs(config, tokens)
+    output, routing = hold_to_reference(
+        forward(engine_for(config, weights, [x])), x, weights, config
+    )
+    assert output.ok, output
+    assert routing is not None and routing.ok, routing
+
+
 def test_rows_on_their_way_are_left_alone() -> None:
     # Long rows to many ranks: a CTA still sends while the other one of its pair multiplies, and
     # fills the stages of both.
