@@ -109,7 +109,6 @@ __device__ __forceinline__ void run_tile(Shared<kTraced>& sh, const Place& place
                                          StageCursor& cursor, const Task& task, uint32_t group,
                                          const StageRelease& release) {
   const Tile& tile = task.tile;
-  const bool leads = threadIdx.x % kGroupThreads == 0;
   const uint32_t warp = threadIdx.x / 32 - kMathWarp;
   float sums[2][kN / 2];
   const GroupWeights weights(kGated && tile.gemm == 1, group);
@@ -122,8 +121,10 @@ __device__ __forceinline__ void run_tile(Shared<kTraced>& sh, const Place& place
       stages + cursor.offset(last) + weights.of_group + warp % kTeamWarps * 2 * weights.atom_stride;
   auto stamp_products = [&] {
     if constexpr (kTraced) {
-      if (leads) {
-        TileStamps& stamps = sh.stamps[&task - sh.tasks][group];
+      const uint32_t thread =
+          ptx::thread_id() - kMathWarp * 32;  // asked anew: the sums leave few registers
+      if (thread % kGroupThreads == 0) {
+        TileStamps& stamps = sh.stamps[&task - sh.tasks][thread / kGroupThreads];
         stamps.products_ns = ptx::globaltimer();
         stamps.cycles = ptx::clock32() - stamps.cycles;
         stamps.stall_cycles = stall;
@@ -222,7 +223,10 @@ __device__ __forceinline__ void multiply_tiles(Shared<kTraced>& sh, const Place&
     }
     multiply_tile<T, kGated>(sh, place, stages, cursor, task, group, release);
     if constexpr (kTraced) {
-      if (leads) sh.stamps[slot][group].end_ns = ptx::globaltimer();
+      const uint32_t thread = ptx::thread_id() - kMathWarp * 32;
+      if (thread % kGroupThreads == 0) {
+        sh.stamps[n % kTasks][thread / kGroupThreads].end_ns = ptx::globaltimer();
+      }
     }
     // Every thread has read the task and stored its part, which the scheduler publishes.
     ptx::mbarrier_arrive(&sh.task_empty[slot]);
