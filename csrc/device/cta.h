@@ -142,7 +142,7 @@ struct CombineTeam {
 };
 
 // Row tiles whose results the scheduler has yet to put: those that end in one turn of its loop, in which it
-// hands over two tasks at most.
+// hands over one task.
 template <bool kPut>
 struct PendingResults {};
 template <>
@@ -182,7 +182,7 @@ struct Shared : PendingResults<kPuts> {
   bool gathers;           // gathers_rows()
   bool sliced;            // gate_in_slices()
   uint32_t ahead;         // tasks_ahead()
-  uint32_t lacking_word;  // first counts word not there yet
+  uint32_t lacking_word;  // first of the words awaited together that is not there yet
   uint32_t bad_ids;
   uint32_t next_token;  // of this chunk's order, not yet taken for combining
   uint64_t order_full;  // that order is there

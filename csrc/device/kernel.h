@@ -104,6 +104,7 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args, char*
       ptx::mbarrier_init(&sh.gate_empty[i], 4 * args.pair_size);
     }
     ptx::fence_mbarrier_init();
+    ptx::fence_proxy_async_shared();  // the copies below arrive at what this thread has just made
     const bool sliced = gate_in_slices(args.shape, place.tokens);
     sh.sliced = sliced;
     // What the gate reads is the same whatever this thread has yet to learn.
@@ -219,7 +220,7 @@ __device__ inline void own_counts(const Shared<kTraced>& sh, const Place& place)
 }
 
 // Sends this rank's rows per expert to every rank, the experts spread over the CTAs.  By one warp; a rank
-// alone leaves them for the diagnosis.
+// alone leaves them for the diagnosis, by all.
 template <bool kTraced>
 __device__ inline void send_counts(Shared<kTraced>& sh, const Place& place) {
   const Shape& shape = sh.shape;
@@ -230,7 +231,9 @@ __device__ inline void send_counts(Shared<kTraced>& sh, const Place& place) {
     for (uint32_t e = place.chunk + threadIdx.x * shape.chunks; e < shape.experts;
          e += kThreads * shape.chunks) {
       ptx::store_relaxed_sys(words + e, static_cast<uint64_t>(place.epoch) << 32 | own[e]);
-      share += 8;
+    }
+    if constexpr (kTraced) {
+      share = place.chunk < shape.experts ? ceil_div(shape.experts - place.chunk, shape.chunks) : 0;
     }
   } else if (threadIdx.x < 32) {
     share = place.chunk < shape.experts
@@ -333,7 +336,8 @@ __device__ inline Status prepare(Shared<kTraced>& sh, const Place& place, char* 
     if (threadIdx.x == 0 && routed == Status::kBadIds) raise_abort(sh, routed);
     return routed;
   }
-  // The gate wrote its scratch by ordinary stores where bulk and tensor copies will write.
+  // The gate wrote its scratch by ordinary stores where bulk and tensor copies will write.  (What earlier launches
+  // stored into pools that peers' bulk copies fill is behind the end of a launch.)
   ptx::fence_proxy_async_shared();
   if (!rank_barrier(sh, place)) return static_cast<Status>(sh.status);
   own_counts(sh, place);

@@ -22,6 +22,7 @@ _UNTIL_DISPATCH: Final = (
     EventKind.GATE,
     EventKind.PLAN,
     EventKind.COUNTS,
+    EventKind.WAIT_LOGITS,
     EventKind.WAIT_BARRIER,
     EventKind.WAIT_COUNTS,
     EventKind.DISPATCH,

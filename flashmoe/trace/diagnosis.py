@@ -163,7 +163,8 @@ def _never_started(flight: Flight, waits: list[Wait]) -> Found | None:
                 f"(CTA {_some(ctas)}), and its barrier counts them all"
             )
             hint = "something else holds SMs of that GPU, or fewer fit than were launched"
-            chain = [w for w in waits if w.rank == rank and w.kind == "wait_barrier"][:1]
+            routing = ("wait_logits", "wait_barrier")
+            chain = [w for w in waits if w.rank == rank and w.kind in routing][:1]
             return Verdict("never-started", rank, reason, hint), chain
     return None
 

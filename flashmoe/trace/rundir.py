@@ -29,7 +29,7 @@ from flashmoe.trace.decode import EVENTS, decode, require_known
 from flashmoe.trace.place import LATEST, NO_NAMES, SUFFIX, runs_folder
 from flashmoe.trace.rings import Dump, Rings, dropped, from_dump, held, read_rings, write_rings
 
-SCHEMA = 1  # of run.json
+SCHEMA = 2  # of run.json
 
 PLAN = pa.schema(
     [

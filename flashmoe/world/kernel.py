@@ -34,10 +34,11 @@ FAMILY = "sm90-256w-176t"
 """256 weight rows by up to 176 rows of tokens."""
 
 ROW_BOXES = (16, 32, 64, 128)
-# Tensor copies of a gate in slices: rows and, at most, blocks of TILE_DEPTH columns.
+"""Rows of the boxes that a tile's tokens are fetched in (csrc/core/args.h)."""
+
 SLICE_ROWS = 8
 SLICE_BLOCKS = 32
-"""Rows of the boxes that a tile's tokens are fetched in (csrc/core/args.h)."""
+"""Rows of the boxes of a gate in slices, and their blocks of TILE_DEPTH columns, at most."""
 
 LINE = 128
 """Bytes of a line of L2."""

@@ -50,8 +50,10 @@ def test_payload_is_what_the_ids_imply(ranks: int) -> None:
     result = forward(engine)
     records = engine.rings()
     counted = np.zeros((ranks, ranks), np.int64)
+    of_counts = 0
     for header, ring in zip(records.headers, records.records, strict=True):
         events = ring[: header["count"]]
+        of_counts += int(events["aux"][events["kind"] == schema.EventKind.COUNTS].sum())
         for kind in (schema.EventKind.DISPATCH, schema.EventKind.PUT):
             moved = events[events["kind"] == kind]
             np.add.at(counted[header["rank"]], moved["peer"], moved["aux"].astype(np.int64))
@@ -64,6 +66,7 @@ def test_payload_is_what_the_ids_imply(ranks: int) -> None:
             expected[owner[expert], source] += config.row_bytes  # and back
         at += len(part)
     np.testing.assert_array_equal(counted, expected)
+    assert of_counts == 8 * config.experts * ranks**2
 
 
 def test_clock_is_measured() -> None:
