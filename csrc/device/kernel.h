@@ -104,7 +104,6 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args, char*
       ptx::mbarrier_init(&sh.gate_empty[i], 4 * args.pair_size);
     }
     ptx::fence_mbarrier_init();
-    ptx::fence_proxy_async_shared();  // the copies below arrive at what this thread has just made
     const bool sliced = gate_in_slices(args.shape, place.tokens);
     sh.sliced = sliced;
     // What the gate reads is the same whatever this thread has yet to learn.

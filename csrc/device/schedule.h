@@ -181,10 +181,12 @@ struct TaskRing {
   // published, since the math groups wait for their next tile first.
   __device__ __forceinline__ void make_room() {
     const uint32_t ahead = sh.ahead;
-    if (handed >= ahead) {
-      const uint32_t last = handed - ahead;
-      ptx::mbarrier_wait(&sh.task_empty[last % kTasks], last / kTasks & 1);
+    if (handed < ahead) {
+      actor.skip();
+      return;
     }
+    const uint32_t last = handed - ahead;
+    ptx::mbarrier_wait(&sh.task_empty[last % kTasks], last / kTasks & 1);
     actor.skip();  // it had nothing to do until then
   }
   // Publishes tiles as they become done, until `ready`, or, where the CTA leaves, until all are.  Once in the code
