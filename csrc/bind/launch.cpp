@@ -46,6 +46,7 @@ nb::dict heap_layout_dict(const nb::dict& shape) {
   FLASHMOE_OFFSET(returned);
   FLASHMOE_OFFSET(arrived);
   FLASHMOE_OFFSET(staged);
+  FLASHMOE_OFFSET(logits);
   FLASHMOE_OFFSET(pool);
   FLASHMOE_OFFSET(ret);
   FLASHMOE_OFFSET(h);
