@@ -176,13 +176,12 @@ def test_a_gate_in_slices_gives_the_same_bits() -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        MoEConfig(
-            hidden=2112, intermediate=64, experts=60, top_k=4
-        ),  # parts of columns, of 8 experts
-        MoEConfig(
-            hidden=7168, intermediate=64, experts=32, top_k=8
-        ),  # more parts than are fetched ahead
-        MoEConfig(hidden=64, intermediate=64, experts=9, top_k=2),  # no block for the second group
+        # The last part of the columns, and the last 8 experts, are not whole.
+        MoEConfig(hidden=2112, intermediate=64, experts=60, top_k=4),
+        # More parts than are fetched ahead.
+        MoEConfig(hidden=7168, intermediate=64, experts=32, top_k=8),
+        # No block for the second group.
+        MoEConfig(hidden=64, intermediate=64, experts=9, top_k=2),
         MoEConfig(256, 192, 64, 6, routing=Routing("sigmoid", True, 2.5, 8, 4)),
     ],
     ids=["2112x60", "7168x32", "64x9", "sigmoid"],
