@@ -37,20 +37,19 @@ class CtaBarrier {
 };
 
 // A ring of `kSlots` entries: one producer, `kReaders` consumers that each see every entry.
+//
+// Whoever waits sleeps at once.  std::atomic's wait yields first, and a thread that yields gives its time
+// slice to whoever else is busy: with two busy processes on two cores each stage then took 0.6 ms for 0.02.
 template <class T, uint32_t kSlots, uint32_t kReaders>
 class Ring {
  public:
   // Producer: the next free entry, once every reader has let go of what it held.
   T& acquire() {
-    const uint32_t next = produced_.load(std::memory_order_relaxed);
-    for (auto& reader : consumed_) {
-      for (;;) {
-        const uint32_t seen = reader.load(std::memory_order_acquire);
-        if (next - seen < kSlots) break;
-        reader.wait(seen, std::memory_order_acquire);
-      }
+    if (!has_room()) {
+      std::unique_lock lock(mutex_);
+      released_.wait(lock, [&] { return has_room(); });
     }
-    return entries_[next % kSlots];
+    return entries_[produced_.load(std::memory_order_relaxed) % kSlots];
   }
   // Whether acquire() would return at once.
   bool has_room() const {
@@ -60,34 +59,38 @@ class Ring {
     }
     return true;
   }
-  void publish() {
-    produced_.fetch_add(1, std::memory_order_release);
-    produced_.notify_all();
-  }
+  void publish() { advance(produced_, published_); }
 
   // Consumer: the next entry, which stays valid until release().
   T& take(uint32_t reader) {
-    const uint32_t next = consumed_[reader].load(std::memory_order_relaxed);
-    for (;;) {
-      const uint32_t seen = produced_.load(std::memory_order_acquire);
-      if (seen != next) break;
-      produced_.wait(seen, std::memory_order_acquire);
+    if (!has_entry(reader)) {
+      std::unique_lock lock(mutex_);
+      published_.wait(lock, [&] { return has_entry(reader); });
     }
-    return entries_[next % kSlots];
+    return entries_[consumed_[reader].load(std::memory_order_relaxed) % kSlots];
   }
   bool has_entry(uint32_t reader) const {
     return produced_.load(std::memory_order_acquire) !=
            consumed_[reader].load(std::memory_order_relaxed);
   }
-  void release(uint32_t reader) {
-    consumed_[reader].fetch_add(1, std::memory_order_release);
-    consumed_[reader].notify_one();
-  }
+  void release(uint32_t reader) { advance(consumed_[reader], released_); }
 
  private:
+  // Under the mutex, so that nobody looks before and sleeps after.
+  void advance(std::atomic<uint32_t>& count, std::condition_variable& told) {
+    {
+      const std::lock_guard lock(mutex_);
+      count.fetch_add(1, std::memory_order_release);
+    }
+    told.notify_all();
+  }
+
   std::array<T, kSlots> entries_{};
   std::atomic<uint32_t> produced_{0};
   std::array<std::atomic<uint32_t>, kReaders> consumed_{};
+  std::mutex mutex_;
+  std::condition_variable published_;
+  std::condition_variable released_;
 };
 
 }  // namespace flashmoe

@@ -1,6 +1,5 @@
 #include "host/platform.h"
 
-#include <sched.h>
 #include <time.h>
 
 #include <array>
@@ -14,7 +13,6 @@ namespace flashmoe {
 namespace {
 
 constexpr uint32_t kSpins = 8;
-constexpr uint32_t kYields = 24;
 constexpr long kShortestSleepNs = 20'000;
 constexpr long kLongestSleepNs = 500'000;
 
@@ -76,10 +74,8 @@ void HostPlatform::relax() {
       _mm_pause();
 #endif
     }
-  } else if (n < kYields) {
-    sched_yield();
   } else {
-    const uint32_t doublings = (n - kYields) / 4;
+    const uint32_t doublings = (n - kSpins) / 4;
     const long sleep = doublings >= 5 ? kLongestSleepNs : kShortestSleepNs << doublings;
     const timespec t{0, sleep};
     nanosleep(&t, nullptr);

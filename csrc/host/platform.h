@@ -42,8 +42,8 @@ struct HostPlatform {
   static uint64_t cycles();    // time-stamp counter, or ns where there is none
   static double cycles_mhz();  // its measured rate
 
-  // Between two looks at a word: a few spins, then sched_yield, then sleeps that grow to 0.5 ms,
-  // since dozens of threads share a few cores.
+  // Between two looks at a word: a few spins, then sleeps that grow to 0.5 ms, since dozens of threads
+  // share a few cores.  It never yields: that gives a whole time slice to whoever else is busy there.
   static void relax();
 
   // Readable by another thread while the launch runs, word by word.  A wait begins by saying so

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -126,6 +128,22 @@ def test_long_arithmetic_is_no_hang() -> None:
     with engine_for(what, [256], sms_per_rank=1, **options) as engine:
         launch = engine.launch()
         assert launch.status is Status.OK and launch.elapsed_ms > 20
+
+
+def test_a_crowded_machine_is_no_hang() -> None:
+    # Twelve thousand stages go from lane to lane; none may wait for the end of a time slice.
+    what = layer(MoEConfig(1024, 2048, 2, 2), 256)
+    options = {"deadline_s": 0.02, "first_deadline_s": 0.02}
+    busy = [sys.executable, "-c", "while True: pass"]
+    crowd = [subprocess.Popen(busy) for _ in range(os.cpu_count() or 1)]
+    try:
+        with engine_for(what, [256], sms_per_rank=1, **options) as engine:
+            assert engine.launch().status is Status.OK
+    finally:
+        for process in crowd:
+            process.kill()
+        for process in crowd:
+            process.wait()
 
 
 def test_overflow_says_the_rows_needed_and_moves_none() -> None:
