@@ -5,7 +5,6 @@
 #pragma once
 
 #include <array>
-#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
@@ -45,52 +44,51 @@ class Ring {
  public:
   // Producer: the next free entry, once every reader has let go of what it held.
   T& acquire() {
-    if (!has_room()) {
-      std::unique_lock lock(mutex_);
-      released_.wait(lock, [&] { return has_room(); });
-    }
-    return entries_[produced_.load(std::memory_order_relaxed) % kSlots];
+    std::unique_lock lock(mutex_);
+    released_.wait(lock, [&] { return room(); });
+    return entries_[produced_ % kSlots];
   }
   // Whether acquire() would return at once.
   bool has_room() const {
-    const uint32_t next = produced_.load(std::memory_order_relaxed);
-    for (const auto& reader : consumed_) {
-      if (next - reader.load(std::memory_order_acquire) >= kSlots) return false;
-    }
-    return true;
+    const std::lock_guard lock(mutex_);
+    return room();
   }
   void publish() { advance(produced_, published_); }
 
   // Consumer: the next entry, which stays valid until release().
   T& take(uint32_t reader) {
-    if (!has_entry(reader)) {
-      std::unique_lock lock(mutex_);
-      published_.wait(lock, [&] { return has_entry(reader); });
-    }
-    return entries_[consumed_[reader].load(std::memory_order_relaxed) % kSlots];
+    std::unique_lock lock(mutex_);
+    published_.wait(lock, [&] { return entry(reader); });
+    return entries_[consumed_[reader] % kSlots];
   }
   bool has_entry(uint32_t reader) const {
-    return produced_.load(std::memory_order_acquire) !=
-           consumed_[reader].load(std::memory_order_relaxed);
+    const std::lock_guard lock(mutex_);
+    return entry(reader);
   }
   void release(uint32_t reader) { advance(consumed_[reader], released_); }
 
  private:
-  // Under the mutex, so that nobody looks before and sleeps after.
-  void advance(std::atomic<uint32_t>& count, std::condition_variable& told) {
+  bool room() const {
+    for (const uint32_t consumed : consumed_) {
+      if (produced_ - consumed >= kSlots) return false;
+    }
+    return true;
+  }
+  bool entry(uint32_t reader) const { return produced_ != consumed_[reader]; }
+  void advance(uint32_t& count, std::condition_variable& told) {
     {
       const std::lock_guard lock(mutex_);
-      count.fetch_add(1, std::memory_order_release);
+      ++count;
     }
     told.notify_all();
   }
 
   std::array<T, kSlots> entries_{};
-  std::atomic<uint32_t> produced_{0};
-  std::array<std::atomic<uint32_t>, kReaders> consumed_{};
-  std::mutex mutex_;
+  mutable std::mutex mutex_;  // of the counts; an entry is its holder's
   std::condition_variable published_;
   std::condition_variable released_;
+  uint32_t produced_ = 0;
+  std::array<uint32_t, kReaders> consumed_{};
 };
 
 }  // namespace flashmoe

@@ -130,19 +130,20 @@ def test_long_arithmetic_is_no_hang() -> None:
         assert launch.status is Status.OK and launch.elapsed_ms > 20
 
 
-def test_a_crowded_machine_is_no_hang() -> None:
+def test_a_crowded_core_is_no_hang() -> None:
     # Twelve thousand stages go from lane to lane; none may wait for the end of a time slice.
     what = layer(MoEConfig(1024, 2048, 2, 2), 256)
     options = {"deadline_s": 0.02, "first_deadline_s": 0.02}
-    busy = [sys.executable, "-c", "while True: pass"]
-    crowd = [subprocess.Popen(busy) for _ in range(os.cpu_count() or 1)]
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})  # of what is started below, too
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
     try:
         with engine_for(what, [256], sms_per_rank=1, **options) as engine:
             assert engine.launch().status is Status.OK
     finally:
-        for process in crowd:
+        os.sched_setaffinity(0, cores)
+        for process in busy:
             process.kill()
-        for process in crowd:
             process.wait()
 
 
