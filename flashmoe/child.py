@@ -19,7 +19,11 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flashmoe.part import Part
+    from flashmoe.pe import Pe
 
 _PR_SET_PDEATHSIG = 1
 LAST_S = 2.0
@@ -95,7 +99,7 @@ def main() -> None:
 
 def _run(line: Line, task: Task) -> int:
     from flashmoe.errors import FlashmoeError
-    from flashmoe.part import Part, write_part
+    from flashmoe.part import write_part
     from flashmoe.pe import Ended, raises, run_pe, strike
     from flashmoe.session import EXIT_STOPPED
     from flashmoe.world.board import Board
@@ -120,10 +124,10 @@ def _run(line: Line, task: Task) -> int:
             # The word to stop may come after another rank's abort has ended this one's run: then it
             # has nothing to end but what is being handed over.  SIGTERM still does.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        part, code = pe.part(), pe.exit_code
+        part, code = _gather(pe, line), pe.exit_code
     except Ended as ended:
         cause = ended.cause
-        part, code = ended.pe.part(), ended.pe.exit_code
+        part, code = _gather(ended.pe, line), ended.pe.exit_code
         if isinstance(cause, FlashmoeError):
             line.say(error=[cause.message, cause.hint, cause.exit_code])
         else:
@@ -137,11 +141,19 @@ def _run(line: Line, task: Task) -> int:
         line.say(error=[exc.message, exc.hint, exc.exit_code])
         return exc.exit_code
     if part is not None:
-        line.say(writing=True)
         with os.fdopen(task.part_fd, "wb", closefd=False) as file:
             write_part(file, part)
         line.say(part=True)
     return code
+
+
+def _gather(pe: Pe, line: Line) -> Part:
+    """What this PE hands over; fetching full rings from a GPU that others use takes seconds.
+
+    Said first: by then nothing of it waits for another rank, and the launcher gives it the time.
+    """
+    line.say(writing=True)
+    return pe.part()
 
 
 def skew_clock(rank: int) -> None:

@@ -53,7 +53,7 @@ LOCALHOST = "127.0.0.1"
 LINGER_S = 0.5
 #: From the word to stop to SIGTERM, and on to SIGKILL; from then on nothing is waited for.
 TERM_S, KILL_S = 1.5, 1.0
-#: A PE that is writing its part gets this long to end.
+#: A PE that gathers or writes its part gets this long to end.
 WRITE_S = 60.0
 
 
@@ -173,7 +173,7 @@ class Child:
             signal.pidfd_send_signal(self.pidfd, number)
 
     def is_writing(self) -> bool:
-        """Whether it is about to hand over its part."""
+        """Whether it gathers or writes its part."""
         return self.writing and not self.whole and not self.is_stopped()
 
     def is_stopped(self) -> bool:

@@ -14,6 +14,7 @@ import pytest
 
 pytest.importorskip("flashmoe._host")
 
+from flashmoe.launcher import TERM_S
 from flashmoe.trace.rundir import open_run
 
 from .harness import Job, until
@@ -23,6 +24,16 @@ GRACE_S = 3.0
 HOST = ("--world", "host", "--processes", "--deadline", str(DEADLINE_S))
 # Long enough in its launch to be met there, and short enough to end it within the deadline.
 SLOW = ("--fault", "slow:0:0.02")
+# Every Python of a job runs it first, as sitecustomize: a part takes long to gather.
+SLOW_PART = """
+import time
+from flashmoe.pe import Pe
+gather = Pe.part
+def part(pe):
+    time.sleep({seconds})
+    return gather(pe)
+Pe.part = part
+"""
 
 
 def trace(folder: Path, *more: str, ranks: int = 3, **env: str) -> Job:
@@ -187,6 +198,22 @@ def test_what_stops_the_launcher_stops_all_and_keeps_what_had_run(
     assert run.meta["status"] == {"code": 130, "message": "interrupted"}
     assert set(run.events["rank"].to_pylist()) == {0, 1, 2}
     assert run.meta["iterations"] > 0
+
+
+def test_one_that_takes_long_to_gather_its_part_is_given_the_time(tmp_path: Path) -> None:
+    """Full rings of a GPU that others use take seconds; SIGTERM would come before that."""
+    slow = tmp_path / "slow"
+    slow.mkdir()
+    (slow / "sitecustomize.py").write_text(SLOW_PART.format(seconds=TERM_S + 1.0))
+    paths = [str(slow), *filter(None, [os.environ.get("PYTHONPATH")])]
+    more = ("-n", "2000", "--fault", "slow:0:0.002")
+    job = trace(tmp_path, *more, PYTHONPATH=os.pathsep.join(paths))
+    job.wait_for("running")
+    time.sleep(0.5)
+    job.process.send_signal(signal.SIGINT)
+    done = job.end()
+    assert "saved what had run: run.fmoe" in done.err, done
+    assert set(open_run(tmp_path / "run.fmoe").events["rank"].to_pylist()) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("when", ["starting 3 processes", "building the engine", "running"])
