@@ -77,7 +77,8 @@ def weight_maps(
     down += first * hidden * inter * 2
 
     def encode(address: int, dims: list[int], box: list[int], strides: list[int]) -> bytes:
-        return encode_tensor_map(address, dims, box, strides, config.dtype)
+        # Larger pieces bring what the next block of K reads, which L2 may have dropped by then.
+        return encode_tensor_map(address, dims, box, strides, config.dtype, l2_bytes=64)
 
     def matrices(address: int, matrix_rows: int, width: int) -> bytes:
         """Of experts' matrices; five dimensions, so that one load serves all."""
