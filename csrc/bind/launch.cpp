@@ -17,6 +17,7 @@
 
 #include "bind/shape_from_dict.h"
 #include "core/args.h"
+#include "core/course.h"
 #include "core/flight.h"
 #include "core/heap.h"
 #include "core/plan.h"
@@ -47,6 +48,8 @@ nb::dict heap_layout_dict(const nb::dict& shape) {
   FLASHMOE_OFFSET(arrived);
   FLASHMOE_OFFSET(staged);
   FLASHMOE_OFFSET(logits);
+  FLASHMOE_OFFSET(choices);
+  FLASHMOE_OFFSET(columns_ready);
   FLASHMOE_OFFSET(pool);
   FLASHMOE_OFFSET(ret);
   FLASHMOE_OFFSET(h);
@@ -66,6 +69,17 @@ nb::dict heap_layout_dict(const nb::dict& shape) {
   d["max_pool_tiles"] = max_pool_tiles(s);
   d["max_global_tiles"] = max_global_tiles(s);
   d["worst_pool_rows"] = worst_pool_rows(s);
+  return d;
+}
+
+std::optional<nb::dict> units_of(const nb::dict& shape, uint32_t tokens) {
+  const Shape s = shape_from_dict(shape);
+  if (!may_go_by_units(s, tokens)) return std::nullopt;
+  const Shape units = shape_by_units(s);
+  nb::dict d;
+  d["tile_n1"] = units.tile_n1;
+  d["tile_n2"] = units.tile_n2;
+  d["wave_experts"] = units.wave_experts;
   return d;
 }
 
@@ -168,7 +182,8 @@ nb::bytes launch_args(const nb::dict& shape, const std::vector<uintptr_t>& heaps
                       bool keep_last, uint32_t iteration_base, uint64_t deadline_ns,
                       uint64_t first_deadline_ns, uintptr_t slots, uintptr_t rings,
                       uintptr_t records, std::tuple<uint32_t, uint32_t, uint32_t> fault,
-                      uint64_t signals_at, std::optional<uint64_t> rows_at) {
+                      uint64_t signals_at, std::optional<uint64_t> rows_at, bool by_units) {
+  const auto [lost_rank, lost_expert, never_starts] = fault;
   const Shape s = shape_from_dict(shape);
   if (s.world > kMaxRanks || heaps.size() != s.world) {
     throw nb::value_error("heaps must name each rank's base address, at most 8");
@@ -190,6 +205,8 @@ nb::bytes launch_args(const nb::dict& shape, const std::vector<uintptr_t>& heaps
     copy_maps(rank.map_h, d["map_h"]);
     copy_maps(rank.map_up, d["map_up"]);
     copy_maps(rank.map_down, d["map_down"]);
+    copy_maps(rank.map_up_unit, d["map_up_unit"]);
+    copy_maps(rank.map_down_unit, d["map_down_unit"]);
     copy_maps(rank.map_x, d["map_x"]);
     copy_maps(rank.map_gate, d["map_gate"]);
     copy_maps(rank.map_x_slice, d["map_x_slice"]);
@@ -203,6 +220,11 @@ nb::bytes launch_args(const nb::dict& shape, const std::vector<uintptr_t>& heaps
     rank.rank = nb::cast<uint32_t>(d["rank"]);
     rank.tokens = nb::cast<uint32_t>(d["tokens"]);
     rank.gate_box_tokens = nb::cast<uint32_t>(d["gate_box_tokens"]);
+    if (by_units && !may_go_by_units(s, rank.tokens)) {
+      throw nb::value_error("such tokens do not go by units");
+    }
+    rank.course = course_of(s, rank.rank, rank.tokens, by_units);
+    rank.course.absent = never_starts == rank.rank;
   }
   args->local_ranks = local_ranks;
   args->pair_size = pair_size(s);
@@ -214,7 +236,7 @@ nb::bytes launch_args(const nb::dict& shape, const std::vector<uintptr_t>& heaps
   args->slots = reinterpret_cast<FlightSlot*>(slots);
   args->rings = reinterpret_cast<RingHeader*>(rings);
   args->records = reinterpret_cast<Record*>(records);
-  args->fault = {std::get<0>(fault), std::get<1>(fault), std::get<2>(fault)};
+  args->fault = {lost_rank, lost_expert};
   return nb::bytes(reinterpret_cast<const char*>(args.get()), sizeof(LaunchArgs));
 }
 
@@ -287,15 +309,19 @@ void bind_launch(nb::module_& m) {
         "Offsets in bytes of every section of a rank's heap, and what they are sized by.");
   m.def("plan", &plan_dict, nb::arg("shape"), nb::arg("chunk_counts"),
         "The tiles of all ranks in order, one uint32 array a column, from rows [W, chunks, E].");
+  m.def("units", &units_of, nb::arg("shape"), nb::arg("tokens"),
+        "Where so few tokens of a rank alone may go by units: the fields of the shape that these "
+        "change.");
   m.def("launch_args", &launch_args, nb::arg("shape"), nb::arg("heaps"), nb::arg("ranks"),
         nb::arg("local_ranks"), nb::arg("ring_capacity"), nb::arg("keep_last"),
         nb::arg("iteration_base"), nb::arg("deadline_ns"), nb::arg("first_deadline_ns"),
         nb::arg("slots"), nb::arg("rings"), nb::arg("records"), nb::arg("fault"),
-        nb::arg("signals_at") = 0, nb::arg("rows_at") = nb::none(),
+        nb::arg("signals_at") = 0, nb::arg("rows_at") = nb::none(), nb::arg("by_units") = false,
         "The bytes of LaunchArgs.  Addresses are ints, 0 for none; `fault` is "
         "(lost_signal_rank, lost_signal_expert, never_starts_rank), 0xffffffff for none.  A heap's "
         "signals (what lies before the pool) begin at `signals_at` from its address, its rows (the "
-        "pool and the rest) at `rows_at`: behind the signals where that is None.");
+        "pool and the rest) at `rows_at`: behind the signals where that is None.  `by_units`: see "
+        "units(), which says whether that may be.");
   m.def("record_layout", &record_layout,
         "(offset, size) of each field of Record, RingHeader and FlightSlot; under 'structs' their "
         "sizes.");

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "core/course.h"
 #include "core/flight.h"
 #include "core/heap.h"
 #include "core/shape.h"
@@ -19,7 +20,6 @@ inline constexpr uint32_t kRowBoxes = 4;
 struct FaultArgs {
   uint32_t lost_signal_rank;  // 0xffffffff: none
   uint32_t lost_signal_expert;
-  uint32_t never_starts_rank;  // 0xffffffff: none
 };
 
 // One rank of this launch.
@@ -29,6 +29,9 @@ struct alignas(64) RankArgs {
   uint8_t map_h[kRowBoxes][128];     // h [pool_rows][I]
   uint8_t map_up[128];    // gated: [experts owned][2][I][H]; plain: [experts owned][I][H]
   uint8_t map_down[128];  // [experts owned][H][I]
+  // Boxes of 64 weight rows.  Gated: 8 of gate and the 8 of up for the same columns in turn.
+  uint8_t map_up_unit[128];
+  uint8_t map_down_unit[128];
   uint8_t map_x[128];     // x [tokens][H], box 64 x gate_box_tokens
   uint8_t map_gate[128];  // gate [E][H], box 64 x gate_columns(E) / 2
   // The same by blocks of 64 columns, [H / 64][rows][64], box min(H / 64, 32) x 8 x 64: a gate in slices.
@@ -43,6 +46,7 @@ struct alignas(64) RankArgs {
   uint32_t rank;
   uint32_t tokens;
   uint32_t gate_box_tokens;  // 8 or 32
+  Course course;
 };
 
 // CTAs of a cluster: pairs fetch weights that both need once.  A rank with an odd number goes without.

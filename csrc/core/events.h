@@ -31,7 +31,7 @@ enum class TimeClass : uint8_t { kNone = 0, kBusy = 1, kComm = 2, kWait = 3 };
   X(wait_rows, 34, kWait, "rows lacking when the wait began; tile = row tile in the pool")      \
   X(wait_h, 35, kWait, "column tiles lacking when the wait began; tile = row tile in the pool") \
   X(wait_return, 36, kWait, "0; peer = owner, expert, tile = row tile over all experts")        \
-  X(wait_logits, 37, kWait, "0; expert = the first whose logit of a token of the chunk lacks")
+  X(wait_logits, 37, kWait, "0; expert = first logit lacking, or none: tile = token of no choice")
 
 enum class EventKind : uint8_t {
   kNone = 0,

@@ -29,6 +29,8 @@ struct HeapLayout {
   uint64_t arrived;     // peers: [W][E] (epoch << 32 | rows), row s by a source s beyond pointers
   uint64_t staged;      // [2][E] counter: rows staged for an expert whose owner is beyond pointers
   uint64_t logits;      // [most_sliced_tokens][E] (epoch << 32 | float), of a gate in slices
+  uint64_t choices;  // [2][32] (epoch << 32 | expert, then float), of few tokens: by token, then k
+  uint64_t columns_ready;  // [2][H / 128] counter: of few tokens, experts whose results are stored
   // rows
   uint64_t pool;  // peers: [pool_rows][H] dtype, rows for this rank's experts
   uint64_t ret;   // peers: [max_tokens * k][H] dtype, result rows in send order
@@ -68,6 +70,10 @@ FLASHMOE_HD uint32_t max_global_tiles(const Shape& s) {
   return static_cast<uint32_t>(static_cast<uint64_t>(s.world) * s.max_tokens * s.top_k / s.tile_m) +
          s.experts + 1;
 }
+
+// Of few tokens (core/course.h): choices, and column tiles of results.
+inline constexpr uint32_t kMostChoices = 32;
+FLASHMOE_HD uint32_t result_columns(const Shape& s) { return ceil_div(s.hidden, 128); }
 
 // u32 words of one CTA's plan tables (core/plan.h).
 FLASHMOE_HD uint64_t table_words(const Shape& s) {
@@ -110,6 +116,8 @@ inline HeapLayout heap_layout(const Shape& s) {
   l.arrived = take(8ull * s.world * s.experts, kSectionAlign);
   l.staged = take(16ull * s.experts, kSectionAlign);
   l.logits = take(8ull * most_sliced_tokens(s) * s.experts, kSectionAlign);
+  l.choices = take(16ull * kMostChoices, kSectionAlign);
+  l.columns_ready = take(16ull * result_columns(s), kSectionAlign);
   l.pool = take(kElement * s.pool_rows * s.hidden, kSectionAlign);
   l.ret = take(kElement * rows_sent * s.hidden, kSectionAlign);
   l.h = take(kElement * s.pool_rows * s.inter, kSectionAlign);
@@ -150,6 +158,10 @@ FLASHMOE_HD uint64_t* counts_words(const Heap& h, const HeapLayout& l, const Sha
 FLASHMOE_HD uint64_t* tile_counter(const Heap& h, uint64_t section, const Shape& s, uint32_t epoch,
                                    uint32_t pool_tile) {
   return h.at<uint64_t>(section) + static_cast<uint64_t>(epoch & 1) * max_pool_tiles(s) + pool_tile;
+}
+FLASHMOE_HD uint64_t* columns_word(const Heap& h, const HeapLayout& l, const Shape& s,
+                                   uint32_t epoch, uint32_t column) {
+  return h.at<uint64_t>(l.columns_ready) + (epoch & 1) * result_columns(s) + column;
 }
 FLASHMOE_HD uint64_t* next_tile_word(const Heap& h, const HeapLayout& l, uint32_t epoch) {
   return h.at<uint64_t>(l.next_tile) + (epoch & 1) * (kLine / 8);

@@ -81,11 +81,17 @@ __device__ __forceinline__ uint32_t take_best(uint32_t (&keys)[kKeys]) {
   return expert;
 }
 
+// What a lane chose for its token: the lane-th, if k is at most 32.
+struct Choice {
+  uint32_t id;
+  float weight;
+};
+
 // Top-k of one token by one warp, from a row of logits to ids and weights [k].  kKeys times 32 experts
 // at most.
 template <uint32_t kKeys>
-__device__ __forceinline__ void choose(const Shape& shape, float* logits, float* choice,
-                                       const float* bias, uint32_t* ids, float* weights) {
+__device__ __forceinline__ Choice choose(const Shape& shape, float* logits, float* choice,
+                                         const float* bias, uint32_t* ids, float* weights) {
   const uint32_t lane = threadIdx.x % 32, experts = shape.experts, top_k = shape.top_k;
   const bool sigmoid = shape.routing == RoutingKind::kSigmoid;
   const bool renormalize = shape.renormalize != 0, grouped = sigmoid && shape.groups > 1;
@@ -112,6 +118,7 @@ __device__ __forceinline__ void choose(const Shape& shape, float* logits, float*
   // 32 at a time: first whose they are, then the weights of all, a lane each.  The first one's logit is the
   // largest there is.
   float sum = 0.0f, top = 0.0f, weight = 0.0f;
+  Choice chosen{};
   for (uint32_t j0 = 0; j0 < top_k; j0 += 32) {
     const uint32_t count = min_u32(32, top_k - j0);
     uint32_t mine = 0;
@@ -126,6 +133,7 @@ __device__ __forceinline__ void choose(const Shape& shape, float* logits, float*
       ids[j0 + lane] = mine;
       if (top_k > 32) weights[j0 + lane] = weight;
     }
+    chosen.id = mine;
     sum += warp_sum(weight);
   }
   // 1e-20 keeps a token whose scores are all zero finite, as DeepSeek-V3 does.
@@ -136,21 +144,18 @@ __device__ __forceinline__ void choose(const Shape& shape, float* logits, float*
     divisor = warp_sum(all);
   }
   for (uint32_t j = lane; j < top_k; j += 32) {
-    weights[j] = (top_k > 32 ? weights[j] : weight) / divisor * scale;
+    weights[j] = chosen.weight = (top_k > 32 ? weights[j] : weight) / divisor * scale;
   }
+  return chosen;
 }
 
 // The same for any number of experts.  One copy of the code, which rehearse_choice() runs first; it is the only
 // function that is called, which may be as long as no warp has given registers away.
-__device__ __noinline__ void choose_any(const Shape& shape, float* logits, float* choice,
-                                        const float* bias, uint32_t* ids, float* weights) {
-  if (shape.experts <= 128) {
-    choose<4>(shape, logits, choice, bias, ids, weights);
-  } else if (shape.experts <= 256) {
-    choose<8>(shape, logits, choice, bias, ids, weights);
-  } else {
-    choose<32>(shape, logits, choice, bias, ids, weights);
-  }
+__device__ __noinline__ Choice choose_any(const Shape& shape, float* logits, float* choice,
+                                          const float* bias, uint32_t* ids, float* weights) {
+  if (shape.experts <= 128) return choose<4>(shape, logits, choice, bias, ids, weights);
+  if (shape.experts <= 256) return choose<8>(shape, logits, choice, bias, ids, weights);
+  return choose<32>(shape, logits, choice, bias, ids, weights);
 }
 
 }  // namespace flashmoe

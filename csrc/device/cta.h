@@ -6,6 +6,7 @@
 
 #include "core/actor.h"
 #include "core/args.h"
+#include "core/course.h"
 #include "core/heap.h"
 #include "core/plan.h"
 #include "core/shape.h"
@@ -33,7 +34,7 @@ inline constexpr uint32_t kBoxRows = 16;           // the least that is fetched 
 inline constexpr uint32_t kStageBytesWeights = kTileWeights * kRowBytes;
 inline constexpr uint32_t kStages = 3;
 inline constexpr uint32_t kStageBytes = kStageBytesWeights + kTileRows * kRowBytes;
-// Where rows are gathered (gathers_rows() below) there is room for one more: comm warps move nothing then that
+// Where rows are gathered (Course::gathers) there is room for one more: comm warps move nothing then that
 // bounces through shared memory.
 inline constexpr uint32_t kMostStages = kStages + 1;
 // What a math warp's sums pass through on their way out, in the last stage that it has read of a tile; no more
@@ -59,19 +60,20 @@ inline constexpr uint32_t kGateStages = 8;
 // Plan tables of up to so many words lie in shared memory, larger ones in the heap.
 inline constexpr uint32_t kTableWords = 1536;
 
-// One task is being computed while the loads of the next run.  Where tiles have many rows, one more is at hand, so that
-// nobody waits for the scheduler; where they have few, the last tasks would be hoarded.  The ring has a place more, so
-// that a task that is done can be published after the next one is handed over.
-inline constexpr uint32_t kTasksAhead = 3;
+// The ring of tasks has a place more than are at hand, so that a task that is done can be published after the next one
+// is handed over.
 inline constexpr uint32_t kTasks = kTasksAhead + 1;
-inline constexpr uint32_t kManyRows = 128;  // of an expert, on average
-__device__ __forceinline__ uint32_t tasks_ahead(const Shape& shape, uint32_t tokens) {
-  const uint64_t rows = static_cast<uint64_t>(tokens) * shape.world * shape.top_k;
-  return rows >= kManyRows * shape.experts ? kTasksAhead : kTasksAhead - 1;
-}
 
 // The gate keeps one warp's share of the experts in a 32-bit mask a lane.
 inline constexpr uint32_t kMaxExperts = 1024;
+
+// By units (few.h) each math group has a ring of its own in the stages: weights, then 8 rows.
+inline constexpr uint32_t kFewWeightBytes = 64 * kRowBytes;  // of a product
+inline constexpr uint32_t kFewStageBytes = kFewProducts * kFewWeightBytes + kFewTokens * kRowBytes;
+inline constexpr uint32_t kFewRingBytes = 2 * kStageBytes;
+inline constexpr uint32_t kFewStages = kFewRingBytes / kFewStageBytes;
+static_assert(kFewStreams == kMathGroups && kFewTokens == 8 && kFewStageBytes % 1024 == 0,
+              "a stream is a math group, and swizzled rows lie in whole atoms");
 
 // Where a GEMM2 tile's rows of one source go: row i of the expert, i < end, to base + i * row_bytes.
 struct ReturnPath {
@@ -151,21 +153,54 @@ struct PendingResults<true> {
   uint32_t pending_tiles;
 };
 
-template <bool kTraced>
-struct Shared : PendingResults<kPuts> {
-  uint64_t full[kMostStages];
-  uint64_t empty[kMostStages];
-  uint64_t task_full[kTasks];
-  uint64_t task_empty[kTasks];
-  uint64_t pair_full[kTasks];   // second CTA: a message is here, of kMessageBytes
-  uint64_t pair_empty[kTasks];  // first CTA: the second can take another task
-  PairMessage messages[kTasks];
-  uint64_t other_left;  // first CTA: the second has left before the roles parted
-  uint64_t piece_full[kCommWarps][kPieces];
-  PieceGoal piece_goals[kCommWarps][kPieces];
-  uint64_t first_full[kWarps];  // of the rows that each warp dispatches before the roles part
+// The barriers of a CTA, made all at once, a thread each: see barrier_arrivals().
+struct GateBarriers {
   uint64_t gate_full[kGateStages];
   uint64_t gate_empty[kGateStages];
+};
+struct Barriers : GateBarriers {
+  uint64_t full[kMostStages];
+  uint64_t empty[kMostStages];
+  uint64_t task_empty[kTasks];
+  uint64_t task_full[kTasks];
+  uint64_t pair_full[kTasks];   // second CTA: a message is here, of kMessageBytes
+  uint64_t pair_empty[kTasks];  // first CTA: the second can take another task
+  uint64_t order_full;          // the chunk's tokens in the order of combining are there
+  uint64_t piece_full[kCommWarps][kPieces];
+  uint64_t first_full[kWarps];  // of the rows that each warp dispatches before the roles part
+  uint64_t ring_full[kMathGroups * kTeamWarps][kRingPieces];
+};
+// In their place, by units.
+struct FewBarriers : GateBarriers {
+  uint64_t unit_full[kMathGroups][kFewStages];
+  uint64_t unit_empty[kMathGroups][kFewStages];
+};
+inline constexpr uint32_t kBarriers = sizeof(Barriers) / 8;
+static_assert(kBarriers <= kThreads && sizeof(FewBarriers) <= sizeof(Barriers));
+
+// How many arrivals the barrier at place `i` of them waits for.
+__device__ __forceinline__ uint32_t barrier_arrivals(uint32_t i, bool few, uint32_t fills,
+                                                     uint32_t pair_size) {
+  constexpr uint32_t kGate = sizeof(GateBarriers) / 8;
+  if (i < kGate) return i < kGateStages ? 1 : 4 * pair_size;
+  if (few) return i < kGate + kMathGroups * kFewStages ? 2 : kTeamWarps;
+  constexpr uint32_t kEmpty = kGate + kMostStages, kTaskEmpty = kEmpty + kMostStages;
+  if (i < kEmpty) return fills;
+  if (i < kTaskEmpty) return kMathGroups * kTeamWarps * pair_size;
+  return i < kTaskEmpty + kTasks ? 1 + kMathGroups * kGroupThreads : 1;
+}
+
+// The choices of few tokens, of their token * k + j-th.
+struct FewChoices {
+  uint32_t id[kFewRows];
+  float weight[kFewRows];
+};
+
+template <bool kTraced>
+struct Shared : PendingResults<kPuts>, Barriers, Course {
+  PairMessage messages[kTasks];
+  uint64_t other_left;  // first CTA: the second has left before the roles parted
+  PieceGoal piece_goals[kCommWarps][kPieces];
   Task tasks[kTasks];
   TileStamps stamps[kTasks][kMathGroups];
   GpuActor<kTraced> actors[kLanes];
@@ -173,37 +208,39 @@ struct Shared : PendingResults<kPuts> {
   HeapLayout layout;
   Heap heaps[kMaxRanks];
   PlanTables tables;
-  TileOrder order;
   TokenRange own;      // the chunk's tokens
   uint64_t wait_from;  // of the scheduler's last wait on behalf of all lanes
   uint64_t wait_to;
   uint32_t wait_lacking;
   uint32_t status;        // Status, as this CTA knows it
-  bool gathers;           // gathers_rows()
-  bool sliced;            // gate_in_slices()
-  uint32_t ahead;         // tasks_ahead()
+  uint32_t epoch;         // of this launch
   uint32_t lacking_word;  // first of the words awaited together that is not there yet
   uint32_t bad_ids;
   uint32_t next_token;  // of this chunk's order, not yet taken for combining
-  uint64_t order_full;  // that order is there
   uint32_t due[32];     // tokens of the chunk by when they are due, while the order is made
   TokenBatch batches[kMathGroups];  // being combined
   CombineTeam teams[kMathGroups];
-  uint32_t math_combines;  // the math groups have no tiles left
-  uint64_t ring_full[kMathGroups * kTeamWarps][kRingPieces];
-  uint32_t table_words[kTableWords];
+  uint32_t math_combines;           // the math groups have no tiles left
+  uint32_t completes[kMathGroups];  // by units: the group's last unit was its columns' last
+  union {
+    uint32_t table_words[kTableWords];
+    FewChoices choices;
+  };
 };
 
-// Whether GEMM1 reads its rows out of x, instead of copies in the pool: where there is one rank, and experts do not
-// have very many rows.  What is not copied to the pool is not written and not read; where each row is used by
-// much arithmetic, that is little beside it.
-inline constexpr uint32_t kGatherRows = 1280;  // an expert, on average
-__device__ __forceinline__ bool gathers_rows(const Shape& shape, uint32_t tokens) {
-  return shape.world == 1 && tokens * shape.top_k <= kGatherRows * shape.experts &&
-         tokens <= 0x7fffffff / shape.hidden;  // rows are found by 32 bits from x
+template <bool kTraced>
+__device__ __forceinline__ FewBarriers& few_barriers(Shared<kTraced>& sh) {
+  return *reinterpret_cast<FewBarriers*>(static_cast<Barriers*>(&sh));
 }
+
 // Arrivals that fill a stage: the loading warp's and those of the comm warps that gather.
 __device__ __forceinline__ uint32_t fills(bool gathers) { return gathers ? 1 + kCommWarps : 1; }
+
+// Whether the launch goes by units; NVSHMEM's flavour has no code for that.
+template <bool kTraced>
+__device__ __forceinline__ bool by_units(const Shared<kTraced>& sh) {
+  return !kPuts && sh.few != 0;
+}
 
 // Where this CTA stands.  In registers of every thread; everything else is in Shared.
 struct Place {
@@ -243,19 +280,32 @@ static_assert(sizeof(Shared<true>) <= kSharedState,
 // Stages and what moved rows pass through.
 inline constexpr uint32_t kWorkBytes = kMostStages * kStageBytes;
 static_assert(kCommBytes <= kStageBytes, "moved rows take the place of a stage");
+static_assert(kMathGroups * kFewRingBytes <= kWorkBytes,
+              "rings of units take the place of all stages");
 inline constexpr uint32_t kSharedBytes = kWorkBytes + kSharedState + 1024;
 static_assert(kSharedBytes <= kSharedBudget, "a block of sm_90 has 232,448 bytes of shared memory");
 
 // The actor whose leader this thread is, or -1.
 __device__ __forceinline__ int led_lane() {
-  const uint32_t t = ptx::thread_id();
-  if (t == kLoadWarp * 32) return static_cast<int>(Lane::k_load);
-  if (t == kSchedWarp * 32) return static_cast<int>(Lane::k_sched);
-  if (t == kCommWarp * 32) return static_cast<int>(Lane::k_comm0);
-  if (t == (kCommWarp + 1) * 32) return static_cast<int>(Lane::k_comm1);
-  if (t == kMathWarp * 32) return static_cast<int>(Lane::k_math0);
-  if (t == (kMathWarp + 4) * 32) return static_cast<int>(Lane::k_math1);
-  return -1;
+  constexpr uint32_t kMath0 = static_cast<uint32_t>(Lane::k_math0);
+  static_assert(static_cast<uint32_t>(Lane::k_load) == kLoadWarp &&
+                    static_cast<uint32_t>(Lane::k_sched) == kSchedWarp &&
+                    static_cast<uint32_t>(Lane::k_comm0) == kCommWarp && kMath0 == kMathWarp &&
+                    static_cast<uint32_t>(Lane::k_math1) == kMath0 + 1,
+                "a lane is numbered as its first warp, but for the second math group");
+  const uint32_t thread = ptx::thread_id(), warp = thread / 32;
+  if (thread % 32 != 0) return -1;
+  return warp <= kMathWarp                ? static_cast<int>(warp)
+         : warp == kMathWarp + kTeamWarps ? kMath0 + 1
+                                          : -1;
+}
+
+// A span of every actor.
+template <bool kTraced>
+__device__ inline void record_all(Shared<kTraced>& sh, EventKind kind, uint32_t tile,
+                                  uint32_t aux) {
+  const int lane = led_lane();
+  if (lane >= 0) sh.actors[lane].span(kind, kNoPeer, kNoExpert, tile, aux);
 }
 
 // Ends the launch for every rank: whoever gives up calls it once.

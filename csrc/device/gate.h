@@ -285,7 +285,8 @@ __device__ __forceinline__ void choose_all(Shared<kTraced>& sh, const Place& pla
     const uint64_t at = static_cast<uint64_t>(here.begin + t) * shape.top_k;
     float* logits = scratch.logits + t * gate_stride(shape.experts);
     float* choice = scratch.choice + t * gate_stride(shape.experts);
-    choose_any(shape, logits, choice, bias, ids + at, weights + at);
+    const Choice chosen = choose_any(shape, logits, choice, bias, ids + at, weights + at);
+    if (by_units(sh)) tell_choice(sh, place, here.begin + t, chosen);
   }
 }
 
@@ -366,6 +367,7 @@ __device__ inline Status run_gate(Shared<kTraced>& sh, const Place& place, char*
     }
   }
   if (__syncthreads_or(!good)) return Status::kBadIds;
+  if (by_units(sh)) return Status::kOk;  // whose rows need no counting
   count_rows(reinterpret_cast<uint32_t*>(stages), shape, ids,
              place.heap.at<uint32_t>(sh.layout.slots) + first,
              place.heap.at<uint32_t>(sh.layout.histogram) +

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "device/choose.h"
 #include "device/cta.h"
 #include "device/wait.h"
 
@@ -20,21 +21,16 @@ inline constexpr uint32_t kSliceHalfBytes = kSliceBlocks * kSliceBlockBytes;
 inline constexpr uint32_t kSliceParts = 2;  // fetched ahead
 static_assert(kSliceExperts == kSliceTokens && kSliceDepth == kTileK, "both have the same boxes");
 
-__device__ __forceinline__ bool gate_in_slices(const Shape& shape, uint32_t tokens) {
-  return shape.routing != RoutingKind::kExternal && shape.hidden % kSliceDepth == 0 &&
-         tokens != 0 && tokens <= most_sliced_tokens(shape);
-}
-
 // The slice of a CTA; `tokens` 0: none.
 struct GateSlice {
   uint32_t token;  // the first
   uint32_t tokens;
   uint32_t expert;  // the first
-  static __device__ __forceinline__ GateSlice of(const Shape& shape, const Place& place) {
-    const uint32_t slices = gate_slices(shape), group = place.chunk / slices;
-    const uint32_t token = group * kSliceTokens;
-    const uint32_t tokens = token < place.tokens ? min_u32(place.tokens - token, kSliceTokens) : 0;
-    return {token, tokens, (place.chunk - group * slices) * kSliceExperts};
+  static __device__ __forceinline__ GateSlice of(uint32_t slices, uint32_t chunk, uint32_t tokens) {
+    uint32_t token = 0;
+    for (; chunk >= slices && token < tokens; chunk -= slices) token += kSliceTokens;
+    return {token, token < tokens ? min_u32(tokens - token, kSliceTokens) : 0,
+            chunk * kSliceExperts};
   }
 };
 
@@ -73,7 +69,7 @@ __device__ __forceinline__ void begin_slice(Shared<kTraced>& sh, const RankArgs&
 // Until nothing that begin_slice() fetches is under way: no CTA may leave before.
 template <bool kTraced>
 __device__ inline void abandon_slice(Shared<kTraced>& sh, const Place& place) {
-  if (!sh.sliced || GateSlice::of(sh.shape, place).tokens == 0) return;
+  if (!sh.sliced || GateSlice::of(sh.slices, place.chunk, place.tokens).tokens == 0) return;
   const uint32_t parts = min_u32(slice_parts(sh.shape), kSliceParts);
   for (uint32_t part = 0; part < parts; ++part) ptx::mbarrier_wait(&sh.gate_full[part], 0);
 }
@@ -88,7 +84,7 @@ template <class T, bool kTraced>
 __device__ __forceinline__ void multiply_slice(Shared<kTraced>& sh, const Place& place,
                                                char* stages, float2* handed) {
   const Shape& shape = sh.shape;
-  const GateSlice slice = GateSlice::of(shape, place);
+  const GateSlice slice = GateSlice::of(sh.slices, place.chunk, place.tokens);
   if (slice.tokens == 0) return;
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, parts = slice_parts(shape);
   // From one lane, since it is the warp's.  (ptxas moves descriptors to uniform registers before each product all the
@@ -143,31 +139,69 @@ __device__ __forceinline__ void multiply_slice(Shared<kTraced>& sh, const Place&
   }
 }
 
+// Whether a word carries this launch's epoch: then what else it holds is left at `to`.
+template <class V>
+__device__ __forceinline__ bool poll_tag(const Place& place, const uint64_t* word, V* to) {
+  constexpr uint32_t kTries = 256;  // some 100 us; then the one who waits with a deadline does
+  static_assert(sizeof(V) == 4, "half of a word");
+#pragma unroll 1
+  for (uint32_t tries = 0; tries < kTries; ++tries) {
+    const uint64_t seen = ptx::load_relaxed_gpu(word);
+    if (!reached(seen, Until::kTag, place.epoch)) continue;
+    *reinterpret_cast<uint32_t*>(to) = static_cast<uint32_t>(seen);
+    return true;
+  }
+  return false;
+}
+
 // Until the logits of the chunk's tokens are here, as rows of `logits`, `stride` floats apart.  Each comes with
 // the epoch in one word, so nothing else is to be ordered.
 template <bool kTraced>
 __device__ __forceinline__ bool await_logits(Shared<kTraced>& sh, const Place& place,
                                              uint32_t begin, uint32_t tokens, float* logits,
                                              uint32_t stride) {
-  constexpr uint32_t kTries = 256;  // some 100 us; then the one who waits with a deadline does
   const Shape& shape = sh.shape;
   const uint64_t* words = logit_words(place.heap, sh.layout, shape, begin);
   return await_tags(
       sh, place, words, tokens * shape.experts,
       [&](uint32_t i) {
-        for (uint32_t tries = 0; tries < kTries; ++tries) {
-          const uint64_t word = ptx::load_relaxed_gpu(words + i);
-          if (!reached(word, Until::kTag, place.epoch)) continue;
-          const uint32_t token = i / shape.experts;
-          logits[token * stride + i - token * shape.experts] =
-              __uint_as_float(static_cast<uint32_t>(word));
-          return true;
-        }
-        return false;
+        const uint32_t token = i / shape.experts;
+        return poll_tag(place, words + i, logits + token * stride + i - token * shape.experts);
       },
       [&](uint32_t i) {
         return Awaited{EventKind::k_wait_logits, kNoPeer, static_cast<uint16_t>(i % shape.experts),
                        kNoTile};
+      });
+}
+
+// Word `i` of the choices: of the token * k + j-th first the expert, and kFewRows further the weight.
+__device__ __forceinline__ uint64_t* choice_words(const Heap& heap, const HeapLayout& layout) {
+  return heap.at<uint64_t>(layout.choices);
+}
+
+// Tells every CTA what a token chose, a lane each.
+template <bool kTraced>
+__device__ __forceinline__ void tell_choice(const Shared<kTraced>& sh, const Place& place,
+                                            uint32_t token, const Choice& choice) {
+  const uint32_t lane = threadIdx.x % 32, k = sh.shape.top_k;
+  if (lane >= k) return;
+  uint64_t* word = choice_words(place.heap, sh.layout) + token * k + lane;
+  const uint64_t tag = static_cast<uint64_t>(place.epoch) << 32;
+  ptx::store_relaxed_gpu(word, tag | choice.id);
+  ptx::store_relaxed_gpu(word + kFewRows, tag | __float_as_uint(choice.weight));
+}
+
+// Until all tokens' choices are here, as words of `choices` without their tags.
+template <bool kTraced>
+__device__ __forceinline__ bool await_choices(Shared<kTraced>& sh, const Place& place,
+                                              uint32_t* choices) {
+  const uint64_t* words = choice_words(place.heap, sh.layout);
+  const uint32_t k = sh.shape.top_k, rows = place.tokens * k;
+  return await_tags(
+      sh, place, words, kFewRows + rows,
+      [&](uint32_t i) { return i % kFewRows >= rows || poll_tag(place, words + i, choices + i); },
+      [&](uint32_t i) {
+        return Awaited{EventKind::k_wait_logits, kNoPeer, kNoExpert, i % kFewRows / k};
       });
 }
 

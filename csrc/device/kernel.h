@@ -6,6 +6,7 @@
 #include "device/combine.h"
 #include "device/cta.h"
 #include "device/dispatch.h"
+#include "device/few.h"
 #include "device/gate.h"
 #include "device/load.h"
 #include "device/schedule.h"
@@ -18,47 +19,68 @@ namespace flashmoe {
 template <class V>
 __device__ __forceinline__ void copy_by_warp(V* to, const V* from, uint32_t count = 1) {
   static_assert(sizeof(V) % 4 == 0, "copied by words");
+#pragma unroll 1
   for (uint32_t i = threadIdx.x % 32; i < count * (sizeof(V) / 4); i += 32) {
     reinterpret_cast<uint32_t*>(to)[i] = reinterpret_cast<const uint32_t*>(from)[i];
   }
 }
 
+// Where this CTA stands, as far as the arguments say.
+__device__ __forceinline__ Place place_of(const LaunchArgs& args) {
+  Place place;
+  place.args = args.ranks;
+  place.chunk = blockIdx.x;
+  for (; place.chunk >= args.shape.chunks; place.chunk -= args.shape.chunks) ++place.args;
+  place.rank = place.args->rank;
+  place.tokens = place.args->tokens;
+  place.heap = args.heaps[place.rank];
+  place.pair_size = args.pair_size;
+  place.pair_rank = place.chunk & (args.pair_size - 1);  // a rank's CTAs begin with a cluster
+  return place;
+}
+
 // Copies what every role needs from the arguments and makes the barriers and the actors.  The warps share
 // that: no launch, however short, can do anything before it is done.
 template <bool kTraced>
-__device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args, char* stages) {
-  const uint32_t local = blockIdx.x / args.shape.chunks;
-  Place place;
-  place.args = &args.ranks[local];
-  place.rank = place.args->rank;
-  place.chunk = blockIdx.x - local * args.shape.chunks;
-  place.tokens = place.args->tokens;
-  place.heap = args.heaps[place.rank];
-  const bool gathers = gathers_rows(args.shape, place.tokens);
-  place.pair_size = args.pair_size;
-  place.pair_rank = place.chunk & (args.pair_size - 1);  // a rank's CTAs begin with a cluster
+__device__ __forceinline__ void enter(Shared<kTraced>& sh, const LaunchArgs& args, Place& place,
+                                      char* stages) {
+  const uint32_t thread = ptx::thread_id(), warp = thread / 32;
   const uint32_t here = ptx::shared_address(&sh);
   place.to_other = args.pair_size == 1 ? 0 : ptx::cluster_address(here, place.pair_rank ^ 1) - here;
-  // All words on their way at once.
-  const uint64_t epoch = ptx::load_relaxed_sys(place.heap.at<uint64_t>(args.layout.epoch_word));
-  const uint64_t aborted = ptx::load_relaxed_sys(place.heap.at<uint64_t>(args.layout.abort_word));
+  const Course& course = place.args->course;
+  const bool few = !kPuts && course.few != 0;
+  if (thread < kBarriers) {
+    uint64_t* barriers = reinterpret_cast<uint64_t*>(static_cast<Barriers*>(&sh));
+    ptx::mbarrier_init(barriers + thread,
+                       barrier_arrivals(thread, few, fills(course.gathers != 0), args.pair_size));
+    ptx::fence_mbarrier_init();
+  }
+  // What the gate reads is the same whatever the CTA has yet to learn, and this warp has made its barriers.
+  static_assert(sizeof(GateBarriers) / 8 <= 32);
+  if (warp == 0 && course.sliced != 0) {
+    __syncwarp();
+    if (thread == 0) {
+      begin_slice(sh, *place.args, args.shape,
+                  GateSlice::of(course.slices, place.chunk, place.tokens), stages);
+    }
+  }
   const int lane = led_lane();
   const uint64_t actor = static_cast<uint64_t>(blockIdx.x) * kLanes + lane;  // if it leads one
   [[maybe_unused]] uint64_t written = 0;
   if constexpr (kTraced) {
     if (lane >= 0) written = GpuActor<kTraced>::written_into(args.rings + actor);
   }
-  const uint32_t warp = ptx::thread_id() / 32;
-  if (warp == 0) copy_by_warp(&sh.shape, &args.shape);
-  if (warp == 1) copy_by_warp(&sh.layout, &args.layout);
-  if (warp == 2) copy_by_warp(sh.heaps, args.heaps, args.shape.world);
-  if (ptx::thread_id() == 0) {
-    sh.tables = plan_tables(table_words(args.shape) <= kTableWords
-                                ? sh.table_words
-                                : table_place(place.heap, args.layout, args.shape, place.chunk),
-                            args.shape);
-    sh.gathers = gathers;
-    sh.ahead = tasks_ahead(args.shape, place.tokens);
+  if (warp == 4) copy_by_warp(&sh.shape, &args.shape);
+  if (warp == 5) copy_by_warp(&sh.layout, &args.layout);
+  if (warp == 6) copy_by_warp(sh.heaps, args.heaps, args.shape.world);
+  if (warp == 7) copy_by_warp(static_cast<Course*>(&sh), &course);
+  if (thread == 8 * 32) {
+    if (!few) {
+      sh.tables = plan_tables(table_words(args.shape) <= kTableWords
+                                  ? sh.table_words
+                                  : table_place(place.heap, args.layout, args.shape, place.chunk),
+                              args.shape);
+    }
     sh.bad_ids = 0;
     sh.other_left = 0;
     sh.next_token = 0;
@@ -66,53 +88,22 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args, char*
     for (uint32_t g = 0; g < kMathGroups; ++g) sh.teams[g] = {};
     if constexpr (kPuts) sh.pending_tiles = 0;
   }
-  if (ptx::thread_id() == 3 * 32) {
-    for (uint32_t i = 0; i < kMostStages; ++i) {
-      ptx::mbarrier_init(&sh.full[i], fills(gathers));
-      ptx::mbarrier_init(&sh.empty[i], kMathGroups * 4 * args.pair_size);
-    }
-    for (uint32_t i = 0; i < kTasks; ++i) {
-      ptx::mbarrier_init(&sh.task_full[i], 1);
-      ptx::mbarrier_init(&sh.task_empty[i], 1 + kMathGroups * kGroupThreads);
-      ptx::mbarrier_init(&sh.pair_full[i], 1);
-      ptx::mbarrier_init(&sh.pair_empty[i], 1);
-    }
-    ptx::mbarrier_init(&sh.order_full, 1);
-    ptx::fence_mbarrier_init();
+  if (thread == 9 * 32) {
+    const uint32_t begin = min_u32(place.chunk * course.chunk_tokens, place.tokens);
+    sh.own = {begin, min_u32(course.chunk_tokens, place.tokens - begin)};
   }
-  if (ptx::thread_id() == 4 * 32) {
-    for (uint32_t i = 0; i < kCommWarps * kPieces; ++i) {
-      ptx::mbarrier_init(&sh.piece_full[i / kPieces][i % kPieces], 1);
-    }
-    ptx::fence_mbarrier_init();
+  // Whoever needs the epoch in here asks for it by itself: of a value that all threads share the compiler makes a
+  // uniform register, for which all of them would wait before they do anything else.
+  const uint64_t* epoch_word = place.heap.at<uint64_t>(args.layout.epoch_word);
+  if (thread == 10 * 32) {
+    const uint64_t epoch = ptx::load_relaxed_sys(epoch_word);
+    // Abort is sticky: nothing runs until reset().
+    sh.status = static_cast<uint32_t>(
+        ptx::load_relaxed_sys(place.heap.at<uint64_t>(args.layout.abort_word)));
+    sh.epoch = static_cast<uint32_t>(epoch) + 1;
   }
-  if (ptx::thread_id() == 5 * 32) {
-    for (uint32_t i = 0; i < kMathGroups * kTeamWarps * kRingPieces; ++i) {
-      ptx::mbarrier_init(&sh.ring_full[i / kRingPieces][i % kRingPieces], 1);
-    }
-    ptx::fence_mbarrier_init();
-  }
-  if (ptx::thread_id() == 7 * 32) {
-    sh.order = tile_order(args.shape, place.rank);
-    const uint32_t begin = chunk_begin(args.shape, place.tokens, place.chunk);
-    sh.own = {begin, chunk_begin(args.shape, place.tokens, place.chunk + 1) - begin};
-  }
-  if (ptx::thread_id() == 6 * 32) {
-    for (uint32_t i = 0; i < kWarps; ++i) ptx::mbarrier_init(&sh.first_full[i], 1);
-    for (uint32_t i = 0; i < kGateStages; ++i) {
-      ptx::mbarrier_init(&sh.gate_full[i], 1);
-      ptx::mbarrier_init(&sh.gate_empty[i], 4 * args.pair_size);
-    }
-    ptx::fence_mbarrier_init();
-    const bool sliced = gate_in_slices(args.shape, place.tokens);
-    sh.sliced = sliced;
-    // What the gate reads is the same whatever this thread has yet to learn.
-    if (sliced) begin_slice(sh, *place.args, args.shape, GateSlice::of(args.shape, place), stages);
-  }
-  place.epoch = static_cast<uint32_t>(epoch) + 1;
-  // Abort is sticky: nothing runs until reset().
-  if (ptx::thread_id() == 0) sh.status = static_cast<uint32_t>(aborted);
   if (lane >= 0) {
+    const uint32_t epoch = static_cast<uint32_t>(ptx::load_relaxed_sys(epoch_word)) + 1;
     GpuActor<kTraced>& a = sh.actors[lane];
     a.slot = args.slots + actor;
     if constexpr (kTraced) {
@@ -120,12 +111,12 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args, char*
                     written);
     }
     a.abort_word = place.heap.at<uint64_t>(args.layout.abort_word);
-    a.deadline_ns = place.epoch == 1 ? args.first_deadline_ns : args.deadline_ns;
+    a.deadline_ns = epoch == 1 ? args.first_deadline_ns : args.deadline_ns;
     a.lane = static_cast<uint8_t>(lane);
     a.rank = static_cast<uint16_t>(place.rank);
     a.sm = static_cast<uint16_t>(ptx::smid());
     a.cta = static_cast<uint16_t>(place.chunk);
-    a.begin(place.epoch, place.epoch - 1 - args.iteration_base);
+    a.begin(epoch, epoch - 1 - args.iteration_base);
   }
   // The barriers are there before the other CTA can arrive at them.
   if (place.pair_size == 1) {
@@ -138,7 +129,7 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args, char*
     }
     __syncthreads();
   }
-  return place;
+  place.epoch = sh.epoch;
 }
 
 // Clears the sets of counters that the next launch adds to.  No peer can touch them before this rank
@@ -146,9 +137,11 @@ __device__ inline Place enter(Shared<kTraced>& sh, const LaunchArgs& args, char*
 template <bool kTraced>
 __device__ inline void clear_idle_sets(const Shared<kTraced>& sh, const Place& place) {
   const uint32_t next = place.epoch + 1;
-  const uint32_t tiles = max_pool_tiles(sh.shape);
-  for (uint32_t i = place.chunk * kThreads + threadIdx.x; i < tiles;
+  const uint32_t tiles = max_pool_tiles(sh.shape), columns = result_columns(sh.shape);
+  for (uint32_t i = place.chunk * kThreads + threadIdx.x; i < max_u32(tiles, columns);
        i += sh.shape.chunks * kThreads) {
+    if (i < columns) *columns_word(place.heap, sh.layout, sh.shape, next, i) = 0;
+    if (i >= tiles) continue;
     *tile_counter(place.heap, sh.layout.rows_ready, sh.shape, next, i) = 0;
     *tile_counter(place.heap, sh.layout.h_ready, sh.shape, next, i) = 0;
     *tile_counter(place.heap, sh.layout.y_ready, sh.shape, next, i) = 0;
@@ -317,18 +310,11 @@ __device__ inline void make_plan(Shared<kTraced>& sh, const Place& place) {
   __syncthreads();
 }
 
-template <bool kTraced>
-__device__ inline void record_all(Shared<kTraced>& sh, EventKind kind, uint32_t tile,
-                                  uint32_t aux) {
-  const int lane = led_lane();
-  if (lane >= 0) sh.actors[lane].span(kind, kNoPeer, kNoExpert, tile, aux);
-}
-
 // Steps 1 to 3: gate, barrier, counts, plan.  kOk if rows may move.
 template <class T, bool kTraced>
 __device__ inline Status prepare(Shared<kTraced>& sh, const Place& place, char* stages) {
   clear_idle_sets(sh, place);
-  clear_own_counts(sh, place);
+  if (!by_units(sh)) clear_own_counts(sh, place);
   const Status routed = run_gate<T>(sh, place, stages);
   record_all(sh, EventKind::k_gate, place.chunk, sh.own.tokens);
   if (routed != Status::kOk) {
@@ -338,6 +324,7 @@ __device__ inline Status prepare(Shared<kTraced>& sh, const Place& place, char* 
   // The gate wrote its scratch by ordinary stores where bulk and tensor copies will write.  (What earlier launches
   // stored into pools that peers' bulk copies fill is behind the end of a launch.)
   ptx::fence_proxy_async_shared();
+  if (by_units(sh)) return Status::kOk;  // every CTA reads the choices themselves
   if (!rank_barrier(sh, place)) return static_cast<Status>(sh.status);
   own_counts(sh, place);
   send_counts(sh, place);
@@ -392,8 +379,9 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
   // Swizzled stages start at multiples of 1,024 bytes.
   char* stages = dynamic + (1024 - (ptx::shared_address(dynamic) & 1023) & 1023);
   Shared<kTraced>& sh = *reinterpret_cast<Shared<kTraced>*>(stages + kWorkBytes);
-  if (args.fault.never_starts_rank == args.ranks[blockIdx.x / args.shape.chunks].rank) return;
-  const Place place = enter(sh, args, stages);
+  Place place = place_of(args);
+  if (place.args->course.absent != 0) return;
+  enter(sh, args, place, stages);
   Status status = static_cast<Status>(sh.status);
   __syncthreads();
   if (status == Status::kOk) {
@@ -402,9 +390,16 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
     abandon_slice(sh, place);
   }
   if (status != Status::kOk) {
-    if (threadIdx.x == 0) tell_left(sh, place);
+    // By units nobody waits for the other of a pair, and its barriers are others.
+    if (threadIdx.x == 0 && !by_units(sh)) tell_left(sh, place);
     leave(sh, place, status);
     return;
+  }
+  if constexpr (!kPuts) {
+    if (by_units(sh)) {
+      leave(sh, place, run_units<T, kGated>(sh, place, stages));
+      return;
+    }
   }
   dispatch_first(sh, place, args.fault, stages);
   const uint32_t warp = threadIdx.x / 32;

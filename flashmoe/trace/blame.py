@@ -81,7 +81,8 @@ class WaitGraph:
     def _step(self, wait: Wait) -> tuple[Verdict | None, Wait | None]:
         match wait.kind:
             case "wait_logits":
-                return self._logits(wait), None
+                before = self._logits_before(wait)
+                return (None, before) if before is not None else (self._logits(wait), None)
             case "wait_barrier":
                 held = self._held_up(wait.rank, wait.kind)
                 return (None, held) if held is not None else (self._barrier(wait), None)
@@ -121,9 +122,17 @@ class WaitGraph:
         )
         return Verdict("slow", rank, reason, _SLOW_HINT)
 
+    def _logits_before(self, wait: Wait) -> Wait | None:
+        """Of a wait for a token's choice one for logits, without which that token cannot choose."""
+        if wait.expert is not None:
+            return None
+        found = (w for w in self.waits if (w.rank, w.kind) == (wait.rank, wait.kind))
+        return next((w for w in found if w.expert is not None), None)
+
     def _logits(self, wait: Wait) -> Verdict:
         past = (EventKind.WAIT_LOGITS, EventKind.WAIT_BARRIER, *_AFTER_COUNTS)
-        verdict = self._routing(wait.rank, past, "had not worked out its share of the logits")
+        share = "its share of the logits" if wait.expert is not None else "what its tokens choose"
+        verdict = self._routing(wait.rank, past, f"had not worked out {share}")
         if verdict is not None:
             return verdict
         reason = f"rank {wait.rank} lost logits: all of its CTAs say they are past their share"

@@ -72,6 +72,8 @@ class Wait:
         """What it awaits, in words."""
         expert = "" if self.expert is None else f" of expert {self.expert}"
         match self.kind:
+            case "wait_logits" if self.expert is None:
+                return f"what token {self.tile} of its rank chooses"
             case "wait_logits":
                 return f"logits of its rank's gate (expert {self.expert} is the first lacking)"
             case "wait_barrier":

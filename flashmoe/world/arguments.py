@@ -14,6 +14,8 @@ from flashmoe.world.kernel import (
     SLICE_ROWS,
     TILE_DEPTH,
     TILE_WEIGHT_ROWS,
+    UNIT_BOX_ATOM,
+    UNIT_BOX_ROWS,
 )
 from flashmoe.world.tensor_maps import TENSOR_MAP_BYTES, encode_tensor_map
 from flashmoe.world.tiles import extension
@@ -80,27 +82,40 @@ def weight_maps(
         # Larger pieces bring what the next block of K reads, which L2 may have dropped by then.
         return encode_tensor_map(address, dims, box, strides, config.dtype, l2_bytes=64)
 
-    def matrices(address: int, matrix_rows: int, width: int) -> bytes:
+    def matrices(address: int, matrix_rows: int, width: int, box_rows: int) -> bytes:
         """Of experts' matrices; five dimensions, so that one load serves all."""
         size = matrix_rows * width * 2
         return encode(
             address,
             [width, matrix_rows, owned, 1, 1],
-            [TILE_DEPTH, TILE_WEIGHT_ROWS // 2, 1, 1, 1],
+            [TILE_DEPTH, box_rows, 1, 1, 1],
             [width * 2, size, owned * size, owned * size],
         )
 
+    tile = TILE_WEIGHT_ROWS // 2
     if config.gated:
-        size = inter * hidden * 2
+        size, atom = inter * hidden * 2, UNIT_BOX_ATOM
         map_up = encode(
             up,
             [hidden, inter, 2, owned, 1],
-            [TILE_DEPTH, TILE_WEIGHT_ROWS // 2, 1, 1, 1],
+            [TILE_DEPTH, tile, 1, 1, 1],
             [hidden * 2, size, 2 * size, 2 * size * owned],
         )
+        map_up_unit = encode(
+            up,
+            [hidden, atom, 2, inter // atom, owned],
+            [TILE_DEPTH, atom, 2, UNIT_BOX_ROWS // (2 * atom), 1],
+            [hidden * 2, size, atom * hidden * 2, 2 * size],
+        )
     else:
-        map_up = matrices(up, inter, hidden)
-    return {"map_up": map_up, "map_down": matrices(down, hidden, inter)}
+        map_up = matrices(up, inter, hidden, tile)
+        map_up_unit = matrices(up, inter, hidden, UNIT_BOX_ROWS)
+    return {
+        "map_up": map_up,
+        "map_down": matrices(down, hidden, inter, tile),
+        "map_up_unit": map_up_unit,
+        "map_down_unit": matrices(down, hidden, inter, UNIT_BOX_ROWS),
+    }
 
 
 @functools.lru_cache(maxsize=256)
@@ -168,6 +183,20 @@ def rank_args(
     }
 
 
+def units(
+    shape: dict[str, Any], tokens: int, flavour: str = "p2p", faults: Sequence[Fault] = ()
+) -> dict[str, Any] | None:
+    """Of a rank alone with few tokens, what launches by units change of the shape; else None.
+
+    Then it may be told so to :func:`pack`.  NVSHMEM's flavour has no such way, and where a signal
+    is to be lost there is to be one.
+    """
+    if flavour != "p2p" or fault_args(faults)[0] != NONE:
+        return None
+    changes: dict[str, Any] | None = extension().units(shape, tokens)
+    return changes
+
+
 def pack(
     shape: dict[str, Any],
     heaps: list[int],
@@ -184,11 +213,12 @@ def pack(
     iteration_base: int = 0,
     signals_at: int = 0,
     rows_at: int | None = None,
+    by_units: bool = False,
 ) -> ctypes.Array[ctypes.c_char]:
     """A LaunchArgs.  Addresses: 0 for none.  ``first_deadline_s`` None: 4 times ``deadline_s``.
 
     ``signals_at`` and ``rows_at`` say where a heap's signals and its rows begin, from its address;
-    ``rows_at`` None: behind the signals.
+    ``rows_at`` None: behind the signals.  ``by_units``: see :func:`units`.
     """
     first = first_deadline_s or 4 * deadline_s
     args = extension().launch_args(
@@ -207,5 +237,6 @@ def pack(
         fault,
         signals_at,
         rows_at,
+        by_units,
     )
     return ctypes.create_string_buffer(args, len(args))

@@ -33,6 +33,7 @@ from flashmoe.world.kernel import (
     ARCH,
     FAMILY,
     LANES,
+    UNIT_FAMILY,
     Kernel,
     check_experts,
     even_share,
@@ -174,7 +175,9 @@ class GpuEngine:
                 mean = sum(self.tokens) * self.config.top_k // self.options.ranks
                 pool_rows = min(pool_rows, 2 * mean)
         shape["pool_rows"] = self._agree(max(8, pool_rows))
-        return shape
+        units = arguments.units(shape, self.tokens[0], self.flavour, self.options.faults)
+        self._by_units = units is not None
+        return {**shape, **(units or {})}
 
     def _default_ring_capacity(self) -> int:
         """Records an actor may write in LAUNCHES_PER_RING launches, were all rows of one rank."""
@@ -303,6 +306,7 @@ class GpuEngine:
             keep_last=options.ring_mode == "keep-last",
             # Below zero once the epoch has begun anew; the kernel subtracts it in 32 bits.
             iteration_base=self._iteration_base & 0xFFFFFFFF,
+            by_units=self._by_units,
         )
 
     # -- running --------------------------------------------------------------------------------
@@ -444,8 +448,8 @@ class GpuEngine:
 
     @property
     def family(self) -> str:
-        """The one tile family's name."""
-        return FAMILY
+        """The name of the tile family that launches use."""
+        return UNIT_FAMILY if self._by_units else FAMILY
 
     def outputs(self) -> list[RankOutput]:
         """Results of the last launch, one a rank, on the CPU."""
@@ -482,7 +486,7 @@ class GpuEngine:
     def routing(self) -> Routing:
         """Counts and tile plan of the last launch; needs all ranks here."""
         counts = self.chunk_counts()
-        return Routing(chunk_counts=counts, tiles=tile_plan(self._shape, counts, FAMILY))
+        return Routing(chunk_counts=counts, tiles=tile_plan(self._shape, counts, self.family))
 
     def rings(self) -> RingDump:
         """Every actor's ring since construction or ``reset_rings``."""

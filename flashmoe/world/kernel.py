@@ -32,6 +32,12 @@ TILE_WEIGHT_ROWS = 256
 TILE_DEPTH = 64
 FAMILY = "sm90-256w-176t"
 """256 weight rows by up to 176 rows of tokens."""
+UNIT_FAMILY = "sm90-128w-8t"
+"""That of few tokens of a rank alone: 128 weight rows by up to 8 rows (csrc/core/course.h)."""
+
+UNIT_BOX_ROWS = 64
+UNIT_BOX_ATOM = 8
+"""Weight rows of a unit's boxes; in a gated GEMM1 so many of gate and of up in turn."""
 
 ROW_BOXES = (16, 32, 64, 128)
 """Rows of the boxes that a tile's tokens are fetched in (csrc/core/args.h)."""

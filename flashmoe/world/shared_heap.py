@@ -263,6 +263,7 @@ class SharedHeap:
             fault=arguments.fault_args(self.faults),
             signals_at=signals - base,
             rows_at=rows - base,
+            by_units=arguments.units(place.shape, x.shape[0], faults=self.faults) is not None,
         )
 
     @contextlib.contextmanager

@@ -241,6 +241,27 @@ def test_logits_wait_on_the_cta_that_has_not_worked_out_its_share() -> None:
     assert "expert 9 is the first lacking" in report.chain[0].sentence()
 
 
+def test_choices_wait_on_the_cta_that_has_not_chosen() -> None:
+    launch = Launch(1, 3)
+    for cta in (0, 1):
+        launch.waits(0, EventKind.WAIT_LOGITS, cta, gave_up=cta == 0, tile=2)
+    launch.set(0, ActorState.RUNNING, EventKind.GATE, cta=2)
+    report = launch.diagnose()
+    assert (report.cause, report.culprit) == ("slow", 0)
+    assert "CTA 2 had not worked out what its tokens choose" in report.reason
+    assert "for what token 2 of its rank chooses" in report.chain[0].sentence()
+
+
+def test_choices_of_a_cta_without_logits_lead_to_them() -> None:
+    launch = Launch(1, 3)
+    launch.waits(0, EventKind.WAIT_LOGITS, 0, gave_up=True, tile=2)
+    launch.waits(0, EventKind.WAIT_LOGITS, 1, expert=9)
+    launch.set(0, ActorState.RUNNING, EventKind.LAUNCH, cta=2)
+    report = launch.diagnose()
+    assert [w.expert for w in report.chain] == [None, 9]
+    assert "CTA 2 had not worked out its share of the logits" in report.reason
+
+
 def test_barrier_that_waits_for_a_cta_without_logits_leads_to_them() -> None:
     launch = Launch(1, 3)
     launch.waits(0, EventKind.WAIT_BARRIER, 0, gave_up=True, expected=3, seen=1)

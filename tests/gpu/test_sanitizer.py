@@ -32,6 +32,8 @@ def test_clean_under(tool: str) -> None:
             *("--kernel-name", "kernel_substring=moe_"),
             # The Python bindings ask the driver for functions newer than it: no error of ours.
             *("--report-api-errors", "no"),
+            # A CTA has a hundred barriers, made by one instruction; what is not said is guessed.
+            *("--num-cuda-barriers", "256"),
             *(sys.executable, "-c", PROGRAM.format(tests=str(Path(__file__).parent))),
         ],
         capture_output=True,

@@ -206,6 +206,7 @@ def shape_of(**changes: Any) -> dict[str, Any]:
 def test_launch_args_hold_what_they_were_given() -> None:
     rank = {
         "map_pool": b"p" * 512, "map_h": b"h" * 512, "map_up": b"u" * 128, "map_down": b"d" * 128,
+        "map_up_unit": b"v" * 128, "map_down_unit": b"e" * 128,
         "map_x": b"x" * 128, "map_gate": b"g" * 128,
         "map_x_slice": b"X" * 128, "map_gate_slice": b"G" * 128,
         "x": 0x1111, "gate": 0x2222, "bias": 0, "y": 0x4444, "ids": 0, "weights": 0,
@@ -224,7 +225,7 @@ def test_launch_args_hold_what_they_were_given() -> None:
     assert pack() == whole  # padding included
     assert not any(whole[:16])  # where the code lies is told by whoever launches
     at = whole.index(b"p" * 512)
-    ones = (b"u", b"d", b"x", b"g", b"X", b"G")
+    ones = (b"u", b"d", b"v", b"e", b"x", b"g", b"X", b"G")
     maps = b"p" * 512 + b"h" * 512 + b"".join(one * 128 for one in ones)
     assert whole[at : at + len(maps)] == maps
     at += len(maps)
@@ -260,3 +261,56 @@ def test_layouts_of_the_extension_are_the_schema() -> None:
         assert fields is not None
         mirrored = {f: (fields[f][1], fields[f][0].itemsize) for f in fields if f != "padding"}
         assert mirrored == layout[name]
+
+
+FEW = {
+    "world": 1, "experts": 16, "top_k": 4, "hidden": 320, "inter": 320, "max_tokens": 8,
+    "pool_rows": 32, "chunks": 132, "tile_m": 176, "tile_step": 16, "tile_n1": 128,
+    "tile_n2": 256,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tokens", "changes"),
+    [
+        (9, {}),
+        (0, {}),
+        (8, {"top_k": 5}),  # 40 choices
+        (8, {"pool_rows": 31}),
+        (8, {"world": 2}),
+        (8, {"routing": "external"}),
+        (8, {"hidden": 264}),
+        (8, {"hidden": 192}),
+        (8, {"inter": 328}),
+        (8, {"inter": 192}),
+        (8, {"chunks": 1}),  # whose gate has no slices
+    ],
+)
+def test_what_does_not_go_by_units(tokens: int, changes: dict[str, Any]) -> None:
+    assert _host.units(shape_of(**FEW), 8) is not None
+    assert _host.units(shape_of(**(FEW | changes)), tokens) is None
+
+
+@pytest.mark.parametrize(("activation", "width"), [("swiglu", 64), ("relu", 128)])
+def test_the_plan_by_units_is_all_of_gemm1_then_all_of_gemm2(activation: str, width: int) -> None:
+    shape = shape_of(**FEW, activation=activation)
+    units = _host.units(shape, 8)
+    assert units == {"tile_n1": width, "tile_n2": 128, "wave_experts": 16}
+    counts = np.zeros((1, 132, 16), np.uint32)
+    counts[0, :8] = np.random.default_rng(0).permuted(
+        np.tile(np.arange(16) < 4, (8, 1)).astype(np.uint32), axis=1
+    )
+    plan = _host.plan(shape | units, counts)
+    rows = counts.sum(axis=(0, 1))
+    hit = np.flatnonzero(rows)
+    up, down = -(-320 // width), 3
+    assert len(plan["tile"]) == len(hit) * (up + down)
+    first = len(hit) * up
+    # What the kernel works out for itself: unit u is column u % columns of the u / columns-th hit.
+    assert (plan["expert"][:first] == np.repeat(hit, up)).all()
+    assert (plan["col_tile"][:first] == np.tile(np.arange(up), len(hit))).all()
+    assert (plan["expert"][first:] == np.repeat(hit, down)).all()
+    assert (plan["col_tile"][first:] == np.tile(np.arange(down), len(hit))).all()
+    assert (plan["gemm"] == np.repeat([1, 2], [first, len(hit) * down])).all()
+    assert (plan["rows"] == rows[plan["expert"]]).all() and (plan["height"] == 8).all()
+    assert (plan["row_tile"][:first] == np.repeat(np.arange(len(hit)), up)).all()
