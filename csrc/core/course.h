@@ -46,6 +46,7 @@ struct Course {
   uint32_t sliced;        // the gate goes in slices
   uint32_t slices;        // of all experts, for 8 tokens
   uint32_t chunk_tokens;  // chunk_size()
+  uint32_t pool_tiles;    // max_pool_tiles()
   uint32_t ahead;         // tasks at hand
   FewCourse by_unit;
 };
@@ -83,6 +84,7 @@ inline Course course_of(const Shape& s, uint32_t rank, uint32_t tokens, bool by_
   c.sliced = gate_in_slices(s, tokens);
   c.slices = gate_slices(s);
   c.chunk_tokens = chunk_size(s, tokens);
+  c.pool_tiles = max_pool_tiles(s);
   const uint64_t rows = uint64_t{tokens} * s.world * s.top_k;
   c.ahead = rows >= uint64_t{kManyRows} * s.experts ? kTasksAhead : kTasksAhead - 1;
   if (c.few != 0) {

@@ -155,9 +155,14 @@ FLASHMOE_HD uint64_t* counts_words(const Heap& h, const HeapLayout& l, const Sha
                                    uint32_t epoch, uint32_t source) {
   return h.at<uint64_t>(counts_at(l, s, epoch, source));
 }
+// `pool_tiles` is max_pool_tiles(), a division that not everybody repeats.
+FLASHMOE_HD uint64_t* tile_counter(const Heap& h, uint64_t section, uint32_t pool_tiles,
+                                   uint32_t epoch, uint32_t pool_tile) {
+  return h.at<uint64_t>(section) + static_cast<uint64_t>(epoch & 1) * pool_tiles + pool_tile;
+}
 FLASHMOE_HD uint64_t* tile_counter(const Heap& h, uint64_t section, const Shape& s, uint32_t epoch,
                                    uint32_t pool_tile) {
-  return h.at<uint64_t>(section) + static_cast<uint64_t>(epoch & 1) * max_pool_tiles(s) + pool_tile;
+  return tile_counter(h, section, max_pool_tiles(s), epoch, pool_tile);
 }
 FLASHMOE_HD uint64_t* columns_word(const Heap& h, const HeapLayout& l, const Shape& s,
                                    uint32_t epoch, uint32_t column) {

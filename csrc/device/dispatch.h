@@ -166,8 +166,8 @@ __device__ __forceinline__ void publish_rows(const Shared<kTraced>& sh, const Pl
     while (i < last) {
       const uint32_t tile = i / tables.height[e];
       const uint32_t next = min_u32(last, (tile + 1) * tables.height[e]);
-      ptx::add_relaxed_sys(tile_counter(sh.heaps[u.owner], sh.layout.rows_ready, shape, place.epoch,
-                                        pool_tile(tables, shape, e, tile)),
+      ptx::add_relaxed_sys(tile_counter(sh.heaps[u.owner], sh.layout.rows_ready, sh.pool_tiles,
+                                        place.epoch, pool_tile(tables, shape, e, tile)),
                            next - i);
       i = next;
     }

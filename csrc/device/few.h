@@ -191,7 +191,7 @@ __device__ __forceinline__ bool await_hidden(Shared<kTraced>& sh, const Place& p
   Status status = Status::kOk;
   if (threadIdx.x % 32 == 0) {
     const uint64_t* word =
-        tile_counter(place.heap, sh.layout.h_ready, sh.shape, place.epoch, unit.hit);
+        tile_counter(place.heap, sh.layout.h_ready, sh.pool_tiles, place.epoch, unit.hit);
     const uint32_t due = sh.by_unit.columns[0];
     const uint64_t seen = ptx::load_acquire_sys(word);
     if (seen < due) {
@@ -443,7 +443,7 @@ __device__ __forceinline__ void run_unit(Shared<kTraced>& sh, const Place& place
     ptx::fence_acq_rel_gpu();
     if (up) {
       ptx::add_relaxed_gpu(
-          tile_counter(place.heap, sh.layout.h_ready, shape, place.epoch, unit.hit), 1);
+          tile_counter(place.heap, sh.layout.h_ready, sh.pool_tiles, place.epoch, unit.hit), 1);
     } else {
       const uint64_t before = ptx::fetch_add_relaxed_gpu(
           columns_word(place.heap, sh.layout, shape, place.epoch, unit.column), 1);

@@ -137,14 +137,14 @@ __device__ __forceinline__ void enter(Shared<kTraced>& sh, const LaunchArgs& arg
 template <bool kTraced>
 __device__ inline void clear_idle_sets(const Shared<kTraced>& sh, const Place& place) {
   const uint32_t next = place.epoch + 1;
-  const uint32_t tiles = max_pool_tiles(sh.shape), columns = result_columns(sh.shape);
+  const uint32_t tiles = sh.pool_tiles, columns = result_columns(sh.shape);
   for (uint32_t i = place.chunk * kThreads + threadIdx.x; i < max_u32(tiles, columns);
        i += sh.shape.chunks * kThreads) {
     if (i < columns) *columns_word(place.heap, sh.layout, sh.shape, next, i) = 0;
     if (i >= tiles) continue;
-    *tile_counter(place.heap, sh.layout.rows_ready, sh.shape, next, i) = 0;
-    *tile_counter(place.heap, sh.layout.h_ready, sh.shape, next, i) = 0;
-    *tile_counter(place.heap, sh.layout.y_ready, sh.shape, next, i) = 0;
+    *tile_counter(place.heap, sh.layout.rows_ready, sh.pool_tiles, next, i) = 0;
+    *tile_counter(place.heap, sh.layout.h_ready, sh.pool_tiles, next, i) = 0;
+    *tile_counter(place.heap, sh.layout.y_ready, sh.pool_tiles, next, i) = 0;
   }
   if (place.chunk == 0 && threadIdx.x == 0) *next_tile_word(place.heap, sh.layout, next) = 0;
   if constexpr (kPuts) clear_staged(sh, place);

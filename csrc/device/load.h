@@ -83,7 +83,7 @@ __device__ __forceinline__ bool await_rows(Shared<kTraced>& sh, const Place& pla
   if (threadIdx.x % 32 == 0) {
     status = actor.wait(
         {EventKind::k_wait_rows, kNoPeer, static_cast<uint16_t>(tile.expert), tile.row_tile},
-        tile_counter(place.heap, sh.layout.rows_ready, sh.shape, place.epoch, tile.row_tile),
+        tile_counter(place.heap, sh.layout.rows_ready, sh.pool_tiles, place.epoch, tile.row_tile),
         Until::kAtLeast, tile.rows);
     if (status == Status::kHang) raise_abort(sh, status);
   }

@@ -61,13 +61,13 @@ __device__ __forceinline__ void publish_tile(Shared<kTraced>& sh, const Place& p
   if (tile.gemm == 1) {
     ptx::fence_acq_rel_gpu();  // nobody but this rank's own CTAs reads `h` or its counter
     ptx::add_relaxed_gpu(
-        tile_counter(place.heap, sh.layout.h_ready, shape, place.epoch, tile.row_tile), 1);
+        tile_counter(place.heap, sh.layout.h_ready, sh.pool_tiles, place.epoch, tile.row_tile), 1);
     return;
   }
   // Up to the row tile's last tile all is among this rank's CTAs; what that one tells is for other ranks.
   ptx::fence_acq_rel_gpu();
   const uint64_t before = ptx::fetch_add_relaxed_gpu(
-      tile_counter(place.heap, sh.layout.y_ready, shape, place.epoch, tile.row_tile), 1);
+      tile_counter(place.heap, sh.layout.y_ready, sh.pool_tiles, place.epoch, tile.row_tile), 1);
   if (before + 1 != sh.order.columns[1]) return;
   if (shape.world == 1) {
     ptx::fence_acq_rel_gpu();
@@ -253,8 +253,8 @@ __device__ inline Status await_operands(TaskRing<kTraced>& ring, const Tile& til
   const Place& place = ring.place;
   const bool up = tile.gemm == 1;
   const uint64_t* word =
-      tile_counter(place.heap, up ? ring.sh.layout.rows_ready : ring.sh.layout.h_ready, shape,
-                   place.epoch, tile.row_tile);
+      tile_counter(place.heap, up ? ring.sh.layout.rows_ready : ring.sh.layout.h_ready,
+                   ring.sh.pool_tiles, place.epoch, tile.row_tile);
   uint64_t due = up ? tile.rows : ring.sh.order.columns[0];
   if constexpr (kPuts) {
     if (up) {
