@@ -29,7 +29,7 @@ struct HeapLayout {
   uint64_t arrived;     // peers: [W][E] (epoch << 32 | rows), row s by a source s beyond pointers
   uint64_t staged;      // [2][E] counter: rows staged for an expert whose owner is beyond pointers
   uint64_t logits;      // [most_sliced_tokens][E] (epoch << 32 | float), of a gate in slices
-  uint64_t choices;  // [2][32] (epoch << 32 | expert, then float), of few tokens: by token, then k
+  uint64_t choices;  // [2][64] (epoch << 32 | expert, then float), of few tokens: by token, then k
   uint64_t columns_ready;  // [2][H / 128] counter: of few tokens, experts whose results are stored
   // rows
   uint64_t pool;  // peers: [pool_rows][H] dtype, rows for this rank's experts
@@ -72,7 +72,7 @@ FLASHMOE_HD uint32_t max_global_tiles(const Shape& s) {
 }
 
 // Of few tokens (core/course.h): choices, and column tiles of results.
-inline constexpr uint32_t kMostChoices = 32;
+inline constexpr uint32_t kMostChoices = 64;
 FLASHMOE_HD uint32_t result_columns(const Shape& s) { return ceil_div(s.hidden, 128); }
 
 // u32 words of one CTA's plan tables (core/plan.h).

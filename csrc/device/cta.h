@@ -143,18 +143,9 @@ struct CombineTeam {
   uint32_t failed;               // a wait did not end well
 };
 
-// Row tiles whose results the scheduler has yet to put: those that end in one turn of its loop, in which it
-// hands over one task.
-template <bool kPut>
-struct PendingResults {};
-template <>
-struct PendingResults<true> {
-  uint32_t pending[kTasks + 2];  // indices of tiles
-  uint32_t pending_tiles;
-};
-
-// The barriers of a CTA, made all at once, a thread each: see barrier_arrivals().
-struct GateBarriers {
+// The barriers of a CTA, made all at once, a thread each: see barrier_arrivals().  What a CTA shares is one line of
+// bases: of a second one the compiler would ask each time whether there is any.
+struct GateBarriers : Course {
   uint64_t gate_full[kGateStages];
   uint64_t gate_empty[kGateStages];
 };
@@ -175,13 +166,14 @@ struct FewBarriers : GateBarriers {
   uint64_t unit_full[kMathGroups][kFewStages];
   uint64_t unit_empty[kMathGroups][kFewStages];
 };
-inline constexpr uint32_t kBarriers = sizeof(Barriers) / 8;
-static_assert(kBarriers <= kThreads && sizeof(FewBarriers) <= sizeof(Barriers));
+inline constexpr uint32_t kBarriers = (sizeof(Barriers) - sizeof(Course)) / 8;
+static_assert(kBarriers <= kThreads && sizeof(Course) % 8 == 0 &&
+              sizeof(FewBarriers) <= sizeof(Barriers));
 
 // How many arrivals the barrier at place `i` of them waits for.
 __device__ __forceinline__ uint32_t barrier_arrivals(uint32_t i, bool few, uint32_t fills,
                                                      uint32_t pair_size) {
-  constexpr uint32_t kGate = sizeof(GateBarriers) / 8;
+  constexpr uint32_t kGate = 2 * kGateStages;
   if (i < kGate) return i < kGateStages ? 1 : 4 * pair_size;
   if (few) return i < kGate + kMathGroups * kFewStages ? 2 : kTeamWarps;
   constexpr uint32_t kEmpty = kGate + kMostStages, kTaskEmpty = kEmpty + kMostStages;
@@ -196,8 +188,18 @@ struct FewChoices {
   float weight[kFewRows];
 };
 
+// Row tiles whose results the scheduler has yet to put: those that end in one turn of its loop, in which it
+// hands over one task.
+template <bool kPut>
+struct PendingResults : Barriers {};
+template <>
+struct PendingResults<true> : Barriers {
+  uint32_t pending[kTasks + 2];  // indices of tiles
+  uint32_t pending_tiles;
+};
+
 template <bool kTraced>
-struct Shared : PendingResults<kPuts>, Barriers, Course {
+struct Shared : PendingResults<kPuts> {
   PairMessage messages[kTasks];
   uint64_t other_left;  // first CTA: the second has left before the roles parted
   PieceGoal piece_goals[kCommWarps][kPieces];
@@ -230,7 +232,7 @@ struct Shared : PendingResults<kPuts>, Barriers, Course {
 
 template <bool kTraced>
 __device__ __forceinline__ FewBarriers& few_barriers(Shared<kTraced>& sh) {
-  return *reinterpret_cast<FewBarriers*>(static_cast<Barriers*>(&sh));
+  return *reinterpret_cast<FewBarriers*>(&sh);
 }
 
 // Arrivals that fill a stage: the loading warp's and those of the comm warps that gather.
@@ -295,9 +297,8 @@ __device__ __forceinline__ int led_lane() {
                 "a lane is numbered as its first warp, but for the second math group");
   const uint32_t thread = ptx::thread_id(), warp = thread / 32;
   if (thread % 32 != 0) return -1;
-  return warp <= kMathWarp                ? static_cast<int>(warp)
-         : warp == kMathWarp + kTeamWarps ? kMath0 + 1
-                                          : -1;
+  if (warp <= kMathWarp) return static_cast<int>(warp);
+  return warp == kMathWarp + kTeamWarps ? static_cast<int>(Lane::k_math1) : -1;
 }
 
 // A span of every actor.

@@ -3,7 +3,7 @@
 //
 // A unit is 128 weight rows by all rows of an expert, 8 at most.  Each math group is a stream of its own: a ring of
 // stages, a warp that brings weights, one that brings rows.  Who computes what follows from the choices alone, which
-// every warp holds, a lane each: there is no plan, no scheduler, no pair of CTAs, and no barrier of the rank.  All of
+// every warp holds, a lane two: there is no plan, no scheduler, no pair of CTAs, and no barrier of the rank.  All of
 // GEMM1 comes before all of GEMM2, expert by expert, dealt to the streams in turn; so no unit waits for one that its
 // stream has yet to come to, and a GEMM2 unit's weights come while its `h` is computed.  A product's sums are those
 // of any tile: K in order, in one accumulator.
@@ -30,13 +30,24 @@ struct FewCursor {
   }
 };
 
-// What a warp knows of the launch, a lane a choice.  Experts are in the order of their numbers, an expert's rows in
-// that of tokens, as the plan (core/plan.h) would have them.
+// A bit a choice.
+using ChoiceMask = uint64_t;
+static_assert(kFewRows == 64, "a mask holds all choices, and a lane two of them");
+__device__ __forceinline__ ChoiceMask choices_where(bool first, bool second) {
+  return __ballot_sync(0xffffffffu, first) |
+         static_cast<ChoiceMask>(__ballot_sync(0xffffffffu, second)) << 32;
+}
+__device__ __forceinline__ ChoiceMask choices_before(uint32_t choice) {
+  return (ChoiceMask{1} << choice) - 1;
+}
+
+// What a warp knows of the launch: a lane has its choice and the 32nd after it.  Experts are in the order of their
+// numbers, an expert's rows in that of tokens, as the plan (core/plan.h) would have them.
 struct FewWork {
-  uint32_t id;      // the lane's expert
-  uint32_t peers;   // lanes with the same one
-  uint32_t first;   // its first row, in the pool and among the results
-  uint32_t hit;     // its place among the experts hit, of its first lane; else beyond them
+  uint32_t id[2];       // the choices' experts
+  ChoiceMask peers[2];  // the choices of the same one
+  uint32_t first[2];    // its first row, in the pool and among the results
+  uint32_t hit[2];  // of an expert's first choice its place among the experts hit; else beyond them
   uint32_t hits;    // experts hit
   uint32_t stream;  // this one's number
   uint32_t units;   // of GEMM1
@@ -48,22 +59,35 @@ struct FewWork {
       : stream(which) {
     constexpr uint32_t kNobody = kMaxExperts;
     const uint32_t lane = threadIdx.x % 32;
-    id = lane < choices ? sh.choices.id[lane] : kNobody;
-    // Bit by bit, from the highest: lanes whose number is the same so far, and those whose is less.
-    uint32_t less = 0;
-    peers = 0xffffffffu;
+    ChoiceMask less[2] = {};
+#pragma unroll
+    for (uint32_t c = 0; c < 2; ++c) {
+      id[c] = lane + 32 * c < choices ? sh.choices.id[lane + 32 * c] : kNobody;
+      peers[c] = ~ChoiceMask{0};
+    }
+    // Bit by bit, from the highest: choices whose number is the same so far, and those whose is less.
 #pragma unroll 1
     for (uint32_t bit = kNobody; bit != 0; bit /= 2) {
-      const bool one = (id & bit) != 0;
-      const uint32_t ones = __ballot_sync(0xffffffffu, one);
-      if (one) less |= peers & ~ones;
-      peers &= one ? ones : ~ones;
+      const ChoiceMask ones = choices_where((id[0] & bit) != 0, (id[1] & bit) != 0);
+#pragma unroll
+      for (uint32_t c = 0; c < 2; ++c) {
+        const bool one = (id[c] & bit) != 0;
+        if (one) less[c] |= peers[c] & ~ones;
+        peers[c] &= one ? ones : ~ones;
+      }
     }
-    const bool leads = id != kNobody && (peers & ((1u << lane) - 1)) == 0;
-    const uint32_t leaders = __ballot_sync(0xffffffffu, leads);
-    first = __popc(less);
-    hits = __popc(leaders);
-    hit = leads ? __popc(less & leaders) : hits;
+    bool leads[2];
+#pragma unroll
+    for (uint32_t c = 0; c < 2; ++c) {
+      leads[c] = id[c] != kNobody && (peers[c] & choices_before(lane + 32 * c)) == 0;
+    }
+    const ChoiceMask leaders = choices_where(leads[0], leads[1]);
+    hits = __popcll(leaders);
+#pragma unroll
+    for (uint32_t c = 0; c < 2; ++c) {
+      first[c] = __popcll(less[c]);
+      hit[c] = leads[c] ? __popcll(less[c] & leaders) : hits;
+    }
     units = hits * sh.by_unit.columns[0];
     const uint32_t streams = sh.by_unit.streams;
     uint32_t left = units;
@@ -77,8 +101,8 @@ struct FewWork {
     }
   }
   // The row of the lane's choice.
-  __device__ __forceinline__ uint32_t row() const {
-    return first + __popc(peers & ((1u << threadIdx.x % 32) - 1));
+  __device__ __forceinline__ uint32_t row(uint32_t c) const {
+    return first[c] + __popcll(peers[c] & choices_before(threadIdx.x % 32 + 32 * c));
   }
 };
 
@@ -90,8 +114,9 @@ struct FewUnit {
   uint32_t column;  // of 64 or 128 columns: shape_by_units()
   uint32_t blocks;  // of kTileK columns, its depth
   uint32_t expert;
-  uint32_t peers;  // the choices that are its rows
-  uint32_t first;  // its first row
+  ChoiceMask peers;  // the choices that are its rows
+  uint32_t first;    // its first row
+  __device__ __forceinline__ uint32_t rows() const { return __popcll(peers); }
 };
 
 // The stream's n-th; false if there are no more.  A whole warp.
@@ -109,10 +134,12 @@ __device__ __forceinline__ bool find_unit(const Shared<kTraced>& sh, const FewWo
   unit.hit = __umulhi(at, course.inverse[g]);
   unit.column = at - unit.hit * course.columns[g];
   unit.blocks = (up ? sh.shape.hidden : sh.shape.inter) / kTileK;
-  const uint32_t lane = __ffs(__ballot_sync(0xffffffffu, work.hit == unit.hit)) - 1;
-  unit.expert = __shfl_sync(0xffffffffu, work.id, lane);
-  unit.peers = __shfl_sync(0xffffffffu, work.peers, lane);
-  unit.first = __shfl_sync(0xffffffffu, work.first, lane);
+  const ChoiceMask where = choices_where(work.hit[0] == unit.hit, work.hit[1] == unit.hit);
+  const uint32_t choice = __ffsll(static_cast<long long>(where)) - 1, lane = choice % 32;
+  const bool later = choice >= 32;
+  unit.expert = __shfl_sync(0xffffffffu, later ? work.id[1] : work.id[0], lane);
+  unit.peers = __shfl_sync(0xffffffffu, later ? work.peers[1] : work.peers[0], lane);
+  unit.first = __shfl_sync(0xffffffffu, later ? work.first[1] : work.first[0], lane);
   return true;
 }
 
@@ -220,7 +247,7 @@ __device__ __forceinline__ void bring_rows(Shared<kTraced>& sh, const Place& pla
   GpuActor<kTraced>& actor = sh.actors[static_cast<int>(Lane::k_comm0) + group];
   const uint32_t lane = threadIdx.x % 32, piece = lane % 8, row = lane / 8;
   const bool leads = lane == 0;
-  const uint32_t rows = __popc(unit.peers), row_bytes = unit.blocks * kRowBytes;
+  const uint32_t rows = unit.rows(), row_bytes = unit.blocks * kRowBytes;
   const char* from = static_cast<const char*>(place.args->x);
   uint32_t at[2] = {row, row + 4};
   Task& noted = wait_of_unit(sh, group, n);
@@ -228,13 +255,13 @@ __device__ __forceinline__ void bring_rows(Shared<kTraced>& sh, const Place& pla
     if (leads) noted.wait_kind = 0;
   }
   if (unit.gemm == 1) {
-    uint32_t lanes = unit.peers;
+    ChoiceMask choices = unit.peers;
 #pragma unroll 1
-    for (uint32_t r = 0; r < row; ++r) lanes &= lanes - 1;
-    at[0] = (__ffs(lanes) - 1) / sh.shape.top_k;
+    for (uint32_t r = 0; r < row; ++r) choices &= choices - 1;
+    at[0] = (__ffsll(static_cast<long long>(choices)) - 1) / sh.shape.top_k;
 #pragma unroll
-    for (uint32_t r = 0; r < 4; ++r) lanes &= lanes - 1;
-    at[1] = (__ffs(lanes) - 1) / sh.shape.top_k;
+    for (uint32_t r = 0; r < 4; ++r) choices &= choices - 1;
+    at[1] = (__ffsll(static_cast<long long>(choices)) - 1) / sh.shape.top_k;
   } else {
     from = place.heap.at<char>(sh.layout.h) + static_cast<uint64_t>(unit.first) * row_bytes;
     goes_on = goes_on && await_hidden(sh, place, actor, unit, noted);
@@ -331,7 +358,7 @@ __device__ __forceinline__ void store_unit(const Shared<kTraced>& sh, const Plac
                                            const float (&sums)[kFewProducts][4]) {
   const Shape& shape = sh.shape;
   const uint32_t lane = ptx::lane_id(), warp = ptx::thread_id() / 32 % kTeamWarps;
-  const uint32_t g = lane / 4, q = lane % 4 * 2, rows = __popc(unit.peers);
+  const uint32_t g = lane / 4, q = lane % 4 * 2, rows = unit.rows();
   const bool up = unit.gemm == 1, paired = kGated && up;
   const uint32_t width = up ? shape.inter : shape.hidden;
   T* to = place.heap.at<T>(up ? sh.layout.h : sh.layout.ret) +
@@ -372,15 +399,17 @@ __device__ __forceinline__ void combine_columns(const Shared<kTraced>& sh, const
   const uint32_t token = thread / kPieces16, piece = column * kPieces16 + thread % kPieces16;
   const bool some = token < place.tokens && piece < pieces;
   const uint4* results = place.heap.at<uint4>(sh.layout.ret) + piece;
-  const uint32_t row = work.row();
+  const uint32_t row[2] = {work.row(0), work.row(1)};
   float sum[8] = {};
 #pragma unroll 1
   for (uint32_t j0 = 0; j0 < k; j0 += kAtOnce) {
     uint4 loaded[kAtOnce];
 #pragma unroll
     for (uint32_t i = 0; i < kAtOnce; ++i) {
-      const uint32_t choice = (token * k + min_u32(j0 + i, k - 1)) % 32;
-      const uint32_t from = __shfl_sync(0xffffffffu, row, choice);
+      const uint32_t choice = (token * k + min_u32(j0 + i, k - 1)) % kFewRows;
+      const uint32_t early = __shfl_sync(0xffffffffu, row[0], choice % 32);
+      const uint32_t late = __shfl_sync(0xffffffffu, row[1], choice % 32);
+      const uint32_t from = choice < 32 ? early : late;
       // Past L1: other SMs have written them in this launch.
       if (some) loaded[i] = __ldcg(results + static_cast<uint64_t>(from) * pieces);
     }
@@ -452,7 +481,7 @@ __device__ __forceinline__ void run_unit(Shared<kTraced>& sh, const Place& place
       sh.completes[group] = completes;
       if constexpr (kTraced) {
         const uint32_t columns = min_u32(kFewWidth, shape.hidden - unit.column * kFewWidth);
-        const uint32_t bytes = __popc(unit.peers) * columns * 2;
+        const uint32_t bytes = unit.rows() * columns * 2;
         actor.span(EventKind::k_give_back, kNoPeer, unit.expert, unit.tile, bytes);
         actor.instant(EventKind::k_put, place.rank, unit.expert, unit.tile, bytes);
       }

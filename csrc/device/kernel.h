@@ -50,13 +50,12 @@ __device__ __forceinline__ void enter(Shared<kTraced>& sh, const LaunchArgs& arg
   const Course& course = place.args->course;
   const bool few = !kPuts && course.few != 0;
   if (thread < kBarriers) {
-    uint64_t* barriers = reinterpret_cast<uint64_t*>(static_cast<Barriers*>(&sh));
-    ptx::mbarrier_init(barriers + thread,
+    ptx::mbarrier_init(sh.gate_full + thread,
                        barrier_arrivals(thread, few, fills(course.gathers != 0), args.pair_size));
     ptx::fence_mbarrier_init();
   }
   // What the gate reads is the same whatever the CTA has yet to learn, and this warp has made its barriers.
-  static_assert(sizeof(GateBarriers) / 8 <= 32);
+  static_assert(2 * kGateStages <= 32);
   if (warp == 0 && course.sliced != 0) {
     __syncwarp();
     if (thread == 0) {

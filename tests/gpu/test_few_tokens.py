@@ -29,7 +29,8 @@ LAYERS = {
     "320x320": replace(SMALL, hidden=320, intermediate=320, activation="relu"),
     "320x320 gated": replace(SMALL, hidden=320, intermediate=320),
     "one expert": replace(SMALL, experts=1, top_k=1),
-    "four of three hundred": replace(SMALL, experts=300, top_k=4),
+    "eight of three hundred": replace(SMALL, experts=300, top_k=8),
+    "eight of nine": replace(SMALL, experts=9, top_k=8),
     "sigmoid": MoEConfig(512, 256, 64, 4, routing=Routing("sigmoid", True, 2.5, 8, 4)),
     "qwen3-30b": PRESETS["qwen3-30b"].config,
     "mixtral": PRESETS["mixtral"].config,
@@ -38,7 +39,7 @@ LAYERS = {
 
 def most(config: MoEConfig) -> int:
     """The most tokens that go by units."""
-    return min(8, 32 // config.top_k)
+    return min(8, 64 // config.top_k)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -64,7 +65,7 @@ def test_bits_are_those_of_tiles(layer: str) -> None:
 
 def test_many_launches_of_few_tokens_agree() -> None:
     config = PRESETS["qwen3-30b"].config
-    weights, x = inputs(config, 4)
+    weights, x = inputs(config, 8)
     engine = engine_for(config, weights, [x])
     seen = {forward(engine).y.view(torch.int16).numpy().tobytes() for _ in range(2000)}
     engine.close()

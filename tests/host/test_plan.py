@@ -265,7 +265,7 @@ def test_layouts_of_the_extension_are_the_schema() -> None:
 
 FEW = {
     "world": 1, "experts": 16, "top_k": 4, "hidden": 320, "inter": 320, "max_tokens": 8,
-    "pool_rows": 32, "chunks": 132, "tile_m": 176, "tile_step": 16, "tile_n1": 128,
+    "pool_rows": 64, "chunks": 132, "tile_m": 176, "tile_step": 16, "tile_n1": 128,
     "tile_n2": 256,
 }  # fmt: skip
 
@@ -275,7 +275,7 @@ FEW = {
     [
         (9, {}),
         (0, {}),
-        (8, {"top_k": 5}),  # 40 choices
+        (8, {"top_k": 9}),  # 72 choices
         (8, {"pool_rows": 31}),
         (8, {"world": 2}),
         (8, {"routing": "external"}),
