@@ -234,6 +234,7 @@ __device__ __forceinline__ bool await_hidden(Shared<kTraced>& sh, const Place& p
       if (status == Status::kHang) raise_abort(sh, status);
     }
   }
+  __syncwarp();  // what lane 0 has acquired is the warp's
   return __all_sync(0xffffffffu, status == Status::kOk);
 }
 
