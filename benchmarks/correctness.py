@@ -126,7 +126,12 @@ def main() -> int:
         torch.cuda.empty_cache()
     if args.json:
         about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-        args.json.write_text(json.dumps({"command": sys.argv, **about, "results": lines}, indent=1))
+        args.json.write_text(
+            json.dumps(
+                {"command": [Path(word).name for word in sys.argv], **about, "results": lines},
+                indent=1,
+            )
+        )
     good = all(
         line.get("verdict", "ok") != "WRONG" and line.get("same_bits", True) for line in lines
     )
