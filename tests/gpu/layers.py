@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,6 +15,17 @@ from flashmoe.world.base import EngineOptions, Launch, Status
 from flashmoe.world.local import LocalEngine
 
 SMALL = MoEConfig(hidden=256, intermediate=192, experts=8, top_k=2)
+
+
+def by_activation(config: MoEConfig) -> dict[str, MoEConfig]:
+    """The layer with each activation, and some of them in fp16."""
+    kinds = ("swiglu", "relu", "gelu", "silu", "geglu-fp16", "relu-fp16")
+    return {
+        kind: replace(
+            config, activation=kind.split("-")[0], dtype="fp16" if "-" in kind else config.dtype
+        )
+        for kind in kinds
+    }
 
 
 @dataclass

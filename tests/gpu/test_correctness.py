@@ -11,15 +11,19 @@ from flashmoe.config import MoEConfig, Routing
 from flashmoe.presets import PRESETS
 from flashmoe.world.base import EngineOptions, Status
 
-from .layers import SMALL, Forward, deal, engine_for, forward, hold_to_reference, inputs
+from .layers import (
+    SMALL,
+    Forward,
+    by_activation,
+    deal,
+    engine_for,
+    forward,
+    hold_to_reference,
+    inputs,
+)
 
 LAYERS = {
-    "swiglu": SMALL,
-    "relu": replace(SMALL, activation="relu"),
-    "gelu": replace(SMALL, activation="gelu"),
-    "silu": replace(SMALL, activation="silu"),
-    "geglu-fp16": replace(SMALL, activation="geglu", dtype="fp16"),
-    "relu-fp16": replace(SMALL, activation="relu", dtype="fp16"),
+    **by_activation(SMALL),
     "swiglu-fp16": replace(SMALL, dtype="fp16"),
     "every expert, nothing divides": MoEConfig(hidden=136, intermediate=72, experts=7, top_k=7),
     "one expert": MoEConfig(hidden=64, intermediate=64, experts=1, top_k=1),
