@@ -220,9 +220,6 @@ nb::bytes launch_args(const nb::dict& shape, const std::vector<uintptr_t>& heaps
     rank.rank = nb::cast<uint32_t>(d["rank"]);
     rank.tokens = nb::cast<uint32_t>(d["tokens"]);
     rank.gate_box_tokens = nb::cast<uint32_t>(d["gate_box_tokens"]);
-    if (by_units && !may_go_by_units(s, rank.tokens)) {
-      throw nb::value_error("such tokens do not go by units");
-    }
     rank.course = course_of(s, rank.rank, rank.tokens, by_units);
     rank.course.absent = never_starts == rank.rank;
   }
@@ -320,8 +317,8 @@ void bind_launch(nb::module_& m) {
         "The bytes of LaunchArgs.  Addresses are ints, 0 for none; `fault` is "
         "(lost_signal_rank, lost_signal_expert, never_starts_rank), 0xffffffff for none.  A heap's "
         "signals (what lies before the pool) begin at `signals_at` from its address, its rows (the "
-        "pool and the rest) at `rows_at`: behind the signals where that is None.  `by_units`: see "
-        "units(), which says whether that may be.");
+        "pool and the rest) at `rows_at`: behind the signals where that is None.  `by_units`: "
+        "few tokens go by units where they may, as units() says.");
   m.def("record_layout", &record_layout,
         "(offset, size) of each field of Record, RingHeader and FlightSlot; under 'structs' their "
         "sizes.");

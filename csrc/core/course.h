@@ -24,17 +24,17 @@ inline constexpr uint32_t kGatherRows = 1280;  // of an expert, on average
 
 // Few tokens of a rank alone may go by units (device/few.h): tiles of 128 weight rows by up to 8 rows of an expert.
 inline constexpr uint32_t kFewTokens = 8;
-inline constexpr uint32_t kFewRows = kMostChoices;  // tokens times k
-inline constexpr uint32_t kFewProducts = 2;         // of a unit, 64 weight rows each
-inline constexpr uint32_t kFewWidth = 128;          // columns of a GEMM2 unit
-inline constexpr uint32_t kFewStreams = 2;          // of a CTA
-inline constexpr uint32_t kFewLeastInter =
-    256;  // a unit fills most of a ring: what is noted of two may lie in turn
+inline constexpr uint32_t kFewRows = kMostChoices;   // tokens times k
+inline constexpr uint32_t kFewProducts = 2;          // of a unit, 64 weight rows each
+inline constexpr uint32_t kFewWidth = kResultWidth;  // columns of a GEMM2 unit
+inline constexpr uint32_t kFewStreams = 2;           // of a CTA
+// A unit then fills most of a ring, and what is noted of two may lie in turn.
+inline constexpr uint32_t kFewLeastInter = 256;
 
 struct FewCourse {
   uint32_t columns[2];  // units of an expert, of GEMM1 and of GEMM2
-  uint32_t
-      inverse[2];  // 2^32 over them, rounded up: the upper half of a product with it is a division
+  // 2^32 over them, rounded up: the upper half of a product with it is a division.
+  uint32_t inverse[2];
   uint32_t streams;  // of the rank
 };
 
@@ -76,11 +76,12 @@ inline Shape shape_by_units(Shape s) {
   return s;
 }
 
-inline Course course_of(const Shape& s, uint32_t rank, uint32_t tokens, bool by_units) {
+// `units`: whether few tokens may go by them.
+inline Course course_of(const Shape& s, uint32_t rank, uint32_t tokens, bool units) {
   Course c{};
   c.order = tile_order(s, rank);
   c.gathers = gathers_rows(s, tokens);
-  c.few = by_units;
+  c.few = units && may_go_by_units(s, tokens);
   c.sliced = gate_in_slices(s, tokens);
   c.slices = gate_slices(s);
   c.chunk_tokens = chunk_size(s, tokens);
@@ -88,11 +89,11 @@ inline Course course_of(const Shape& s, uint32_t rank, uint32_t tokens, bool by_
   const uint64_t rows = uint64_t{tokens} * s.world * s.top_k;
   c.ahead = rows >= uint64_t{kManyRows} * s.experts ? kTasksAhead : kTasksAhead - 1;
   if (c.few != 0) {
-    const Shape units = shape_by_units(s);
+    const Shape cut = shape_by_units(s);
     c.by_unit.streams = kFewStreams * s.chunks;
     for (uint32_t gemm = 1; gemm <= 2; ++gemm) {
-      const uint32_t columns =
-          column_tiles(units, gemm);  // at least two, so that 32 bits hold the inverse
+      // At least two, so that 32 bits hold the inverse.
+      const uint32_t columns = column_tiles(cut, gemm);
       c.by_unit.columns[gemm - 1] = columns;
       c.by_unit.inverse[gemm - 1] = static_cast<uint32_t>(((1ull << 32) + columns - 1) / columns);
     }

@@ -73,7 +73,8 @@ FLASHMOE_HD uint32_t max_global_tiles(const Shape& s) {
 
 // Of few tokens (core/course.h): choices, and column tiles of results.
 inline constexpr uint32_t kMostChoices = 64;
-FLASHMOE_HD uint32_t result_columns(const Shape& s) { return ceil_div(s.hidden, 128); }
+inline constexpr uint32_t kResultWidth = 128;
+FLASHMOE_HD uint32_t result_columns(const Shape& s) { return ceil_div(s.hidden, kResultWidth); }
 
 // u32 words of one CTA's plan tables (core/plan.h).
 FLASHMOE_HD uint64_t table_words(const Shape& s) {

@@ -188,7 +188,7 @@ def units(
 ) -> dict[str, Any] | None:
     """Of a rank alone with few tokens, what launches by units change of the shape; else None.
 
-    Then it may be told so to :func:`pack`.  NVSHMEM's flavour has no such way, and where a signal
+    :func:`pack` is to be told so.  NVSHMEM's flavour has no such way, and where a signal
     is to be lost there is to be one.
     """
     if flavour != "p2p" or fault_args(faults)[0] != NONE:
@@ -218,7 +218,8 @@ def pack(
     """A LaunchArgs.  Addresses: 0 for none.  ``first_deadline_s`` None: 4 times ``deadline_s``.
 
     ``signals_at`` and ``rows_at`` say where a heap's signals and its rows begin, from its address;
-    ``rows_at`` None: behind the signals.  ``by_units``: see :func:`units`.
+    ``rows_at`` None: behind the signals.  ``by_units``: few
+    tokens go by units where they may (:func:`units`).
     """
     first = first_deadline_s or 4 * deadline_s
     args = extension().launch_args(

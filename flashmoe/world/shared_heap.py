@@ -253,6 +253,7 @@ class SharedHeap:
             **arguments.weight_maps(config, up, down),
             **arguments.gate_maps(config, gate, x.data_ptr(), x.shape[0], self.chunks),
         }
+        fault = arguments.fault_args(self.faults)
         return arguments.pack(
             place.shape,
             [base],
@@ -260,10 +261,10 @@ class SharedHeap:
             deadline_s=self.deadline_s,
             first_deadline_s=None,
             slots=self._slots.data_ptr(),
-            fault=arguments.fault_args(self.faults),
+            fault=fault,
             signals_at=signals - base,
             rows_at=rows - base,
-            by_units=arguments.units(place.shape, x.shape[0], faults=self.faults) is not None,
+            by_units=fault[0] == arguments.NONE,
         )
 
     @contextlib.contextmanager
