@@ -87,6 +87,15 @@ struct TraceState<P, true> {
     ring->count = count;
   }
 
+  // Places for `n` records in a row; null where a ring is nearly full or keeps the last ones: then each is written by
+  // itself.
+  FLASHMOE_HD Record* take(uint32_t n) {
+    if (keep_last != 0 || count + n > capacity) return nullptr;
+    Record* to = records + count;
+    count += n;
+    return to;
+  }
+
   FLASHMOE_HD void write(EventKind kind, uint8_t flags, uint64_t t0, uint64_t duration,
                          uint16_t peer, uint16_t expert, uint32_t tile, uint32_t aux,
                          uint32_t stall_cycles) {

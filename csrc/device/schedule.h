@@ -14,6 +14,47 @@ __device__ __forceinline__ uint32_t depth_of(const Shape& shape, uint32_t gemm) 
   return gemm == 1 ? shape.hidden : shape.inter;
 }
 
+// The same of one group for a rank alone, in little code: what its records have alike is made once.  False if they must
+// be written one by one.
+template <bool kTraced>
+__device__ __forceinline__ bool record_few(GpuActor<kTraced>& actor, const Task& task,
+                                           const TileStamps& stamps, uint64_t bytes) {
+  const Tile& tile = task.tile;
+  const bool gives = bytes != 0;
+  const uint64_t products = stamps.products_ns - stamps.begin_ns;
+  const uint64_t giving = stamps.end_ns - stamps.products_ns;
+  if ((products | giving | bytes) >> 32 != 0) return false;
+  Record* to = actor.take(gives ? 3 : 1);
+  if (to == nullptr) return false;
+  Record r;
+  r.t0_ns = stamps.begin_ns;
+  r.dur_ns = static_cast<uint32_t>(products);
+  r.kind = static_cast<uint8_t>(tile.gemm == 1 ? EventKind::k_gemm1 : EventKind::k_gemm2);
+  r.flags = actor.iter_flags;
+  r.peer = kNoPeer;
+  r.expert = static_cast<uint16_t>(tile.expert);
+  r.iter = actor.iter;
+  r.tile = tile.index;
+  r.aux = stamps.cycles;
+  r.stall_cycles = stamps.stall_cycles;
+  GpuPlatform::put_record(to, r);
+  actor.last_ns = stamps.products_ns;
+  if (!gives) return true;
+  r.t0_ns = stamps.products_ns;
+  r.dur_ns = static_cast<uint32_t>(giving);
+  r.kind = static_cast<uint8_t>(EventKind::k_give_back);
+  r.aux = static_cast<uint32_t>(bytes);
+  r.stall_cycles = 0;
+  GpuPlatform::put_record(to + 1, r);
+  r.t0_ns = stamps.end_ns;
+  r.dur_ns = 0;
+  r.kind = static_cast<uint8_t>(EventKind::k_put);
+  r.peer = 0;
+  GpuPlatform::put_record(to + 2, r);
+  actor.last_ns = stamps.end_ns;
+  return true;
+}
+
 // Into the trace of both math groups what their leaders stamped.
 template <bool kTraced>
 __device__ __forceinline__ void record_tile(Shared<kTraced>& sh, uint32_t slot) {
@@ -29,6 +70,14 @@ __device__ __forceinline__ void record_tile(Shared<kTraced>& sh, uint32_t slot) 
       actor.waited({static_cast<EventKind>(task.wait_kind), kNoPeer,
                     static_cast<uint16_t>(tile.expert), tile.row_tile},
                    task.wait_from, to, task.wait_lacking, Status::kOk);
+    }
+    if (shape.world == 1) {
+      const uint32_t columns = kTileWeights / kMathGroups;
+      const uint32_t col0 = tile.col_tile * kTileWeights + group * columns;
+      const uint64_t bytes = tile.gemm == 1 || col0 >= shape.hidden
+                                 ? 0
+                                 : 2ull * min_u32(columns, shape.hidden - col0) * tile.rows;
+      if (record_few(actor, task, stamps, bytes)) continue;
     }
     actor.span_at(tile.gemm == 1 ? EventKind::k_gemm1 : EventKind::k_gemm2, stamps.begin_ns,
                   stamps.products_ns, kNoPeer, tile.expert, tile.index, stamps.cycles,
