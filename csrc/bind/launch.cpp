@@ -105,7 +105,6 @@ nb::dict plan_dict(const nb::dict& shape, const ChunkCounts& chunk_counts) {
     return sum;
   };
   std::vector<uint32_t> storage(table_words(s));
-  const PlanTables p = plan_tables(storage.data(), s);
   enum Column {
     kRank,
     kTile,
@@ -126,6 +125,7 @@ nb::dict plan_dict(const nb::dict& shape, const ChunkCounts& chunk_counts) {
   std::vector<uint32_t> columns[kColumns];
   SerialTeam team;
   for (uint32_t rank = 0; rank < s.world; ++rank) {
+    const PlanTables p = plan_tables(storage.data(), s, rank);
     const TileOrder order = tile_order(s, rank);
     build_plan(team, p, s, order, counts);
     const uint32_t tiles = tiles_of_rank(p, order);

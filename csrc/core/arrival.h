@@ -48,7 +48,7 @@ struct SourceShare {
 
 FLASHMOE_HD SourceShare share_of(const PlanTables& p, const Shape& s, const Tile& t,
                                  uint32_t source) {
-  const uint32_t start = source_start(p, s, source, t.expert);
+  const uint32_t start = source_start(p, source, t.expert);
   const uint32_t begin = max_u32(t.row0, start);
   const uint32_t end = min_u32(t.row0 + t.rows, start + source_rows(p, s, source, t.expert));
   return begin < end ? SourceShare{end - begin, end - start} : SourceShare{0, 0};

@@ -4,6 +4,7 @@
 // anything else is copied from the arguments instead.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "core/heap.h"
@@ -16,11 +17,6 @@ namespace flashmoe {
 // nobody waits for the scheduler; where they have few, the last tasks would be hoarded.
 inline constexpr uint32_t kTasksAhead = 3;
 inline constexpr uint32_t kManyRows = 128;  // of an expert, on average
-
-// GEMM1 reads its rows out of x, instead of copies in the pool, where there is one rank and experts do not have very
-// many rows.  What is not copied to the pool is not written and not read; where each row is used by much
-// arithmetic, that is little beside it.
-inline constexpr uint32_t kGatherRows = 1280;  // of an expert, on average
 
 // Few tokens of a rank alone may go by units (device/few.h): tiles of 128 weight rows by up to 8 rows of an expert.
 inline constexpr uint32_t kFewTokens = 8;
@@ -48,12 +44,15 @@ struct Course {
   uint32_t chunk_tokens;  // chunk_size()
   uint32_t pool_tiles;    // max_pool_tiles()
   uint32_t ahead;         // tasks at hand
+  uint32_t group;         // experts of an owner whose rows are dispatched together
+  uint32_t groups;        // of the owner with the most experts
   FewCourse by_unit;
 };
 
+// Whether GEMM1 reads its rows out of x, instead of copies in the pool: where there is one rank.  What is not copied to
+// the pool is not written and not read.
 inline bool gathers_rows(const Shape& s, uint32_t tokens) {
-  return s.world == 1 && tokens * uint64_t{s.top_k} <= kGatherRows * uint64_t{s.experts} &&
-         tokens <= 0x7fffffff / s.hidden;  // rows are found by 32 bits from x
+  return s.world == 1 && tokens <= 0x7fffffff / s.hidden;  // rows are found by 32 bits from x
 }
 
 inline bool gate_in_slices(const Shape& s, uint32_t tokens) {
@@ -66,6 +65,17 @@ inline bool may_go_by_units(const Shape& s, uint32_t tokens) {
   return s.world == 1 && tokens <= kFewTokens && tokens * s.top_k <= kFewRows &&
          tokens * s.top_k <= s.pool_rows && gate_in_slices(s, tokens) &&
          s.hidden >= 2 * kFewWidth && s.inter % 64 == 0 && s.inter >= kFewLeastInter;
+}
+
+// Experts of an owner whose rows, for every owner, are dispatched together: an eighth of a wave, so that tiles can begin
+// before all of it is there; but no fewer than some 32 rows of a chunk are for, which is what a group takes by itself.
+inline uint32_t dispatch_group(const Shape& s, uint32_t chunk_tokens) {
+  constexpr uint32_t kOfWave = 8, kRows = 32;
+  const uint32_t owned = max_owned_experts(s);
+  const uint64_t rows = uint64_t{max_u32(chunk_tokens, 1)} * s.top_k;
+  const uint64_t least = (uint64_t{kRows} * owned + rows - 1) / rows;
+  return static_cast<uint32_t>(
+      std::min<uint64_t>(std::max<uint64_t>(ceil_div(s.wave_experts, kOfWave), least), owned));
 }
 
 // The same shape with units for tiles: all of GEMM1 before all of GEMM2, expert by expert.
@@ -86,6 +96,8 @@ inline Course course_of(const Shape& s, uint32_t rank, uint32_t tokens, bool uni
   c.slices = gate_slices(s);
   c.chunk_tokens = chunk_size(s, tokens);
   c.pool_tiles = max_pool_tiles(s);
+  c.group = dispatch_group(s, c.chunk_tokens);
+  c.groups = ceil_div(max_owned_experts(s), c.group);
   const uint64_t rows = uint64_t{tokens} * s.world * s.top_k;
   c.ahead = rows >= uint64_t{kManyRows} * s.experts ? kTasksAhead : kTasksAhead - 1;
   if (c.few != 0) {

@@ -78,12 +78,13 @@ FLASHMOE_HD uint32_t result_columns(const Shape& s) { return ceil_div(s.hidden, 
 
 // u32 words of one CTA's plan tables (core/plan.h).
 FLASHMOE_HD uint64_t table_words(const Shape& s) {
-  const uint64_t columns = s.experts + 1;
-  return (2ull + s.world) * columns          // prefix
-         + 1ull * s.world * s.experts        // start
-         + 2ull * columns                    // chunk_prefix, chunk_order
-         + s.experts                         // height
-         + 4ull * max_owned_experts(s) + 1;  // segments, segment_of
+  const uint64_t columns = s.experts + 1, owned = max_owned_experts(s);
+  return 3 * columns                        // prefix
+         + s.experts                        // start
+         + (s.world - 1) * (2 * owned + 2)  // of_others
+         + 2 * columns                      // chunk_prefix, chunk_order
+         + s.experts                        // height
+         + 4 * owned + 1;                   // segments, segment_of
 }
 
 // The rows a pool may have to hold: every token of every rank sends each of min(k, experts of the

@@ -5,8 +5,9 @@
 // Row tiles cut each expert's rows in steps of its tile_height(); no two experts share a tile.
 //
 // `Team` is who builds the tables together: the threads of a CTA, or one thread of the host engine.
-// It gives rank(), size(), sync(), and scan(rows, row): exclusive sums in place over each of `rows` ScanRows,
-// row(r) the r-th; all see them on return.
+// It gives rank(), size(), sync(); sums(n, count, value, to): n sums, the i-th of value(i, j), j < count, to *to(i),
+// which all see after the next sync(); and scan(rows, row): exclusive sums in place over each of `rows` ScanRows, row(r)
+// the r-th; all see them on return.
 #pragma once
 
 #include <cstdint>
@@ -16,10 +17,17 @@
 
 namespace flashmoe {
 
-// Views into one CTA's copy of the tables; see table_words().
+// Views into one CTA's copy of the tables; see table_words().  A rank sends to every expert, and sends back what came
+// for its own: so it knows of all experts what it has for them itself, and of its own ones what each source has.
 struct PlanTables {
-  uint32_t* prefix;  // [2 + W][E + 1]: rows, row tiles, then rows of each source, before expert e
-  uint32_t* start;   // [W][E]: rows of sources before s within expert e
+  uint32_t rank;
+  uint32_t first;    // of the rank's own experts
+  uint32_t most;     // experts that a rank owns
+  uint32_t* prefix;  // [3][E + 1]: rows, row tiles, then the rank's own rows, before expert e
+  uint32_t* start;   // [E]: rows of sources before this rank within expert e
+  // [W - 1][2 * most + 2], of each other source: 0, its rows before each own expert and behind the last one, then the
+  // rows of sources before it within each own expert.
+  uint32_t* of_others;
   uint32_t* chunk_prefix;  // [E + 1]: rows of this source's earlier chunks for expert e
   uint32_t* chunk_order;   // [E + 1]: rows of this chunk for experts before e
   uint32_t* height;        // [E]: rows of the expert's row tiles, but for the last one
@@ -40,16 +48,20 @@ FLASHMOE_HD uint32_t* table_place(const Heap& h, const HeapLayout& l, const Shap
 }
 
 // The tables at `at`, which has table_words(s) words.
-FLASHMOE_HD PlanTables plan_tables(uint32_t* at, const Shape& s) {
+FLASHMOE_HD PlanTables plan_tables(uint32_t* at, const Shape& s, uint32_t rank) {
   const uint32_t columns = s.experts + 1;
   PlanTables p;
+  p.rank = rank;
+  p.first = first_expert(s, rank);
+  p.most = max_owned_experts(s);
   p.prefix = at;
-  p.start = p.prefix + (2 + s.world) * columns;
-  p.chunk_prefix = p.start + s.world * s.experts;
+  p.start = p.prefix + 3 * columns;
+  p.of_others = p.start + s.experts;
+  p.chunk_prefix = p.of_others + (s.world - 1) * (2 * p.most + 2);
   p.chunk_order = p.chunk_prefix + columns;
   p.height = p.chunk_order + columns;
   p.segments = p.height + s.experts;
-  p.segment_of = p.segments + 2 * max_owned_experts(s) + 1;
+  p.segment_of = p.segments + 2 * p.most + 1;
   return p;
 }
 
@@ -72,19 +84,32 @@ FLASHMOE_HD uint32_t pool_tile(const PlanTables& p, const Shape& s, uint32_t e, 
 FLASHMOE_HD uint32_t pool_row(const PlanTables& p, const Shape& s, uint32_t e, uint32_t i) {
   return p.prefix[e] - p.prefix[first_expert(s, owner_of(s, e))] + i;
 }
+// Another source's row of of_others.
+FLASHMOE_HD uint32_t* of_other(const PlanTables& p, uint32_t source) {
+  return p.of_others + (source - (source > p.rank ? 1 : 0)) * (2 * p.most + 2);
+}
+// Of a source, which must be the rank itself where the expert is not its own: where its rows for experts before e stand,
+// and behind that for those before e + 1.
+FLASHMOE_HD uint32_t* source_prefix(const PlanTables& p, const Shape& s, uint32_t source,
+                                    uint32_t e) {
+  return source == p.rank ? p.prefix + 2 * (s.experts + 1) + e
+                          : of_other(p, source) + 1 + e - p.first;
+}
 FLASHMOE_HD uint32_t source_rows(const PlanTables& p, const Shape& s, uint32_t source, uint32_t e) {
-  const uint32_t* row = p.prefix + (2 + source) * (s.experts + 1);
-  return row[e + 1] - row[e];
+  const uint32_t* before = source_prefix(p, s, source, e);
+  return before[1] - before[0];
 }
 // The source's i-th row for expert e in its return buffer.
 FLASHMOE_HD uint32_t return_row(const PlanTables& p, const Shape& s, uint32_t source, uint32_t e,
                                 uint32_t i) {
-  return p.prefix[(2 + source) * (s.experts + 1) + e] + i;
+  return *source_prefix(p, s, source, e) + i;
 }
 // The source's first row within expert e.
-FLASHMOE_HD uint32_t source_start(const PlanTables& p, const Shape& s, uint32_t source,
-                                  uint32_t e) {
-  return p.start[source * s.experts + e];
+FLASHMOE_HD uint32_t* source_start_at(const PlanTables& p, uint32_t source, uint32_t e) {
+  return source == p.rank ? p.start + e : of_other(p, source) + p.most + 2 + e - p.first;
+}
+FLASHMOE_HD uint32_t source_start(const PlanTables& p, uint32_t source, uint32_t e) {
+  return *source_start_at(p, source, e);
 }
 
 // Order of a rank's tiles: block b holds GEMM1 of wave b, then GEMM2 of wave b - 1, so that no tile
@@ -186,12 +211,19 @@ template <class Team, class Counts>
 FLASHMOE_HD void build_plan(Team& team, const PlanTables& p, const Shape& s, const TileOrder& order,
                             const Counts& counts) {
   const uint32_t columns = s.experts + 1, wave = s.wave_experts, owned = order.owned;
+  auto other = [&](uint32_t i) { return i + (i >= p.rank ? 1 : 0); };
+  team.sums(
+      s.world - 1, p.first, [&](uint32_t i, uint32_t e) { return counts(other(i), e); },
+      [&](uint32_t i) { return of_other(p, other(i)); });
   for (uint32_t e = team.rank(); e < s.experts; e += team.size()) {
+    const bool own = e - p.first < owned;
     uint32_t total = 0;
     for (uint32_t source = 0; source < s.world; ++source) {
       const uint32_t rows = counts(source, e);
-      p.start[source * s.experts + e] = total;
-      p.prefix[(2 + source) * columns + e] = rows;
+      if (own || source == p.rank) {
+        *source_start_at(p, source, e) = total;
+        *source_prefix(p, s, source, e) = rows;
+      }
       total += rows;
     }
     const uint32_t height = tile_height(s, total);
@@ -212,10 +244,12 @@ FLASHMOE_HD void build_plan(Team& team, const PlanTables& p, const Shape& s, con
     }
   }
   team.sync();
-  const uint32_t rows = 2 + s.world;  // of prefix
-  team.scan(rows + 2, [&](uint32_t row) {
-    if (row < rows) return ScanRow{p.prefix + row * columns, s.experts};
-    return row == rows ? ScanRow{p.segments, 2 * owned} : ScanRow{p.chunk_order, s.experts};
+  team.scan(4 + s.world, [&](uint32_t row) {
+    if (row < 3) return ScanRow{p.prefix + row * columns, s.experts};
+    if (row == 3) return ScanRow{p.segments, 2 * owned};
+    if (row == 4) return ScanRow{p.chunk_order, s.experts};
+    // The sum of what is before the first own expert stands first.
+    return ScanRow{of_other(p, other(row - 5)), owned + 1};
   });
 }
 

@@ -120,68 +120,135 @@ __device__ __forceinline__ void combine_part(const Shared<kTraced>& sh, const Pl
   }
 }
 
-// A comm warp as it combines: it waits and records for itself.  It has few rows under way and takes long for
-// a token, so it takes one only when that can be summed, and none once math warps combine: these would have
-// to wait for it.  Results that are put it must see arrive, which the wait does.
+// y of one token, by one warp, a lane's `own` being that of its result j = lane % k: pieces of 16 bytes a lane, result by
+// result and then column by column, so many under way at once as the warp has registers for, however few results.
+template <class T, bool kTraced>
+__device__ __forceinline__ void combine_whole(const Shared<kTraced>& sh, const Place& place,
+                                              const Result& own) {
+  const uint32_t lane = ptx::lane_id(), k = sh.shape.top_k, units = sh.shape.hidden / 8;
+  const uint4* ret = place.heap.at<uint4>(sh.layout.ret);
+  const uint32_t token = __shfl_sync(0xffffffffu, own.token, 0);
+  uint4* y = static_cast<uint4*>(place.args->y) + static_cast<uint64_t>(token) * units;
+  float sum[8] = {};
+  uint32_t j = 0;
+#pragma unroll 1
+  for (uint32_t unit = lane; unit - lane < units;) {
+    uint4 loaded[kCommUnits];
+    uint32_t next = unit, of = j;
+    // Without a condition, under which the compiler would move a load and its use: beyond the last column that one
+    // comes again and is not used.
+#pragma unroll
+    for (uint32_t i = 0; i < kCommUnits; ++i) {
+      const uint32_t row = __shfl_sync(0xffffffffu, own.row, of);
+      loaded[i] = __ldcs(ret + static_cast<uint64_t>(row) * units + min_u32(next, units - 1));
+      if (++of == k) {
+        of = 0;
+        next += 32;
+      }
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < kCommUnits; ++i) {
+      const float weight = __shfl_sync(0xffffffffu, own.weight, j);
+      const T* values = reinterpret_cast<const T*>(&loaded[i]);
+#pragma unroll
+      for (int v = 0; v < 8; ++v) sum[v] = fmaf(weight, static_cast<float>(values[v]), sum[v]);
+      if (++j != k) continue;
+      j = 0;
+      uint4 out;
+      T* rounded = reinterpret_cast<T*>(&out);
+#pragma unroll
+      for (int v = 0; v < 8; ++v) {
+        rounded[v] = static_cast<T>(sum[v]);
+        sum[v] = 0;
+      }
+      if (unit < units) __stcs(y + unit, out);
+      unit += 32;
+    }
+  }
+}
+
+// A comm warp as it combines: it waits and records for itself.
 template <bool kTraced>
 struct CommCombiner {
-  static constexpr bool kSplits = false;
-  static constexpr bool kClaims = !kPuts;
   Shared<kTraced>& sh;
   const Place& place;
   GpuActor<kTraced>& actor;
-  uint64_t wait_from = 0;  // traced, of the wait under way
-  uint32_t row = 0;        // token * k + j of what it awaits
-  uint32_t tile = 0;
-  bool lacked = false;
 
-  __device__ __forceinline__ bool leaves_rest() const {
-    return load_volatile(&sh.math_combines) != 0;
-  }
-  // Between the two it asks for the results of tokens that it may take.  In the trace that is a wait for the
-  // first result that lacked, of lane `next`'s, if that has come: it may end because math warps combine.
-  __device__ __forceinline__ void begin_wait(const Result& next) {
-    if constexpr (kTraced) {
-      wait_from = ptx::globaltimer();
-      const uint32_t k = sh.shape.top_k;
-      const uint32_t mask = __ballot_sync(0xffffffffu, !here(next.tile));
-      const uint32_t from = mask == 0 ? 0 : __ffs(mask) - 1;
-      lacked = mask != 0;
-      row = __shfl_sync(0xffffffffu, next.token, from) * k + from % k;
-      tile = __shfl_sync(0xffffffffu, next.tile, from);
-    }
-  }
-  __device__ __forceinline__ void end_wait() {
-    if constexpr (kTraced) {
-      if (threadIdx.x % 32 != 0) return;
-      if (lacked && here(tile)) {
-        const uint32_t expert = place.heap.at<uint32_t>(sh.layout.ids)[row];
-        actor.waited({EventKind::k_wait_return, static_cast<uint16_t>(owner_of(sh.shape, expert)),
-                      static_cast<uint16_t>(expert), tile},
-                     wait_from, ptx::globaltimer(), 0, Status::kOk);
-      }
-      actor.skip();
-    }
-  }
   __device__ __forceinline__ bool here(uint32_t row_tile) const {
     const uint64_t* word = place.heap.at<uint64_t>(sh.layout.returned) + row_tile;
     return ptx::load_relaxed_sys(word) >= place.epoch;
   }
-  __device__ __forceinline__ Status await(uint32_t from, uint32_t tokens, const Result&) {
-    const Status status = await_returns(sh, place, actor, from, tokens);
-    if (threadIdx.x % 32 != 0) return status;
-    if (status == Status::kHang) raise_abort(sh, status);
-    if (status == Status::kOk) {
-      actor.doing(EventKind::k_combine, kNoPeer, kNoExpert, place.chunk);
-      actor.skip();
+  // The token of the chunk's order that nobody has taken yet; none are left once math warps combine, which would have
+  // to wait for a comm warp.
+  __device__ __forceinline__ uint32_t next_token() const {
+    const bool left = load_volatile(&sh.math_combines) == 0;
+    const uint32_t next = left ? load_volatile(&sh.next_token) : sh.own.tokens;
+    return __shfl_sync(0xffffffffu, next, 0);
+  }
+  // Takes a token once it can be summed, not before, since it takes long for one; false if there are no more.  In the
+  // trace that is a wait for the first result that lacked, if that has come.
+  __device__ __forceinline__ bool claim(Result& own) {
+    const uint32_t end = sh.own.tokens, k = sh.shape.top_k;
+    [[maybe_unused]] uint64_t wait_from = 0;
+    [[maybe_unused]] uint32_t row = 0, tile = 0;  // what it awaits: token * k + j, and its row tile
+    bool claimed = false;
+    uint32_t known = end;  // whose results `own` are
+#pragma unroll 1
+    for (uint32_t next; (next = next_token()) < end;) {
+      if (next != known) own = find_results(sh, place, sh.own.begin + next, 1);
+      known = next;
+      const uint32_t lacking = __ballot_sync(0xffffffffu, !here(own.tile));
+      if (lacking == 0) {
+        const bool mine =
+            threadIdx.x % 32 == 0 && atomicCAS(&sh.next_token, next, next + 1) == next;
+        claimed = __any_sync(0xffffffffu, mine);
+        if (claimed) break;
+        continue;
+      }
+      if constexpr (kTraced) {
+        if (wait_from == 0) {
+          const uint32_t first = __ffs(lacking) - 1;
+          wait_from = ptx::globaltimer();
+          row = __shfl_sync(0xffffffffu, own.token, 0) * k + first % k;
+          tile = __shfl_sync(0xffffffffu, own.tile, first);
+        }
+      }
+      __nanosleep(1000);
     }
-    return status;
+    if (claimed) ptx::load_acquire_sys(place.heap.at<uint64_t>(sh.layout.returned) + own.tile);
+    __syncwarp();
+    if constexpr (kTraced) {
+      if (threadIdx.x % 32 == 0) {
+        if (wait_from != 0 && here(tile)) {
+          const uint32_t expert = place.heap.at<uint32_t>(sh.layout.ids)[row];
+          actor.waited({EventKind::k_wait_return, static_cast<uint16_t>(owner_of(sh.shape, expert)),
+                        static_cast<uint16_t>(expert), tile},
+                       wait_from, ptx::globaltimer(), 0, Status::kOk);
+        }
+        actor.skip();
+      }
+    }
+    return claimed;
   }
-  __device__ __forceinline__ void summed(uint32_t tokens) {
-    if (threadIdx.x % 32 != 0) return;
-    actor.span(EventKind::k_combine, kNoPeer, kNoExpert, place.chunk, tokens);
+  // The same where results are put: it must see them arrive, which await_returns() does.
+  __device__ __forceinline__ bool take(Result& own) {
+    uint32_t next = sh.own.tokens;
+    if (threadIdx.x % 32 == 0 && load_volatile(&sh.math_combines) == 0) {
+      next = atomicAdd(&sh.next_token, 1);
+    }
+    next = __shfl_sync(0xffffffffu, next, 0);
+    if (next >= sh.own.tokens) return false;
+    own = find_results(sh, place, sh.own.begin + next, 1);
+    const Status status = await_returns(sh, place, actor, sh.own.begin + next, 1);
+    if (threadIdx.x % 32 == 0) {
+      if (status == Status::kHang) raise_abort(sh, status);
+      if (status == Status::kOk) {
+        actor.doing(EventKind::k_combine, kNoPeer, kNoExpert, place.chunk);
+        actor.skip();
+      }
+    }
+    return status == Status::kOk;
   }
-  __device__ __forceinline__ Status finish() { return Status::kOk; }
 };
 
 // A warp of a math group as it combines.  The group's actor is its first warp's, which records what all have
@@ -189,15 +256,12 @@ struct CommCombiner {
 // These look now and then, for as long as the first warp's waits end well.
 template <bool kTraced>
 struct TeamCombiner {
-  static constexpr bool kSplits = true;
-  static constexpr bool kClaims = false;
   Shared<kTraced>& sh;
   const Place& place;
   GpuActor<kTraced>& actor;
   CombineTeam& team;
   uint32_t warp;  // of the group
 
-  __device__ __forceinline__ bool leaves_rest() const { return false; }
   __device__ __forceinline__ bool leads() const { return warp == 0 && threadIdx.x % 32 == 0; }
   __device__ __forceinline__ void record(bool even_none) {
     if constexpr (kTraced) {
@@ -278,21 +342,24 @@ struct TeamCombiner {
   }
 };
 
-// Combines what it can of the chunk's tokens beside the tiles, by a comm warp.  `used` is the pieces used
-// before.  It leaves all to the math groups where a token has more than 32 rows, and where each math warp has
-// one token at most: these wait for the last tiles anyway.
+// Combines what it can of the chunk's tokens beside the tiles, by a comm warp.  It leaves all to the math groups
+// where a token has more than 32 rows, and where each math warp has one token at most: these wait for the last tiles
+// anyway.
 template <class T, bool kTraced>
-__device__ inline void combine_beside_tiles(Shared<kTraced>& sh, const Place& place, uint32_t half,
-                                            char* pieces, uint32_t used) {
+__device__ inline void combine_beside_tiles(Shared<kTraced>& sh, const Place& place,
+                                            uint32_t half) {
   if (sh.shape.top_k > 32 || sh.own.tokens <= kMathGroups * kTeamWarps) return;
   ptx::mbarrier_wait(&sh.order_full, 0);
-  using Ring = RowRing<kPieces, kPieceBytes / 2 / 512>;
-  CommCombiner<kTraced> waiter{sh, place, sh.actors[static_cast<int>(Lane::k_comm0) + half]};
+  CommCombiner<kTraced> combiner{sh, place, sh.actors[static_cast<int>(Lane::k_comm0) + half]};
   if (threadIdx.x % 32 == 0) {
-    waiter.actor.doing(EventKind::k_combine, kNoPeer, kNoExpert, place.chunk);
+    combiner.actor.doing(EventKind::k_combine, kNoPeer, kNoExpert, place.chunk);
   }
-  combine_stream<T>(sh, place,
-                    Ring{pieces + half * kPieces * kPieceBytes, sh.piece_full[half], used}, waiter);
+  for (Result own{}; kPuts ? combiner.take(own) : combiner.claim(own);) {
+    combine_whole<T>(sh, place, own);
+    if (threadIdx.x % 32 == 0) {
+      combiner.actor.span(EventKind::k_combine, kNoPeer, kNoExpert, place.chunk, 1);
+    }
+  }
 }
 
 // Combines the chunk's tokens until none is left, by the four warps of a math group in step, a token each:
@@ -364,8 +431,7 @@ __device__ inline Status combine(Shared<kTraced>& sh, const Place& place, uint32
     return waiter.finish();
   }
   return combine_stream<T>(
-      sh, place, Ring{stages + ring * kRingPieces * 2 * Ring::kSlice, sh.ring_full[ring], 0},
-      waiter);
+      sh, place, Ring{stages + ring * kRingPieces * 2 * Ring::kSlice, sh.ring_full[ring]}, waiter);
 }
 
 }  // namespace flashmoe

@@ -41,96 +41,70 @@ struct RowRing {
   static constexpr uint32_t kSlice = kUnits * 512;
   char* pieces;
   uint64_t* full;  // a barrier a piece
-  uint32_t used;   // pieces, before
 };
 
 // Combines batches of the chunk's tokens until none is left, one warp for itself: bulk copies bring rows
 // into its ring, and what one piece holds is added while the others are under way.  While a batch is summed
 // the next one is taken and looked up, and if its results are here its rows follow without a gap; else
-// `waiter` waits for them.  Where it claims tokens it takes none before they are here, and the next one's rows
-// follow only when it is claimed.  Each value is summed in the order of k, so that its bits do not depend on who
+// `waiter` waits for them.  Each value is summed in the order of k, so that its bits do not depend on who
 // sums it.  At most 32 rows a token, which the lanes hold.
 template <class T, class Ring, class Waiter, bool kTraced>
 __device__ __forceinline__ Status combine_stream(Shared<kTraced>& sh, const Place& place, Ring ring,
                                                  Waiter& waiter) {
   constexpr uint32_t kPieces = Ring::kPieces, kUnits = Ring::kUnits, kSlice = Ring::kSlice;
   const Shape& shape = sh.shape;
-  uint32_t used = ring.used;
+  uint32_t used = 0;
   const uint32_t lane = threadIdx.x % 32, k = shape.top_k;
   const uint32_t row_bytes = shape.hidden * 2;
   const uint32_t chunk_first = sh.own.begin, chunk_tokens = sh.own.tokens;
-  TokenParts parts{1, row_bytes};
-  if constexpr (Waiter::kSplits) parts = token_parts(shape, chunk_tokens);
+  const TokenParts parts = token_parts(shape, chunk_tokens);
 
   // The batch that was taken last, from the rank's from-th token in order, and what is known of it: its
-  // results are being looked up; it is asked whether they are here; they are, and it must yet be claimed; it
-  // can be summed.
+  // results are being looked up; it is asked whether they are here; it can be summed.
   uint32_t from = 0, tokens = 0;
   uint32_t part = 0;  // of its only token
   Result next{};
   uint64_t seen = 0;
-  enum : uint32_t { kTaken, kAsked, kReady, kHere };
+  enum : uint32_t { kTaken, kAsked, kHere };
   uint32_t known = kTaken;
   auto take = [&] {
     if (lane == 0) {
       const uint32_t end = chunk_tokens * parts.count;
-      uint32_t batch = 1;
-      if constexpr (Waiter::kClaims) {
-        from = waiter.leaves_rest() ? end : min_u32(load_volatile(&sh.next_token), end);
-      } else {
-        if (parts.count == 1) batch = batch_of_warp(sh, end);
-        from = waiter.leaves_rest() ? end : min_u32(atomicAdd(&sh.next_token, batch), end);
-      }
+      const uint32_t batch = parts.count == 1 ? batch_of_warp(sh, end) : 1;
+      from = min_u32(atomicAdd(&sh.next_token, batch), end);
       tokens = min_u32(batch, end - from);
     }
     from = __shfl_sync(0xffffffffu, from, 0);
     tokens = __shfl_sync(0xffffffffu, tokens, 0);
-    if constexpr (Waiter::kSplits) {
-      part = from % parts.count;
-      from /= parts.count;
-    }
+    part = from % parts.count;
+    from /= parts.count;
     from += chunk_first;
     known = kTaken;
     if (tokens != 0) next = find_results(sh, place, from, tokens);
   };
   // One step on; what it loads the next step finds.
   auto look = [&] {
-    if (known == kReady) return;
     const uint64_t* word = place.heap.at<uint64_t>(sh.layout.returned) + next.tile;
     if (known == kAsked && __all_sync(0xffffffffu, seen >= place.epoch)) {
       ptx::load_acquire_sys(word);
       __syncwarp();
       if (lane == 0) ptx::fence_proxy_async();  // the rows were written by ordinary stores
-      known = Waiter::kClaims ? kReady : kHere;
+      known = kHere;
     } else {
       seen = ptx::load_relaxed_sys(word);
       known = kAsked;
     }
   };
 
-  // Takes the token that can be summed now, unless another warp has.
-  auto claim = [&] {
-    const uint32_t at = from - chunk_first;
-    const bool mine =
-        lane == 0 && !waiter.leaves_rest() && atomicCAS(&sh.next_token, at, at + 1) == at;
-    if (__any_sync(0xffffffffu, mine)) {
-      known = kHere;
-    } else {
-      take();
-    }
-  };
-
   // Which piece is loaded next: two of rows `issue_row`, of the token whose first lane is issue_base.
-  uint32_t issued = used, issue_row = 0;
+  uint32_t issued = 0, issue_row = 0;
   uint32_t issue_base = 0, issue_j = 0, issue_at = 0, issue_end = 0;
   uint32_t part_begin = 0, part_end = row_bytes;  // of a row's bytes
   auto begin_issue = [&] {
     issue_row = next.row;
     issue_base = issue_j = 0;
-    if constexpr (Waiter::kSplits) {
-      part_begin = part * parts.bytes;
-      part_end = min_u32(part_begin + parts.bytes, row_bytes);
-    }
+    part_begin = part * parts.bytes;
+    part_end = min_u32(part_begin + parts.bytes, row_bytes);
     issue_at = part_begin;
     issue_end = tokens * k;
   };
@@ -167,24 +141,7 @@ __device__ __forceinline__ Status combine_stream(Shared<kTraced>& sh, const Plac
   take();
   bool begun = false;  // rows of the batch taken last are under way
   while (tokens != 0) {
-    if constexpr (Waiter::kClaims) {
-      if (known == kReady) claim();
-      if (tokens != 0 && known != kHere) {
-        waiter.begin_wait(next);
-        while (tokens != 0 && known != kHere) {
-          look();
-          if (known == kReady) {
-            claim();
-          } else if (__any_sync(0xffffffffu, waiter.leaves_rest())) {
-            tokens = 0;
-          } else {
-            __nanosleep(100);
-          }
-        }
-        waiter.end_wait();
-      }
-      if (tokens == 0) break;
-    } else if (known != kHere) {
+    if (known != kHere) {
       const Status status = waiter.await(from, tokens, next);
       if (status != Status::kOk) return status;
       if (lane == 0) ptx::fence_proxy_async();

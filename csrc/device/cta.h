@@ -34,19 +34,21 @@ inline constexpr uint32_t kBoxRows = 16;           // the least that is fetched 
 inline constexpr uint32_t kStageBytesWeights = kTileWeights * kRowBytes;
 inline constexpr uint32_t kStages = 3;
 inline constexpr uint32_t kStageBytes = kStageBytesWeights + kTileRows * kRowBytes;
-// Where rows are gathered (Course::gathers) there is room for one more: comm warps move nothing then that
-// bounces through shared memory.
+// There is room for one more once no row bounces through shared memory on its way: from the beginning where rows are
+// gathered (Course::gathers).
 inline constexpr uint32_t kMostStages = kStages + 1;
 // What a math warp's sums pass through on their way out, in the last stage that it has read of a tile; no more
 // than registers are left for.
 template <bool kGated, uint32_t kN>
 inline constexpr uint32_t kEpilogueBytesWarp = kGated && kN <= 144 ? 2048 : 1024;
 
-// Rows that comm warps move bounce through pieces of shared memory behind the stages, eight in turn.
+// Rows that comm warps dispatch bounce through pieces of shared memory behind the stages, some in turn.
 inline constexpr uint32_t kCommWarps = 2;
-inline constexpr uint32_t kPieces = 8;
-inline constexpr uint32_t kPieceBytes = 2048;
+inline constexpr uint32_t kPieces = 6;
+inline constexpr uint32_t kPieceBytes = 4096;
 inline constexpr uint32_t kCommBytes = kCommWarps * kPieces * kPieceBytes;
+// Results that one sums come to registers, so many units of 16 bytes a lane at once.
+inline constexpr uint32_t kCommUnits = 8;
 
 // Result rows on their way to the math warps that sum them, each warp's own ring, in the memory of the
 // tiles' stages when there are no more tiles.
@@ -81,18 +83,6 @@ struct ReturnPath {
   uint32_t end;  // first row of the expert that is of a later source
 };
 
-struct Task {
-  Tile tile;  // gemm 0: no more tiles; rows 0: none for this CTA, but one for the other of the pair
-  uint32_t blocks;     // of kTileK columns, the tile's depth
-  uint32_t turns;      // of the stages: the deeper tile's blocks, so that both CTAs stay in step
-  uint32_t shared;     // both CTAs' tiles have the same weights
-  uint32_t wait_kind;  // EventKind the scheduler waited for, 0 if it did not
-  uint32_t wait_lacking;
-  uint64_t wait_from;
-  uint64_t wait_to;
-  ReturnPath returns[kMaxRanks];  // of a GEMM2 tile, the first one with rows in it first
-};
-
 // What the leader of a math group leaves of a tile for the trace; the scheduler writes the records.
 struct TileStamps {
   uint64_t begin_ns;
@@ -102,12 +92,26 @@ struct TileStamps {
   uint32_t stall_cycles;
 };
 
+struct Task {
+  Tile tile;  // gemm 0: no more tiles; rows 0: none for this CTA, but one for the other of the pair
+  uint32_t blocks;     // of kTileK columns, the tile's depth
+  uint32_t turns;      // of the stages: the deeper tile's blocks, so that both CTAs stay in step
+  uint32_t shared;     // both CTAs' tiles have the same weights
+  uint32_t stages;     // in the ring from this task on
+  uint32_t wait_kind;  // EventKind the scheduler waited for, 0 if it did not
+  uint32_t wait_lacking;
+  uint64_t wait_from;
+  uint64_t wait_to;
+  ReturnPath returns[kMaxRanks];  // of a GEMM2 tile, the first one with rows in it first
+  TileStamps stamps[kMathGroups];
+};
+
 // What the first CTA of a pair tells the second: a pair of tiles and the wait for their rows.
 struct alignas(16) PairMessage {
-  uint32_t index;   // of the second CTA's tile, or of the first's where `has` is 0
-  uint32_t has;     // the second CTA has a tile; kNoWork: no more
-  uint32_t turns;   // Task
-  uint32_t shared;  // Task
+  uint32_t index;  // of the second CTA's tile, or of the first's where `has` is 0
+  uint32_t has;    // the second CTA has a tile; kNoWork: no more
+  uint32_t turns;  // Task
+  uint32_t flags;  // kShared, kAllStages
   uint64_t wait_kind_lacking;
   uint64_t wait_from;
   uint64_t wait_to;
@@ -116,6 +120,8 @@ template <bool kTraced>
 inline constexpr uint32_t kMessageBytes =
     kTraced ? sizeof(PairMessage) : offsetof(PairMessage, wait_kind_lacking);
 inline constexpr uint32_t kNoWork = 2;
+inline constexpr uint32_t kShared = 1;     // Task::shared
+inline constexpr uint32_t kAllStages = 2;  // Task::stages is kMostStages
 
 // Tokens of the rank.
 struct TokenRange {
@@ -201,10 +207,10 @@ struct PendingResults<true> : Barriers {
 template <bool kTraced>
 struct Shared : PendingResults<kPuts> {
   PairMessage messages[kTasks];
-  uint64_t other_left;  // first CTA: the second has left before the roles parted
+  uint64_t other_left;            // first CTA: the second has left before the roles parted
+  uint64_t moved[2][kCommWarps];  // first CTA: of each CTA the comm warps that need no pieces
   PieceGoal piece_goals[kCommWarps][kPieces];
   Task tasks[kTasks];
-  TileStamps stamps[kTasks][kMathGroups];
   GpuActor<kTraced> actors[kLanes];
   Shape shape;
   HeapLayout layout;
@@ -263,6 +269,33 @@ __device__ __forceinline__ bool gathers_unawaited(const Shared<kTraced>& sh, uin
   return sh.gathers && task == 0;
 }
 
+// Cycles for which a barrier was awaited, where that was not over at once.  A clock takes longer to read than a copy or
+// a product to be issued, so what it says is added up behind these: whoever waits calls add() then.
+template <bool kTraced>
+struct Stall {
+  uint32_t cycles = 0;
+  uint32_t from = 0;
+  uint32_t to = 0;
+  __device__ __forceinline__ void await(uint64_t* barrier, uint32_t parity) {
+    if constexpr (kTraced) from = ptx::clock32();
+    ptx::mbarrier_wait(barrier, parity);
+    if constexpr (kTraced) to = ptx::clock32();
+  }
+  __device__ __forceinline__ void await_if_late(uint64_t* barrier, uint32_t parity) {
+    if constexpr (kTraced) {
+      if (ptx::mbarrier_test(barrier, parity)) return;
+    }
+    await(barrier, parity);
+  }
+  __device__ __forceinline__ void add() {
+    if constexpr (kTraced) {
+      asm volatile("" : "+r"(to));  // not before
+      cycles += to - from;
+      from = to = 0;
+    }
+  }
+};
+
 // A stage that a math warp has read, given back to the loads of both CTAs of a pair.
 struct StageRelease {
   uint32_t to_other;  // from an address here to the same in the other CTA; 0 where there is none
@@ -279,7 +312,7 @@ inline constexpr uint32_t kSharedState = 4096 + 4 * kTableWords;
 static_assert(sizeof(Shared<true>) <= kSharedState,
               "barriers, tasks, actors and tables must fit their part");
 #endif
-// Stages and what moved rows pass through.
+// Stages, or fewer and what moved rows pass through.
 inline constexpr uint32_t kWorkBytes = kMostStages * kStageBytes;
 static_assert(kCommBytes <= kStageBytes, "moved rows take the place of a stage");
 static_assert(kMathGroups * kFewRingBytes <= kWorkBytes,

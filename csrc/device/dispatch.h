@@ -11,7 +11,7 @@ namespace flashmoe {
 // The pieces of shared memory that a comm warp's rows bounce through: there is no bulk copy from global
 // to global memory.  Loads run five pieces ahead of stores.  One lane holds it.
 struct PieceRing {
-  static constexpr uint32_t kAhead = 5;
+  static constexpr uint32_t kAhead = 4;
   static_assert(kAhead < kPieces, "a piece is loaded again only after its store has read it");
   uint64_t* full;    // [kPieces]
   PieceGoal* goals;  // [kPieces]
@@ -51,24 +51,24 @@ struct DispatchUnit {
   uint32_t expert_end;
   uint32_t begin;
   uint32_t end;
+  // A lane's.
+  __device__ __forceinline__ DispatchUnit of_lane(uint32_t lane) const {
+    auto from = [&](uint32_t v) { return __shfl_sync(0xffffffffu, v, lane); };
+    return {from(owner), from(expert_begin), from(expert_end), from(begin), from(end)};
+  }
+  // Rows of all lanes'.
+  __device__ __forceinline__ uint32_t all_rows() const {
+    return __reduce_add_sync(0xffffffffu, end - begin);
+  }
 };
 
-// Rows are dispatched by groups of experts, smaller than the waves of the tiles' order, so that the first
-// tiles need not wait for a whole wave: so many groups a wave, over all owners.
-__device__ __forceinline__ uint32_t group_experts(const Shape& shape) {
-  constexpr uint32_t kGroups = 8;
-  return ceil_div(shape.wave_experts * min_u32(shape.world, kGroups), kGroups);
-}
-__device__ __forceinline__ uint32_t groups_of(const Shape& shape) {
-  return ceil_div(max_owned_experts(shape), group_experts(shape));
-}
-// How many of them all warps dispatch before the roles part: those without which some CTA has no first
+// How many groups of experts (Course::group) all warps dispatch before the roles part: those without which some CTA has no first
 // tile, or all of them where the chunk has few rows, each of which would cost a comm warp a round trip.
 template <bool kTraced>
 __device__ __forceinline__ uint32_t first_groups(const Shared<kTraced>& sh, const Place& place) {
   constexpr uint32_t kFewRows = 8 * kWarps;
   const Shape& shape = sh.shape;
-  const uint32_t all = groups_of(shape), group = group_experts(shape);
+  const uint32_t all = sh.groups, group = sh.group;
   if (sh.tables.chunk_order[shape.experts] <= kFewRows) return all;
   uint32_t groups = 1;
   // As long as they are of the first wave, segments are GEMM1's of one expert each.
@@ -80,8 +80,7 @@ __device__ __forceinline__ uint32_t first_groups(const Shared<kTraced>& sh, cons
   return groups;
 }
 
-// The unit of groups [from, to) that comes `turn`-th: the rank itself first and then its neighbours in
-// rotated order.
+// Of groups [from, to) the unit of one owner: the rank itself is the first, then its neighbours in turn.
 template <bool kTraced>
 __device__ __forceinline__ DispatchUnit dispatch_unit(const Shared<kTraced>& sh, const Place& place,
                                                       uint32_t from, uint32_t to, uint32_t turn) {
@@ -91,12 +90,21 @@ __device__ __forceinline__ DispatchUnit dispatch_unit(const Shared<kTraced>& sh,
   if (u.owner >= shape.world) u.owner -= shape.world;
   const uint32_t owner_end = first_expert(shape, u.owner + 1);
   const uint32_t owner_begin = first_expert(shape, u.owner);
-  const uint32_t group = group_experts(shape);
+  const uint32_t group = sh.group;
   u.expert_begin = min_u32(owner_begin + from * group, owner_end);
   u.expert_end = min_u32(owner_begin + to * group, owner_end);
   u.begin = sh.tables.chunk_order[u.expert_begin];
   u.end = sh.tables.chunk_order[u.expert_end];
   return u;
+}
+// Those of all owners, a lane each; the other lanes have none.
+template <bool kTraced>
+__device__ __forceinline__ DispatchUnit dispatch_units(const Shared<kTraced>& sh,
+                                                       const Place& place, uint32_t from,
+                                                       uint32_t to) {
+  static_assert(kMaxRanks <= 32, "a lane an owner");
+  const uint32_t turn = ptx::lane_id();
+  return turn < sh.shape.world ? dispatch_unit(sh, place, from, to, turn) : DispatchUnit{};
 }
 
 // Where rows for an owner go: its pool, or where they are staged for it.
@@ -109,30 +117,6 @@ __device__ __forceinline__ char* rows_for(const Shared<kTraced>& sh, const Place
   return sh.heaps[owner].template at<char>(sh.layout.pool);
 }
 
-// Where row p of the chunk's order comes from and goes to, in bytes from x and from rows_for() its owner.
-struct RowPath {
-  uint64_t from;
-  uint64_t to;
-};
-template <bool kTraced>
-__device__ __forceinline__ RowPath row_path(const Shared<kTraced>& sh, const Place& place,
-                                            const uint32_t* sorted, uint32_t owner, uint32_t expert,
-                                            uint32_t p) {
-  const Shape& shape = sh.shape;
-  const PlanTables& tables = sh.tables;
-  const uint64_t row_bytes = shape.hidden * 2;
-  if constexpr (kPuts) {
-    if (sh.heaps[owner].base == nullptr) {
-      const uint32_t i = tables.chunk_prefix[expert] + p - tables.chunk_order[expert];
-      return {sorted[p] / shape.top_k * row_bytes,
-              return_row(tables, shape, place.rank, expert, i) * row_bytes};
-    }
-  }
-  const uint32_t i = source_start(tables, shape, place.rank, expert) + tables.chunk_prefix[expert] +
-                     p - tables.chunk_order[expert];
-  return {sorted[p] / shape.top_k * row_bytes, pool_row(tables, shape, expert, i) * row_bytes};
-}
-
 // The chunk's rows by expert, as token * k + j.
 template <bool kTraced>
 __device__ __forceinline__ const uint32_t* chunk_rows_sorted(const Shared<kTraced>& sh,
@@ -141,26 +125,72 @@ __device__ __forceinline__ const uint32_t* chunk_rows_sorted(const Shared<kTrace
          static_cast<uint64_t>(sh.own.begin) * sh.shape.top_k;
 }
 
-// Adds rows [begin, end) of a unit to their row tiles' counters, or, where the unit was staged, puts what
-// is complete.  One warp, after a fence.
+// Which token a row is of, and where it goes.
+struct RowPath {
+  uint32_t token;
+  char* to;
+};
+// The i-th row of all lanes' units; a lane asks for its own.
 template <bool kTraced>
-__device__ __forceinline__ void publish_rows(const Shared<kTraced>& sh, const Place& place,
-                                             const FaultArgs& fault, const DispatchUnit& u,
-                                             uint32_t begin, uint32_t end) {
+__device__ __forceinline__ RowPath find_row(const Shared<kTraced>& sh, const Place& place,
+                                            const uint32_t* sorted, const DispatchUnit& units,
+                                            uint32_t i) {
   const Shape& shape = sh.shape;
   const PlanTables& tables = sh.tables;
-  if constexpr (kPuts) {
-    if (sh.heaps[u.owner].base == nullptr) {
-      put_staged(sh, place, fault, u.owner, u.expert_begin, u.expert_end, begin, end);
-      return;
+  uint32_t p = 0, expert = 0, owner = 0;
+  bool found = false;
+#pragma unroll 1
+  for (uint32_t turn = 0; turn < shape.world; ++turn) {
+    const DispatchUnit u = units.of_lane(turn);
+    if (found) continue;
+    const uint32_t rows = u.end - u.begin;
+    found = i < rows;
+    if (found) {
+      p = u.begin + i;
+      expert = u.expert_begin;
+      owner = u.owner;
+    } else {
+      i -= rows;
     }
   }
-  for (uint32_t e = u.expert_begin + threadIdx.x % 32; e < u.expert_end; e += 32) {
-    const uint32_t from = max_u32(begin, tables.chunk_order[e]);
-    const uint32_t to = min_u32(end, tables.chunk_order[e + 1]);
+  if (!found) return {};
+  while (p >= tables.chunk_order[expert + 1]) ++expert;
+  const uint32_t of_expert = tables.chunk_prefix[expert] + p - tables.chunk_order[expert];
+  uint64_t row = 0;
+  bool staged = false;
+  if constexpr (kPuts) staged = sh.heaps[owner].base == nullptr;
+  if (staged) {
+    row = return_row(tables, shape, place.rank, expert, of_expert);
+  } else {
+    row = pool_row(tables, shape, expert, source_start(tables, place.rank, expert) + of_expert);
+  }
+  return {sorted[p] / shape.top_k, rows_for(sh, place, owner) + row * (shape.hidden * 2)};
+}
+
+// Adds the rows of all lanes' units to their row tiles' counters, or, where they are staged for an owner, puts what is
+// complete.  One warp, after a fence.
+template <bool kTraced>
+__device__ __forceinline__ void announce_rows(const Shared<kTraced>& sh, const Place& place,
+                                              const FaultArgs& fault, const DispatchUnit& units) {
+  const Shape& shape = sh.shape;
+  const PlanTables& tables = sh.tables;
+  const uint32_t lane = ptx::lane_id();
+  // A lane an expert of an owner.
+  const uint32_t most = __reduce_max_sync(0xffffffffu, units.expert_end - units.expert_begin);
+#pragma unroll 1
+  for (uint32_t base = 0; base < shape.world * most; base += 32) {
+    const uint32_t turn = (base + lane) / most;
+    const DispatchUnit u = units.of_lane(min_u32(turn, 31));
+    const uint32_t e = u.expert_begin + (base + lane) - turn * most;
+    if (turn >= shape.world || e >= u.expert_end) continue;
+    if constexpr (kPuts) {
+      if (sh.heaps[u.owner].base == nullptr) continue;
+    }
+    const uint32_t from = max_u32(u.begin, tables.chunk_order[e]);
+    const uint32_t to = min_u32(u.end, tables.chunk_order[e + 1]);
     if (from >= to) continue;
     if (fault.lost_signal_rank == place.rank && fault.lost_signal_expert == e) continue;
-    const uint32_t row0 = source_start(tables, shape, place.rank, e) + tables.chunk_prefix[e];
+    const uint32_t row0 = source_start(tables, place.rank, e) + tables.chunk_prefix[e];
     uint32_t i = row0 + from - tables.chunk_order[e];
     const uint32_t last = row0 + to - tables.chunk_order[e];
     while (i < last) {
@@ -172,23 +202,63 @@ __device__ __forceinline__ void publish_rows(const Shared<kTraced>& sh, const Pl
       i = next;
     }
   }
+  if constexpr (kPuts) {
+    for (uint32_t turn = 0; turn < shape.world; ++turn) {
+      const DispatchUnit u = units.of_lane(turn);
+      if (sh.heaps[u.owner].base != nullptr) continue;
+      put_staged(sh, place, fault, u.owner, u.expert_begin, u.expert_end, u.begin, u.end);
+    }
+  }
 }
 
-// Says in each actor's trace what its warps moved of a unit before the roles part: warp w has moved rows
-// w, w + kWarps, ...
+// Says in the trace of an actor, whose leader is lane 0, what was moved of all lanes' units since its last span:
+// moved(unit, before) rows of an owner's, before which other owners' have `before` rows.  Rows for all of them were
+// under way together, so the time is shared out by them.  A whole warp; without an actor nothing is written.
+template <bool kTraced, class Moved>
+__device__ __forceinline__ void record_moved(const Shared<kTraced>& sh, const Place& place,
+                                             GpuActor<kTraced>* actor, const DispatchUnit& units,
+                                             const Moved& moved) {
+  if constexpr (kTraced) {
+    const uint64_t begin = actor == nullptr ? 0 : actor->last_ns, now = ptx::globaltimer();
+    uint32_t all = 0, so_far = 0, before = 0;
+#pragma unroll 1
+    for (uint32_t turn = 0; turn < 2 * sh.shape.world; ++turn) {
+      if (turn == sh.shape.world) before = 0;
+      const bool again = turn >= sh.shape.world;
+      const DispatchUnit u = units.of_lane(again ? turn - sh.shape.world : turn);
+      const uint32_t rows = moved(u, before);
+      before += u.end - u.begin;
+      if (!again) {
+        all += rows;
+        continue;
+      }
+      so_far += rows;
+      if (actor == nullptr || rows == 0) continue;
+      actor->span_at(EventKind::k_dispatch, actor->last_ns, begin + (now - begin) * so_far / all,
+                     u.owner, u.expert_begin, place.chunk,
+                     static_cast<uint64_t>(rows) * sh.shape.hidden * 2);
+    }
+  }
+}
+// The same of what all warps move before the roles part: warp w rows w, w + kWarps, ... of all owners'.
 template <bool kTraced>
 __device__ __forceinline__ void record_first(Shared<kTraced>& sh, const Place& place,
-                                             const DispatchUnit& u) {
-  const int lane = led_lane();
-  const uint32_t rows = u.end - u.begin, warp = threadIdx.x / 32;
-  if (lane < 0 || rows == 0) return;
-  const uint32_t warps = warp >= kMathWarp ? 4 : 1;
-  uint32_t moved = 0;
-  for (uint32_t w = warp; w < warp + warps; ++w) {
-    moved += rows > w ? (rows - w - 1) / kWarps + 1 : 0;
+                                             const DispatchUnit& units) {
+  if constexpr (kTraced) {
+    const int lane = led_lane();
+    const uint32_t warp = threadIdx.x / 32, warps = warp >= kMathWarp ? kTeamWarps : 1;
+    record_moved(sh, place, lane < 0 ? nullptr : &sh.actors[lane], units,
+                 [&](const DispatchUnit& u, uint32_t before) {
+                   uint32_t rows = 0;
+                   for (uint32_t w = warp; w < warp + warps; ++w) {
+                     auto up_to = [&](uint32_t end) {
+                       return end > w ? (end - w - 1) / kWarps + 1 : 0;
+                     };
+                     rows += up_to(before + u.end - u.begin) - up_to(before);
+                   }
+                   return rows;
+                 });
   }
-  sh.actors[lane].span(EventKind::k_dispatch, u.owner, u.expert_begin, place.chunk,
-                       static_cast<uint64_t>(moved) * sh.shape.hidden * 2);
 }
 
 // The chunk's rows for the experts due first, by all warps of the CTA before the roles part: no tile
@@ -200,10 +270,10 @@ __device__ inline void dispatch_first(Shared<kTraced>& sh, const Place& place,
   const Shape& shape = sh.shape;
   const uint32_t warp = threadIdx.x / 32, thread = threadIdx.x % 32;
   if (sh.gathers) {
-    const DispatchUnit own{place.rank, 0, shape.experts, 0, sh.tables.chunk_order[shape.experts]};
+    const DispatchUnit own = dispatch_units(sh, place, 0, sh.groups);
     if (warp == 0) {
       ptx::fence_acq_rel_gpu();
-      publish_rows(sh, place, fault, own, own.begin, own.end);
+      announce_rows(sh, place, fault, own);
     }
     record_first(sh, place, own);
     return;
@@ -212,102 +282,108 @@ __device__ inline void dispatch_first(Shared<kTraced>& sh, const Place& place,
   const char* x = static_cast<const char*>(place.args->x);
   const uint32_t* sorted = chunk_rows_sorted(sh, place);
   // Rows bounce through the warp's part of the stages, a lane a row, as many at once as it holds.
-  constexpr uint32_t kPart = kStages * kStageBytes / kWarps;
-  static_assert(kPart % 16 == 0, "bulk copies move multiples of 16 bytes");
+  constexpr uint32_t kPart = kMostStages * kStageBytes / kWarps / 16 * 16;
   char* part = stages + warp * kPart;
   uint64_t* full = &sh.first_full[warp];
   const uint32_t at_once = max_u32(1, min_u32(kPart / row_bytes, 32));
   const uint32_t piece_bytes = min_u32(row_bytes, kPart);
   uint32_t turn_of_full = 0;
   const uint32_t groups = first_groups(sh, place);
-  for (uint32_t turn = 0; turn < shape.world; ++turn) {
-    const DispatchUnit u = dispatch_unit(sh, place, 0, groups, turn);
-    char* pool = rows_for(sh, place, u.owner);
-    uint32_t expert = u.expert_begin;
-    for (uint32_t base = u.begin + warp; base < u.end; base += kWarps * at_once) {
-      const uint32_t rows = min_u32(ceil_div(u.end - base, kWarps), at_once);
-      const bool mine = thread < rows;
-      RowPath path{};
+  const DispatchUnit units = dispatch_units(sh, place, 0, groups);
+  const uint32_t all = units.all_rows();
+#pragma unroll 1
+  for (uint32_t base = warp; base < all; base += kWarps * at_once) {
+    const uint32_t rows = min_u32(ceil_div(all - base, kWarps), at_once);
+    const bool mine = thread < rows;
+    const RowPath path = find_row(sh, place, sorted, units, mine ? base + kWarps * thread : all);
+    const char* from = x + static_cast<uint64_t>(path.token) * row_bytes;
+    for (uint32_t at = 0; at < row_bytes; at += piece_bytes) {
+      const uint32_t bytes = min_u32(piece_bytes, row_bytes - at);
+      if (thread == 0) ptx::mbarrier_expect(full, rows * bytes);
+      __syncwarp();
+      if (mine) ptx::bulk_load(part + thread * row_bytes, from + at, bytes, full);
+      ptx::mbarrier_wait(full, turn_of_full);
+      turn_of_full ^= 1;
       if (mine) {
-        const uint32_t p = base + kWarps * thread;
-        while (p >= sh.tables.chunk_order[expert + 1]) ++expert;
-        path = row_path(sh, place, sorted, u.owner, expert, p);
+        ptx::bulk_store(path.to + at, part + thread * row_bytes, bytes);
+        ptx::bulk_commit();
+        ptx::bulk_wait_read<0>();
       }
-      for (uint32_t at = 0; at < row_bytes; at += piece_bytes) {
-        const uint32_t bytes = min_u32(piece_bytes, row_bytes - at);
-        if (thread == 0) ptx::mbarrier_expect(full, rows * bytes);
-        __syncwarp();
-        if (mine) ptx::bulk_load(part + thread * row_bytes, x + path.from + at, bytes, full);
-        ptx::mbarrier_wait(full, turn_of_full);
-        turn_of_full ^= 1;
-        if (mine) {
-          ptx::bulk_store(pool + path.to + at, part + thread * row_bytes, bytes);
-          ptx::bulk_commit();
-          ptx::bulk_wait_read<0>();
-        }
-        __syncwarp();
-      }
+      __syncwarp();
     }
-    ptx::bulk_wait_all();
-    __syncthreads();
-    record_first(sh, place, u);
-    if (warp == turn % kWarps) {
-      ptx::fence_acq_rel_sys();
-      publish_rows(sh, place, fault, u, u.begin, u.end);
-    }
+  }
+  ptx::bulk_wait_all();
+  __syncthreads();
+  record_first(sh, place, units);
+  if (warp == 0) {
+    ptx::fence_acq_rel_sys();
+    announce_rows(sh, place, fault, units);
   }
 }
 
-// One comm warp's share of the chunk's other rows, group by group, the two warps halving each unit.
-// Never waits, so no rank can hold another up here.  Returns the pieces it has used.
+// Tells who schedules the pair's tiles that a comm warp needs no more pieces.
 template <bool kTraced>
-__device__ inline uint32_t dispatch(Shared<kTraced>& sh, const Place& place, const FaultArgs& fault,
-                                    uint32_t half, char* pieces) {
+__device__ __forceinline__ void tell_moved(Shared<kTraced>& sh, const Place& place, uint32_t half) {
+  uint64_t* word = &sh.moved[place.pair_rank][half];
+  if (place.pair_rank == 0) {
+    store_atomic(word, uint64_t{1});
+  } else {
+    ptx::store_cluster(ptx::shared_address(word) + place.to_other, 1);
+  }
+}
+
+// One comm warp's share of the chunk's other rows, group by group, the two warps halving each unit; what it has copied
+// of a group is announced to all owners behind one fence.  Never waits, so no rank can hold another up here.
+template <bool kTraced>
+__device__ inline void dispatch(Shared<kTraced>& sh, const Place& place, const FaultArgs& fault,
+                                uint32_t half, char* pieces) {
   const Shape& shape = sh.shape;
-  const PlanTables& tables = sh.tables;
-  const uint32_t lane = threadIdx.x % 32;
+  const uint32_t lane = ptx::lane_id();
   GpuActor<kTraced>& actor = sh.actors[static_cast<int>(Lane::k_comm0) + half];
   const uint32_t row_bytes = shape.hidden * 2;
-  const char* x = static_cast<const char*>(place.args->x);
   PieceRing ring{sh.piece_full[half], sh.piece_goals[half], pieces + half * kPieces * kPieceBytes};
   const uint32_t* sorted = chunk_rows_sorted(sh, place);
-  const uint32_t groups = groups_of(shape);
+  const uint32_t groups = sh.groups;
+  auto halve = [&](DispatchUnit u) {
+    const uint32_t begin = u.begin, rows = u.end - u.begin;
+    u.begin = begin + rows * half / 2;
+    u.end = begin + rows * (half + 1) / 2;
+    return u;
+  };
+#pragma unroll 1
   for (uint32_t group = first_groups(sh, place); group < groups; ++group) {
-    for (uint32_t turn = 0; turn < shape.world; ++turn) {
-      const DispatchUnit u = dispatch_unit(sh, place, group, group + 1, turn);
-      const uint32_t begin = u.begin + (u.end - u.begin) * half / 2;
-      const uint32_t end = u.begin + (u.end - u.begin) * (half + 1) / 2;
-      if (begin == end) continue;
-      if (lane == 0) actor.doing(EventKind::k_dispatch, u.owner, u.expert_begin, place.chunk);
-      char* pool = rows_for(sh, place, u.owner);
-      uint32_t expert = u.expert_begin;
-      for (uint32_t base = begin; base < end; base += 32) {
-        // A lane a row for the addresses; then one lane moves them.
-        const uint32_t p = min_u32(base + lane, end - 1);
-        while (p >= tables.chunk_order[expert + 1]) ++expert;
-        const RowPath path = row_path(sh, place, sorted, u.owner, expert, p);
-        const uint32_t here = min_u32(32, end - base);
-        for (uint32_t r = 0; r < here; ++r) {
-          char* to = pool + __shfl_sync(0xffffffffu, path.to, r);
-          const char* from = x + __shfl_sync(0xffffffffu, path.from, r);
-          if (lane == 0) {
-            for (uint32_t at = 0; at < row_bytes; at += kPieceBytes) {
-              ring.copy(to + at, from + at, min_u32(row_bytes - at, kPieceBytes));
-            }
+    const DispatchUnit units = halve(dispatch_units(sh, place, group, group + 1));
+    const uint32_t all = units.all_rows();
+    if (all == 0) continue;
+    if (lane == 0) actor.doing(EventKind::k_dispatch, units.owner, units.expert_begin, place.chunk);
+#pragma unroll 1
+    for (uint32_t base = 0; base < all; base += 32) {
+      // A lane a row for the addresses; then one lane moves them.
+      const RowPath path = find_row(sh, place, sorted, units, base + lane);
+      const uint32_t here = min_u32(32, all - base);
+#pragma unroll 1
+      for (uint32_t r = 0; r < here; ++r) {
+        const uint32_t token = __shfl_sync(0xffffffffu, path.token, r);
+        char* to = reinterpret_cast<char*>(
+            __shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(path.to), r));
+        if (lane == 0) {
+          const char* from =
+              static_cast<const char*>(place.args->x) + static_cast<uint64_t>(token) * row_bytes;
+          for (uint32_t at = 0; at < row_bytes; at += kPieceBytes) {
+            ring.copy(to + at, from + at, min_u32(row_bytes - at, kPieceBytes));
           }
         }
       }
-      if (lane == 0) ring.drain();
-      __syncwarp();
-      ptx::fence_acq_rel_sys();
-      publish_rows(sh, place, fault, u, begin, end);
-      if (lane == 0) {
-        actor.span(EventKind::k_dispatch, u.owner, u.expert_begin, place.chunk,
-                   static_cast<uint64_t>(end - begin) * row_bytes);
-      }
     }
+    if (lane == 0) ring.drain();
+    __syncwarp();
+    ptx::fence_acq_rel_sys();
+    announce_rows(sh, place, fault, units);
+    record_moved(sh, place, lane == 0 ? &actor : nullptr, units,
+                 [](const DispatchUnit& u, uint32_t) { return u.end - u.begin; });
   }
-  return __shfl_sync(0xffffffffu, ring.loaded, 0);
+  // The pieces are free for the tiles of both CTAs of a pair.
+  if (lane == 0) tell_moved(sh, place, half);
 }
 
 }  // namespace flashmoe

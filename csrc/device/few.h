@@ -32,19 +32,6 @@ struct FewCursor {
   }
 };
 
-// Until a barrier's phase of `parity` is over; in a trace adds the cycles that took, should it not have been at once.
-template <bool kTraced>
-__device__ __forceinline__ void await_phase(uint64_t* barrier, uint32_t parity, uint32_t& stall) {
-  if constexpr (kTraced) {
-    if (ptx::mbarrier_test(barrier, parity)) return;
-    const uint32_t from = ptx::clock32();
-    ptx::mbarrier_wait(barrier, parity);
-    stall += ptx::clock32() - from;
-  } else {
-    ptx::mbarrier_wait(barrier, parity);
-  }
-}
-
 // A unit's weights, by one warp, whose first lane issues the copies.
 template <bool kGated, bool kTraced>
 __device__ __forceinline__ void bring_weights(Shared<kTraced>& sh, const Place& place,
@@ -60,7 +47,7 @@ __device__ __forceinline__ void bring_weights(Shared<kTraced>& sh, const Place& 
     actor.skip();
   }
   const uint32_t begin_cycles = kTraced ? ptx::clock32() : 0;
-  uint32_t stall = 0;
+  Stall<kTraced> stall;
   const uint64_t policy = ptx::policy_evict_first();  // nobody else reads them
   const bool up = unit.gemm == 1, paired = kGated && up;
   const void* map = up ? args.map_up_unit : args.map_down_unit;
@@ -69,7 +56,7 @@ __device__ __forceinline__ void bring_weights(Shared<kTraced>& sh, const Place& 
 #pragma unroll 1
   for (uint32_t i = 0; i < unit.blocks; ++i, cursor.next()) {
     if (!leads) continue;
-    await_phase<kTraced>(&barriers.unit_empty[group][cursor.stage], cursor.turn() ^ 1, stall);
+    stall.await_if_late(&barriers.unit_empty[group][cursor.stage], cursor.turn() ^ 1);
     uint64_t* full = &barriers.unit_full[group][cursor.stage];
     ptx::mbarrier_expect(full, kFewProducts * kFewWeightBytes);
     const int32_t k = static_cast<int32_t>(i * kTileK);
@@ -80,11 +67,12 @@ __device__ __forceinline__ void bring_weights(Shared<kTraced>& sh, const Place& 
                        paired ? 0 : (product + p) * 64, paired ? 0 : expert,
                        paired ? (product + p) * 4 : 0, paired ? expert : 0, policy);
     }
+    stall.add();
   }
   if constexpr (kTraced) {
     if (leads) {
       actor.span(EventKind::k_load, kNoPeer, unit.expert, unit.tile, ptx::clock32() - begin_cycles,
-                 stall);
+                 stall.cycles);
     }
   }
 }
@@ -160,14 +148,14 @@ __device__ __forceinline__ void bring_rows(Shared<kTraced>& sh, const Place& pla
     actor.skip();
   }
   const uint32_t begin_cycles = kTraced ? ptx::clock32() : 0;
-  uint32_t stall = 0;
+  Stall<kTraced> stall;
   const char* low = from + static_cast<uint64_t>(at[0]) * row_bytes + piece * 16;
   const char* high = from + static_cast<uint64_t>(at[1]) * row_bytes + piece * 16;
   const uint32_t to = ptx::shared_address(ring) + kFewProducts * kFewWeightBytes + row * kRowBytes +
                       (piece ^ row) * 16;
 #pragma unroll 1
   for (uint32_t i = 0; i < unit.blocks; ++i, cursor.next()) {
-    await_phase<kTraced>(&barriers.unit_empty[group][cursor.stage], cursor.turn() ^ 1, stall);
+    stall.await_if_late(&barriers.unit_empty[group][cursor.stage], cursor.turn() ^ 1);
     uint64_t* full = &barriers.unit_full[group][cursor.stage];
     const uint32_t stage = to + cursor.offset();
     // Rows 4 to 7 have the swizzle of rows 0 to 3 but for one bit.
@@ -176,11 +164,12 @@ __device__ __forceinline__ void bring_rows(Shared<kTraced>& sh, const Place& pla
     ptx::copies_join(full);
     __syncwarp();  // all lanes' copies count before the warp's only arrival
     if (leads) ptx::mbarrier_arrive(full);
+    stall.add();
   }
   if constexpr (kTraced) {
     if (leads) {
       actor.span(EventKind::k_load, kNoPeer, unit.expert, unit.tile, ptx::clock32() - begin_cycles,
-                 stall);
+                 stall.cycles);
     }
   }
 }
@@ -193,9 +182,9 @@ __device__ __forceinline__ uint32_t multiply_unit(Shared<kTraced>& sh, uint32_t 
   const bool releases = threadIdx.x % 32 == 0;
   uint64_t* full = few_barriers(sh).unit_full[group];
   uint64_t* empty = few_barriers(sh).unit_empty[group];
-  uint32_t stall = 0;
+  Stall<kTraced> stall;
   auto issue = [&](auto first) {
-    await_phase<kTraced>(&full[cursor.stage], cursor.turn(), stall);
+    stall.await_if_late(&full[cursor.stage], cursor.turn());
     ptx::fence_proxy_async_shared();  // threads have copied the rows
     const uint32_t stage = ring + cursor.offset();
     const uint64_t a = ptx::wgmma_descriptor(stage, 1024);
@@ -214,6 +203,7 @@ __device__ __forceinline__ uint32_t multiply_unit(Shared<kTraced>& sh, uint32_t 
       }
     }
     ptx::wgmma_commit();
+    stall.add();
   };
   issue(std::true_type{});
   uint32_t previous = cursor.stage;
@@ -228,7 +218,7 @@ __device__ __forceinline__ uint32_t multiply_unit(Shared<kTraced>& sh, uint32_t 
   }
   ptx::wgmma_wait<0>();
   if (releases) ptx::mbarrier_arrive(&empty[previous]);
-  return stall;
+  return stall.cycles;
 }
 
 // A unit's sums as `h` or as results, by a math group.  Sum v is of row q + v % 2 and of weight row g + v / 2 * 8 of

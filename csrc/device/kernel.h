@@ -78,10 +78,13 @@ __device__ __forceinline__ void enter(Shared<kTraced>& sh, const LaunchArgs& arg
       sh.tables = plan_tables(table_words(args.shape) <= kTableWords
                                   ? sh.table_words
                                   : table_place(place.heap, args.layout, args.shape, place.chunk),
-                              args.shape);
+                              args.shape, place.rank);
     }
     sh.bad_ids = 0;
     sh.other_left = 0;
+    for (auto& of_cta : sh.moved) {
+      for (uint64_t& moved : of_cta) moved = course.gathers;
+    }
     sh.next_token = 0;
     sh.math_combines = 0;
     for (uint32_t g = 0; g < kMathGroups; ++g) sh.teams[g] = {};
@@ -165,7 +168,7 @@ __device__ inline bool rank_barrier(Shared<kTraced>& sh, const Place& place) {
 // This rank's rows for expert e, once own_counts() has summed them.
 template <bool kTraced>
 __device__ __forceinline__ uint32_t* own_rows(const Shared<kTraced>& sh, const Place& place) {
-  return sh.tables.prefix + (2 + place.rank) * (sh.shape.experts + 1);
+  return sh.tables.prefix + 2 * (sh.shape.experts + 1);
 }
 
 template <bool kTraced>
@@ -416,17 +419,13 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
         if constexpr (kPuts) put_results(sh, place);
       }
     } else {
-      char* pieces = stages + kStages * kStageBytes;
-      uint32_t used = 0;
       if (sh.gathers) {
         gather_tiles(sh, place, warp - kCommWarp, stages);
       } else {
-        used = dispatch(sh, place, args.fault, warp - kCommWarp, pieces);
+        dispatch(sh, place, args.fault, warp - kCommWarp, stages + kStages * kStageBytes);
       }
       if (warp == kCommWarp) order_tokens(sh, place);
-      // Beside gathered rows there is no room for results, and what few of them could be summed was measured to
-      // make no difference.
-      if (!sh.gathers) combine_beside_tiles<T>(sh, place, warp - kCommWarp, pieces, used);
+      combine_beside_tiles<T>(sh, place, warp - kCommWarp);
     }
     __syncwarp();
   } else {

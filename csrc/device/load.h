@@ -9,11 +9,9 @@ namespace flashmoe {
 
 // Position in the ring of stages: which stage, and a bit a stage that says its barriers' turn.
 struct StageCursor {
-  uint32_t stages;
+  uint32_t stages = kStages;  // Task::stages
   uint32_t stage = 0;
   uint32_t turns = 0;
-  __device__ __forceinline__ explicit StageCursor(bool gathers)
-      : stages(gathers ? kMostStages : kStages) {}
   __device__ __forceinline__ uint32_t turn() const { return turns >> stage & 1; }
   // From the first stage to this one, in bytes.
   __device__ __forceinline__ uint32_t offset() const { return offset(stage); }
@@ -59,16 +57,6 @@ struct WeightBox {
   }
 };
 
-// Until a stage may be filled; adds the cycles that took, should it not have been at once.
-template <bool kTraced>
-__device__ __forceinline__ void await_empty(Shared<kTraced>& sh, uint32_t stage, uint32_t turn,
-                                            uint32_t& stall) {
-  if (ptx::mbarrier_test(&sh.empty[stage], turn ^ 1)) return;
-  [[maybe_unused]] const uint32_t from = kTraced ? ptx::clock32() : 0;
-  ptx::mbarrier_wait(&sh.empty[stage], turn ^ 1);
-  if constexpr (kTraced) stall += ptx::clock32() - from;
-}
-
 // The first tile after all GEMM1 tiles of the rank, where rows are gathered; else 0.
 template <bool kTraced>
 __device__ __forceinline__ uint32_t gather_end(const Shared<kTraced>& sh) {
@@ -103,12 +91,13 @@ __device__ inline void gather_tiles(Shared<kTraced>& sh, const Place& place, uin
                 "each warp has the same share of the highest tile");
   GpuActor<kTraced>& actor = sh.actors[static_cast<int>(Lane::k_comm0) + half];
   const uint32_t end = gather_end(sh);
-  StageCursor cursor(sh.gathers);
+  StageCursor cursor;
   for (uint32_t n = 0;; ++n) {
     const uint32_t slot = n % kTasks;
     ptx::mbarrier_wait(&sh.task_full[slot], n / kTasks & 1);
     const Task& task = sh.tasks[slot];
     if (task.tile.gemm == 0 || task.tile.index >= end) return;
+    cursor.stages = task.stages;
     // Anew for each tile: registers are for the rows' places.
     const uint32_t lane = ptx::lane_id(), first = lane / 8, unit = lane % 8;
     const bool leads = lane == 0;
@@ -125,7 +114,7 @@ __device__ inline void gather_tiles(Shared<kTraced>& sh, const Place& place, uin
     const uint32_t blocks = task.blocks, turns = task.turns;
     if (leads && groups != 0) take_up(actor, task, EventKind::k_load);
     const uint32_t begin_cycles = kTraced ? ptx::clock32() : 0;
-    uint32_t stall = 0;
+    Stall<kTraced> stall;
     // The tokens of 32 rows a load, a lane each, past L1, where an older launch's may still lie.
     constexpr uint32_t kLoads = (kTileRows + 31) / 32;
     uint32_t tokens[kLoads];
@@ -144,7 +133,7 @@ __device__ inline void gather_tiles(Shared<kTraced>& sh, const Place& place, uin
     }
     for (uint32_t i = 0; i < turns; ++i, cursor.next()) {
       uint64_t* full = &sh.full[cursor.stage];
-      await_empty(sh, cursor.stage, cursor.turn(), stall);
+      stall.await_if_late(&sh.empty[cursor.stage], cursor.turn() ^ 1);
       if (i < blocks) {
         const char* x = static_cast<const char*>(place.args->x) + i * kRowBytes;
         const uint32_t inside = i * kRowBytes + unit * 16 < row_bytes ? 16 : 0;  // beyond it, zeros
@@ -175,11 +164,12 @@ __device__ inline void gather_tiles(Shared<kTraced>& sh, const Place& place, uin
       }
       __syncwarp();  // all lanes' copies count before the warp's only arrival
       if (leads) ptx::mbarrier_arrive(full);
+      stall.add();
     }
     if constexpr (kTraced) {
       if (leads && groups != 0) {
         actor.span(EventKind::k_load, kNoPeer, task.tile.expert, task.tile.index,
-                   ptx::clock32() - begin_cycles, stall);
+                   ptx::clock32() - begin_cycles, stall.cycles);
       }
     }
   }
@@ -195,15 +185,16 @@ __device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char*
   const uint32_t expert0 = sh.order.first;
   const uint32_t gathered_until = gather_end(sh);
   constexpr uint32_t kHalfBytes = kStageBytesWeights / 2;
-  StageCursor cursor(sh.gathers);
+  StageCursor cursor;
   for (uint32_t n = 0;; ++n) {
     const uint32_t slot = n % kTasks;
     ptx::mbarrier_wait(&sh.task_full[slot], n / kTasks & 1);
     const Task& task = sh.tasks[slot];
     if (task.tile.gemm == 0) return;
+    cursor.stages = task.stages;
     if (task.tile.rows != 0) take_up(actor, task, EventKind::k_load);
     const uint32_t begin_cycles = kTraced ? ptx::clock32() : 0;
-    uint32_t stall = 0;
+    Stall<kTraced> stall;
     const bool up = task.tile.gemm == 1, shared = task.shared != 0, gathered = up && sh.gathers;
     // The rows were written by ordinary or bulk stores of other CTAs; the scheduler acquired them, this
     // lane makes that hold for its tensor copies too.  Gathered rows are not this lane's.
@@ -222,9 +213,10 @@ __device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char*
     const uint64_t policy = once ? ptx::policy_evict_first() : ptx::policy_normal();
     for (uint32_t i = 0; i < turns; ++i, cursor.next()) {
       uint64_t* full = &sh.full[cursor.stage];
-      await_empty(sh, cursor.stage, cursor.turn(), stall);
+      stall.await_if_late(&sh.empty[cursor.stage], cursor.turn() ^ 1);
       if (i >= blocks) {  // the other CTA's tile is deeper
         ptx::mbarrier_arrive_many(full, arrivals);
+        stall.add();
         continue;
       }
       char* weights = stages + cursor.offset();
@@ -251,11 +243,12 @@ __device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char*
         }
       }
       ptx::mbarrier_arrive_many(full, arrivals);
+      stall.add();
     }
     if constexpr (kTraced) {
       if (task.tile.rows != 0) {
         actor.span(EventKind::k_load, kNoPeer, task.tile.expert, task.tile.index,
-                   ptx::clock32() - begin_cycles, stall);
+                   ptx::clock32() - begin_cycles, stall.cycles);
       }
     }
     ptx::mbarrier_arrive(&sh.task_empty[slot]);

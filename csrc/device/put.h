@@ -50,8 +50,7 @@ __device__ inline void put_staged(const Shared<kTraced>& sh, const Place& place,
       const uint32_t expert = base + __ffs(mask) - 1;
       const uint32_t rows = source_rows(tables, shape, place.rank, expert);
       const uint64_t from = return_row(tables, shape, place.rank, expert, 0);
-      const uint64_t to =
-          pool_row(tables, shape, expert, source_start(tables, shape, place.rank, expert));
+      const uint64_t to = pool_row(tables, shape, expert, source_start(tables, place.rank, expert));
       transport::put_by_warp(
           place.heap.at<char>(sh.layout.pool) + to * row_bytes,
           place.heap.at<char>(sh.layout.ret) + from * row_bytes, rows * row_bytes,
@@ -96,8 +95,8 @@ __device__ __forceinline__ void put_results(Shared<kTraced>& sh, const Place& pl
       const SourceShare share = share_of(sh.tables, shape, tile, source);
       if (share.rows == 0) continue;
       const uint32_t first = share.prefix - share.rows;  // of the source's rows for the expert
-      const uint64_t from = tile.pool_row0 + (source_start(sh.tables, shape, source, tile.expert) +
-                                              first - tile.row0);
+      const uint64_t from =
+          tile.pool_row0 + (source_start(sh.tables, source, tile.expert) + first - tile.row0);
       const uint64_t to = return_row(sh.tables, shape, source, tile.expert, first);
       transport::put(place.heap.at<char>(sh.layout.ret) + to * row_bytes,
                      place.heap.at<char>(sh.layout.pool) + from * row_bytes, share.rows * row_bytes,

@@ -16,7 +16,7 @@ __device__ __forceinline__ Result result_of(const Shared<kTraced>& sh, const Pla
                                             float weight) {
   const PlanTables& tables = sh.tables;
   const uint32_t sent = tables.chunk_prefix[expert] + slot;  // of the rank's rows for the expert
-  const uint32_t i = source_start(tables, sh.shape, place.rank, expert) + sent;
+  const uint32_t i = source_start(tables, place.rank, expert) + sent;
   return {token, return_row(tables, sh.shape, place.rank, expert, sent),
           global_tile(tables, sh.shape, expert, i / tables.height[expert]), weight};
 }

@@ -64,7 +64,7 @@ __device__ __forceinline__ void record_tile(Shared<kTraced>& sh, uint32_t slot) 
 #pragma unroll 1
   for (uint32_t group = 0; group < kMathGroups; ++group) {
     GpuActor<kTraced>& actor = sh.actors[static_cast<int>(Lane::k_math0) + group];
-    const TileStamps& stamps = sh.stamps[slot][group];
+    const TileStamps& stamps = task.stamps[group];
     if (task.wait_kind != 0) {
       const uint64_t to = task.wait_to < stamps.begin_ns ? task.wait_to : stamps.begin_ns;
       actor.waited({static_cast<EventKind>(task.wait_kind), kNoPeer,
@@ -89,7 +89,7 @@ __device__ __forceinline__ void record_tile(Shared<kTraced>& sh, uint32_t slot) 
     actor.span_at(EventKind::k_give_back, stamps.products_ns, stamps.end_ns, kNoPeer, tile.expert,
                   tile.index, tile.rows * row_bytes);
     for (uint32_t s = 0; s < shape.world; ++s) {
-      const uint32_t from = source_start(sh.tables, shape, s, tile.expert);
+      const uint32_t from = source_start(sh.tables, s, tile.expert);
       const uint32_t first = max_u32(tile.row0, from);
       const uint32_t last =
           min_u32(tile.row0 + tile.rows, from + source_rows(sh.tables, shape, s, tile.expert));
@@ -125,7 +125,7 @@ __device__ __forceinline__ void publish_tile(Shared<kTraced>& sh, const Place& p
   }
   [[maybe_unused]] bool by_put = false;
   for (uint32_t s = 0; s < shape.world; ++s) {
-    const uint32_t from = source_start(sh.tables, shape, s, tile.expert);
+    const uint32_t from = source_start(sh.tables, s, tile.expert);
     const uint32_t rows = source_rows(sh.tables, shape, s, tile.expert);
     if (rows == 0 || from >= tile.row0 + tile.rows || from + rows <= tile.row0) continue;
     if constexpr (kPuts) {
@@ -149,7 +149,7 @@ __device__ __forceinline__ void send_message(Shared<kTraced>& sh, const Place& p
                                              const PairMessage& message) {
   const uint32_t to = ptx::shared_address(&sh.messages[slot]) + place.to_other;
   const uint32_t full = ptx::shared_address(&sh.pair_full[slot]) + place.to_other;
-  ptx::store_async(to, full, {message.index, message.has, message.turns, message.shared});
+  ptx::store_async(to, full, {message.index, message.has, message.turns, message.flags});
   if constexpr (kTraced) {
     auto low = [](uint64_t v) { return static_cast<uint32_t>(v); };
     auto high = [](uint64_t v) { return static_cast<uint32_t>(v >> 32); };
@@ -184,7 +184,7 @@ __device__ __forceinline__ void find_returns(const Shared<kTraced>& sh, const Ti
   const uint64_t row_bytes = 2ull * shape.hidden;
   uint32_t n = 0;
   for (uint32_t s = 0; s < shape.world; ++s) {
-    const uint32_t start = source_start(sh.tables, shape, s, tile.expert);
+    const uint32_t start = source_start(sh.tables, s, tile.expert);
     const uint32_t end = start + source_rows(sh.tables, shape, s, tile.expert);
     if (end <= tile.row0 || start >= tile.row0 + tile.rows) continue;
     if constexpr (kPuts) {
@@ -256,7 +256,8 @@ struct TaskRing {
     task.tile = tile;
     task.blocks = tile.rows == 0 ? 0 : ceil_div(depth_of(sh.shape, tile.gemm), kTileK);
     task.turns = message.turns;
-    task.shared = message.shared;
+    task.shared = message.flags & kShared;
+    task.stages = (message.flags & kAllStages) != 0 ? kMostStages : kStages;
     if (tile.gemm == 2 && tile.rows != 0) find_returns(sh, tile, task.returns);
     if constexpr (kTraced) {
       task.wait_kind = static_cast<uint32_t>(message.wait_kind_lacking);
@@ -316,6 +317,16 @@ __device__ inline Status await_operands(TaskRing<kTraced>& ring, const Tile& til
                     {up ? EventKind::k_wait_rows : EventKind::k_wait_h, kNoPeer,
                      static_cast<uint16_t>(tile.expert), tile.row_tile},
                     word, Until::kAtLeast, due, wait);
+}
+
+// No comm warp of the pair needs pieces any more: from the next task on there is a stage in their place.
+template <bool kTraced>
+__device__ __forceinline__ bool all_moved(const Shared<kTraced>& sh, const Place& place) {
+  bool all = true;
+  for (uint32_t c = 0; c < place.pair_size; ++c) {
+    for (const uint64_t& moved : sh.moved[c]) all = all && load_volatile(&moved) != 0;
+  }
+  return all;
 }
 
 // The first CTA of a pair, or a CTA alone: takes pairs of tiles and waits for the rows of both, so that
@@ -386,8 +397,9 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
     message.index = two.index;
     message.has = !goes_on ? kNoWork : two.rows != 0 ? 1 : 0;
     message.turns = ceil_div(depth, kTileK);
-    message.shared = one.rows != 0 && two.rows != 0 && one.gemm == two.gemm &&
-                     one.expert == two.expert && one.col_tile == two.col_tile;
+    const bool shared = one.rows != 0 && two.rows != 0 && one.gemm == two.gemm &&
+                        one.expert == two.expert && one.col_tile == two.col_tile;
+    message.flags = (shared ? kShared : 0) | (all_moved(sh, place) ? kAllStages : 0);
     if (place.pair_size == 2) send_message(sh, place, slot, message);
     if (goes_on) ring.hand_over(one, message);
     leaves = !goes_on;

@@ -73,6 +73,18 @@ struct CtaTeam {
   __device__ __forceinline__ uint32_t rank() const { return threadIdx.x; }
   __device__ __forceinline__ uint32_t size() const { return kThreads; }
   __device__ __forceinline__ void sync() const { __syncthreads(); }
+  // A warp a sum.
+  template <class Value, class To>
+  __device__ __forceinline__ void sums(uint32_t n, uint32_t values, const Value& value,
+                                       const To& to) const {
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x / 32; i < n; i += kWarps) {
+      uint32_t sum = 0;
+      for (uint32_t j = threadIdx.x % 32; j < values; j += 32) sum += value(i, j);
+      sum = __reduce_add_sync(0xffffffffu, sum);
+      if (threadIdx.x % 32 == 0) *to(i) = sum;
+    }
+  }
   // A warp a row; a lane some neighbouring entries, so that few sums go from lane to lane.
   template <class Row>
   __device__ __forceinline__ void scan(uint32_t rows, const Row& row) const {

@@ -38,7 +38,7 @@ __device__ __forceinline__ uint32_t multiply(Shared<kTraced>& sh, uint32_t stage
                                              const GroupWeights& weights, bool gathered,
                                              const StageRelease& release, uint32_t& last,
                                              float (&sums)[2][kN / 2]) {
-  uint32_t stall = 0;
+  Stall<kTraced> stall;
   uint32_t previous = kMostStages;  // read, once its products are done, and not yet given back
   auto give_back = [&] {
     ptx::wgmma_wait<0>();
@@ -50,9 +50,7 @@ __device__ __forceinline__ uint32_t multiply(Shared<kTraced>& sh, uint32_t stage
     if (!ptx::mbarrier_test(&sh.full[cursor.stage], cursor.turn())) {
       // A stage that is late is no reason to keep the one before from being filled.
       if constexpr (!decltype(first)::value) give_back();
-      [[maybe_unused]] const uint32_t from = kTraced ? ptx::clock32() : 0;
-      ptx::mbarrier_wait(&sh.full[cursor.stage], cursor.turn());
-      if constexpr (kTraced) stall += ptx::clock32() - from;
+      stall.await(&sh.full[cursor.stage], cursor.turn());
     }
     // Rows that threads have copied are not the tensor cores' to see without it.
     if (gathered) ptx::fence_proxy_async_shared();
@@ -72,6 +70,7 @@ __device__ __forceinline__ uint32_t multiply(Shared<kTraced>& sh, uint32_t stage
       }
     }
     ptx::wgmma_commit();
+    stall.add();
   };
   issue(std::true_type{});
   previous = cursor.stage;
@@ -88,7 +87,7 @@ __device__ __forceinline__ uint32_t multiply(Shared<kTraced>& sh, uint32_t stage
   }
   ptx::wgmma_wait<0>();
   last = previous;
-  return stall;
+  return stall.cycles;
 }
 
 // Turns of the stages that hold nothing for this CTA, while the other one's tile goes on.
@@ -103,10 +102,16 @@ __device__ __forceinline__ void pass_turns(Shared<kTraced>& sh, StageCursor& cur
   }
 }
 
+// The stamps of the math group that this thread leads, else null.  Asked anew each time: the sums leave few registers.
+__device__ __forceinline__ TileStamps* led_stamps(Task& task) {
+  const uint32_t thread = ptx::thread_id() - kMathWarp * 32;
+  return thread % kGroupThreads == 0 ? &task.stamps[thread / kGroupThreads] : nullptr;
+}
+
 // One tile whose rows are at most kN: its products, its stores, its stamps.
 template <class T, bool kGated, uint32_t kN, bool kTraced>
 __device__ __forceinline__ void run_tile(Shared<kTraced>& sh, const Place& place, char* stages,
-                                         StageCursor& cursor, const Task& task, uint32_t group,
+                                         StageCursor& cursor, Task& task, uint32_t group,
                                          const StageRelease& release) {
   const Tile& tile = task.tile;
   const uint32_t warp = threadIdx.x / 32 - kMathWarp;
@@ -121,13 +126,13 @@ __device__ __forceinline__ void run_tile(Shared<kTraced>& sh, const Place& place
       stages + cursor.offset(last) + weights.of_group + warp % kTeamWarps * 2 * weights.atom_stride;
   auto stamp_products = [&] {
     if constexpr (kTraced) {
-      const uint32_t thread =
-          ptx::thread_id() - kMathWarp * 32;  // asked anew: the sums leave few registers
-      if (thread % kGroupThreads == 0) {
-        TileStamps& stamps = sh.stamps[&task - sh.tasks][thread / kGroupThreads];
-        stamps.products_ns = ptx::globaltimer();
-        stamps.cycles = ptx::clock32() - stamps.cycles;
-        stamps.stall_cycles = stall;
+      // By all threads, since a branch takes longer.
+      const uint64_t now = ptx::globaltimer();
+      const uint32_t cycles = ptx::clock32();
+      if (TileStamps* stamps = led_stamps(task)) {
+        stamps->products_ns = now;
+        stamps->cycles = cycles - stamps->cycles;
+        stamps->stall_cycles = stall;
       }
     }
   };
@@ -150,7 +155,7 @@ __device__ __forceinline__ void run_tile(Shared<kTraced>& sh, const Place& place
 // to all who count computed rows.
 template <class T, bool kGated, bool kTraced>
 __device__ __forceinline__ void multiply_tile(Shared<kTraced>& sh, const Place& place, char* stages,
-                                              StageCursor& cursor, const Task& task, uint32_t group,
+                                              StageCursor& cursor, Task& task, uint32_t group,
                                               const StageRelease& release) {
 #define FLASHMOE_TILE(n)                                                   \
   run_tile<T, kGated, n>(sh, place, stages, cursor, task, group, release); \
@@ -204,29 +209,29 @@ __device__ __forceinline__ void multiply_tiles(Shared<kTraced>& sh, const Place&
                                                char* stages, uint32_t group) {
   const bool leads = threadIdx.x % kGroupThreads == 0;
   const StageRelease release{place.to_other};
-  StageCursor cursor(sh.gathers);
+  StageCursor cursor;
   for (uint32_t n = 0;; ++n) {
     const uint32_t slot = n % kTasks;
     ptx::mbarrier_wait(&sh.task_full[slot], n / kTasks & 1);
-    const Task& task = sh.tasks[slot];
+    Task& task = sh.tasks[slot];
     const Tile& tile = task.tile;  // read when needed: the sums leave few registers
     if (tile.gemm == 0) return;
+    cursor.stages = task.stages;
+    [[maybe_unused]] const uint64_t begin_ns = kTraced ? ptx::globaltimer() : 0;
+    [[maybe_unused]] const uint32_t begin_cycles = kTraced ? ptx::clock32() : 0;
     if (leads) {
       sh.actors[static_cast<int>(Lane::k_math0) + group].doing(
           tile.gemm == 1 ? EventKind::k_gemm1 : EventKind::k_gemm2, kNoPeer, tile.expert,
           tile.index);
       if constexpr (kTraced) {
-        TileStamps& stamps = sh.stamps[slot][group];
-        stamps.begin_ns = ptx::globaltimer();
-        stamps.cycles = ptx::clock32();
+        task.stamps[group].begin_ns = begin_ns;
+        task.stamps[group].cycles = begin_cycles;
       }
     }
     multiply_tile<T, kGated>(sh, place, stages, cursor, task, group, release);
     if constexpr (kTraced) {
-      const uint32_t thread = ptx::thread_id() - kMathWarp * 32;
-      if (thread % kGroupThreads == 0) {
-        sh.stamps[n % kTasks][thread / kGroupThreads].end_ns = ptx::globaltimer();
-      }
+      const uint64_t now = ptx::globaltimer();
+      if (TileStamps* stamps = led_stamps(task)) stamps->end_ns = now;
     }
     // Every thread has read the task and stored its part, which the scheduler publishes.
     ptx::mbarrier_arrive(&sh.task_empty[slot]);

@@ -27,7 +27,7 @@ Cta<kTraced>::Cta(Machine& machine, uint32_t rank, uint32_t cta)
   const uint32_t tokens = machine.config.tokens[rank];
   token_begin_ = chunk_begin(s_, tokens, cta);
   token_end_ = chunk_begin(s_, tokens, cta + 1);
-  tables_ = plan_tables(table_place(heap_, l_, s_, cta), s_);
+  tables_ = plan_tables(table_place(heap_, l_, s_, cta), s_, rank);
 }
 
 template <bool kTraced>

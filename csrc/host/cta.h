@@ -88,7 +88,7 @@ class Cta final : public CtaRun {
   void tell_sources(const Tile& tile);
 
   uint32_t first_row(uint32_t e) const {  // of the own chunk within the expert
-    return source_start(tables_, s_, rank_, e) + tables_.chunk_prefix[e];
+    return source_start(tables_, rank_, e) + tables_.chunk_prefix[e];
   }
   void send_signal(uint32_t to, uint64_t offset, uint64_t value);
 

@@ -98,7 +98,7 @@ void Cta<kTraced>::put_rows(uint32_t owner, uint32_t e) {
   if (lost_signal_ && lost_signal_->expert == e) return;
   const uint64_t row_bytes = 2ull * s_.hidden;
   const uint64_t from = return_row(tables_, s_, rank_, e, 0);
-  const uint64_t to = pool_row(tables_, s_, e, source_start(tables_, s_, rank_, e));
+  const uint64_t to = pool_row(tables_, s_, e, source_start(tables_, rank_, e));
   m_.transport->put_signal(owner, l_.pool + to * row_bytes,
                            heap_.at<char>(l_.ret) + from * row_bytes, rows * row_bytes,
                            arrived_at(l_, s_, rank_, e), tagged(epoch_, rows));
@@ -126,8 +126,7 @@ Status Cta<kTraced>::combine(LaneActor& a) {
       for (uint32_t j = 0; j < s_.top_k; ++j) {
         const uint64_t at = static_cast<uint64_t>(t) * s_.top_k + j;
         const uint32_t e = ids[at];
-        const uint32_t row =
-            source_start(tables_, s_, rank_, e) + tables_.chunk_prefix[e] + slots[at];
+        const uint32_t row = source_start(tables_, rank_, e) + tables_.chunk_prefix[e] + slots[at];
         const uint32_t tile = global_tile(tables_, s_, e, row / tables_.height[e]);
         uint64_t* word = heap_.at<uint64_t>(l_.returned) + tile;
         if (HostPlatform::load(word) >= epoch_) continue;

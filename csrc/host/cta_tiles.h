@@ -211,7 +211,7 @@ void Cta<kTraced>::give_back(LaneActor& a, const Tile& tile, uint32_t row0, uint
   uint32_t given[kMaxRanks] = {};
   uint64_t all = 0;
   for (uint32_t source = 0; source < s_.world; ++source) {
-    const uint32_t start = source_start(tables_, s_, source, tile.expert);
+    const uint32_t start = source_start(tables_, source, tile.expert);
     const uint32_t from = max_u32(begin, start);
     const uint32_t to = min_u32(end, start + source_rows(tables_, s_, source, tile.expert));
     const bool reached = peers_[source].base != nullptr;
@@ -257,7 +257,7 @@ void Cta<kTraced>::tell_sources(const Tile& tile) {
     const uint32_t first = share.prefix - share.rows;  // of the source's rows for the expert
     const uint64_t to = return_row(tables_, s_, source, tile.expert, first);
     const uint64_t from =
-        tile.pool_row0 + (source_start(tables_, s_, source, tile.expert) + first - tile.row0);
+        tile.pool_row0 + (source_start(tables_, source, tile.expert) + first - tile.row0);
     if (to + share.rows > rows_sent) continue;  // only where a source lied about its counts
     m_.transport->put_signal(source, l_.ret + to * row_bytes,
                              heap_.at<char>(l_.pool) + from * row_bytes, share.rows * row_bytes,
