@@ -38,6 +38,7 @@ struct TraceState<P, true> {
   uint16_t iter;
   uint8_t iter_flags;
   uint8_t keep_last;
+  uint32_t place;  // of the next record, where the last ones are kept
 
   FLASHMOE_HD static uint64_t written_into(const RingHeader* ring) { return ring->count; }
 
@@ -50,6 +51,7 @@ struct TraceState<P, true> {
     capacity = ring_capacity;
     keep_last = keeps_last ? 1 : 0;
     count = written;
+    place = keeps_last && ring_capacity != 0 ? static_cast<uint32_t>(written % ring_capacity) : 0;
   }
 
   FLASHMOE_HD void begin_ring(uint32_t iteration, uint16_t rank, uint16_t sm, uint16_t cta,
@@ -87,37 +89,38 @@ struct TraceState<P, true> {
     ring->count = count;
   }
 
-  // Places for `n` records in a row; null where a ring is nearly full or keeps the last ones: then each is written by
-  // itself.
-  FLASHMOE_HD Record* take(uint32_t n) {
-    if (keep_last != 0 || count + n > capacity) return nullptr;
-    Record* to = records + count;
-    count += n;
-    return to;
+  // Where the next record goes; null where it is only counted.
+  FLASHMOE_HD Record* next_place() {
+    const uint64_t index = count++;
+    if (keep_last == 0) return index < capacity ? records + index : nullptr;
+    if (capacity == 0) return nullptr;
+    Record* at = records + place;
+    if (++place == capacity) place = 0;
+    return at;
+  }
+  static FLASHMOE_HD void set_duration(Record& r, uint64_t duration) {
+    r.dur_ns = saturate_u32(duration);
+    r.flags = static_cast<uint8_t>((r.flags & ~kFlagSaturated) |
+                                   (duration >= 0xffffffffull ? kFlagSaturated : 0));
   }
 
   FLASHMOE_HD void write(EventKind kind, uint8_t flags, uint64_t t0, uint64_t duration,
                          uint16_t peer, uint16_t expert, uint32_t tile, uint32_t aux,
                          uint32_t stall_cycles) {
-    const uint64_t index = count++;
-    uint64_t place = index;
-    if (index >= capacity) {
-      if (!keep_last || capacity == 0) return;
-      place = index % capacity;
-    }
+    Record* place = next_place();
+    if (place == nullptr) return;
     Record r;
     r.t0_ns = t0;
-    r.dur_ns = saturate_u32(duration);
     r.kind = static_cast<uint8_t>(kind);
-    r.flags =
-        static_cast<uint8_t>(flags | iter_flags | (duration >= 0xffffffffull ? kFlagSaturated : 0));
+    r.flags = static_cast<uint8_t>(flags | iter_flags);
+    set_duration(r, duration);
     r.peer = peer;
     r.expert = expert;
     r.iter = iter;
     r.tile = tile;
     r.aux = aux;
     r.stall_cycles = stall_cycles;
-    P::put_record(records + place, r);
+    P::put_record(place, r);
   }
 };
 

@@ -368,7 +368,7 @@ template <class T, bool kTraced>
 __device__ inline Status combine_in_step(Shared<kTraced>& sh, const Place& place, uint32_t group) {
   const Shape& shape = sh.shape;
   GpuActor<kTraced>& actor = sh.actors[static_cast<int>(Lane::k_math0) + group];
-  const uint32_t warp = threadIdx.x / 32 % kTeamWarps, lane = threadIdx.x % 32;
+  const uint32_t warp = ptx::thread_id() / 32 % kTeamWarps, lane = threadIdx.x % 32;
   const uint32_t begin = sh.own.begin, end = sh.own.tokens;
   uint32_t summed = 0;  // tokens of the batch before
   for (;;) {
@@ -412,7 +412,7 @@ __device__ inline Status combine(Shared<kTraced>& sh, const Place& place, uint32
   ptx::named_barrier(1 + kMathGroups, kMathGroups * kGroupThreads);
   if (threadIdx.x == kMathWarp * 32) store_atomic(&sh.math_combines, 1u);
   using Ring = RowRing<kRingPieces, kRingUnits>;
-  const uint32_t warp = threadIdx.x / 32 % kTeamWarps, ring = group * kTeamWarps + warp;
+  const uint32_t warp = ptx::thread_id() / 32 % kTeamWarps, ring = group * kTeamWarps + warp;
   TeamCombiner<kTraced> waiter{sh, place, sh.actors[static_cast<int>(Lane::k_math0) + group],
                                sh.teams[group], warp};
   // So few that each warp sums one part of one token.

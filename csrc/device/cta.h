@@ -81,6 +81,7 @@ static_assert(kFewStreams == kMathGroups && kFewTokens == 8 && kFewStageBytes % 
 struct ReturnPath {
   char* base;
   uint32_t end;  // first row of the expert that is of a later source
+  uint32_t source;
 };
 
 // What the leader of a math group leaves of a tile for the trace; the scheduler writes the records.
@@ -269,30 +270,20 @@ __device__ __forceinline__ bool gathers_unawaited(const Shared<kTraced>& sh, uin
   return sh.gathers && task == 0;
 }
 
-// Cycles for which a barrier was awaited, where that was not over at once.  A clock takes longer to read than a copy or
-// a product to be issued, so what it says is added up behind these: whoever waits calls add() then.
+// Cycles for which barriers were awaited, where that was not over at once.
 template <bool kTraced>
 struct Stall {
   uint32_t cycles = 0;
-  uint32_t from = 0;
-  uint32_t to = 0;
   __device__ __forceinline__ void await(uint64_t* barrier, uint32_t parity) {
-    if constexpr (kTraced) from = ptx::clock32();
+    [[maybe_unused]] const uint32_t from = kTraced ? ptx::clock32() : 0;
     ptx::mbarrier_wait(barrier, parity);
-    if constexpr (kTraced) to = ptx::clock32();
+    if constexpr (kTraced) cycles += ptx::clock32() - from;
   }
   __device__ __forceinline__ void await_if_late(uint64_t* barrier, uint32_t parity) {
     if constexpr (kTraced) {
       if (ptx::mbarrier_test(barrier, parity)) return;
     }
     await(barrier, parity);
-  }
-  __device__ __forceinline__ void add() {
-    if constexpr (kTraced) {
-      asm volatile("" : "+r"(to));  // not before
-      cycles += to - from;
-      from = to = 0;
-    }
   }
 };
 

@@ -167,40 +167,47 @@ __device__ __forceinline__ RowPath find_row(const Shared<kTraced>& sh, const Pla
   return {sorted[p] / shape.top_k, rows_for(sh, place, owner) + row * (shape.hidden * 2)};
 }
 
-// Adds the rows of all lanes' units to their row tiles' counters, or, where they are staged for an owner, puts what is
-// complete.  One warp, after a fence.
+// Adds those of rows [begin, end) of the chunk's order that are for expert e to their row tiles' counters at its owner.
+template <bool kTraced>
+__device__ __forceinline__ void announce_expert(const Shared<kTraced>& sh, const Place& place,
+                                                const FaultArgs& fault, uint32_t owner, uint32_t e,
+                                                uint32_t begin, uint32_t end) {
+  const Shape& shape = sh.shape;
+  const PlanTables& tables = sh.tables;
+  const uint32_t from = max_u32(begin, tables.chunk_order[e]);
+  const uint32_t to = min_u32(end, tables.chunk_order[e + 1]);
+  if (from >= to) return;
+  if (fault.lost_signal_rank == place.rank && fault.lost_signal_expert == e) return;
+  const uint32_t row0 = source_start(tables, place.rank, e) + tables.chunk_prefix[e];
+  uint32_t i = row0 + from - tables.chunk_order[e];
+  const uint32_t last = row0 + to - tables.chunk_order[e];
+  while (i < last) {
+    const uint32_t tile = i / tables.height[e];
+    const uint32_t next = min_u32(last, (tile + 1) * tables.height[e]);
+    ptx::add_relaxed_sys(tile_counter(sh.heaps[owner], sh.layout.rows_ready, sh.pool_tiles,
+                                      place.epoch, pool_tile(tables, shape, e, tile)),
+                         next - i);
+    i = next;
+  }
+}
+// The rows of all lanes' units; those that are staged for an owner are put once they are complete.  One warp, after a
+// fence.
 template <bool kTraced>
 __device__ __forceinline__ void announce_rows(const Shared<kTraced>& sh, const Place& place,
                                               const FaultArgs& fault, const DispatchUnit& units) {
   const Shape& shape = sh.shape;
-  const PlanTables& tables = sh.tables;
-  const uint32_t lane = ptx::lane_id();
   // A lane an expert of an owner.
   const uint32_t most = __reduce_max_sync(0xffffffffu, units.expert_end - units.expert_begin);
 #pragma unroll 1
   for (uint32_t base = 0; base < shape.world * most; base += 32) {
-    const uint32_t turn = (base + lane) / most;
+    const uint32_t turn = (base + ptx::lane_id()) / most;
     const DispatchUnit u = units.of_lane(min_u32(turn, 31));
-    const uint32_t e = u.expert_begin + (base + lane) - turn * most;
+    const uint32_t e = u.expert_begin + (base + ptx::lane_id()) - turn * most;
     if (turn >= shape.world || e >= u.expert_end) continue;
     if constexpr (kPuts) {
       if (sh.heaps[u.owner].base == nullptr) continue;
     }
-    const uint32_t from = max_u32(u.begin, tables.chunk_order[e]);
-    const uint32_t to = min_u32(u.end, tables.chunk_order[e + 1]);
-    if (from >= to) continue;
-    if (fault.lost_signal_rank == place.rank && fault.lost_signal_expert == e) continue;
-    const uint32_t row0 = source_start(tables, place.rank, e) + tables.chunk_prefix[e];
-    uint32_t i = row0 + from - tables.chunk_order[e];
-    const uint32_t last = row0 + to - tables.chunk_order[e];
-    while (i < last) {
-      const uint32_t tile = i / tables.height[e];
-      const uint32_t next = min_u32(last, (tile + 1) * tables.height[e]);
-      ptx::add_relaxed_sys(tile_counter(sh.heaps[u.owner], sh.layout.rows_ready, sh.pool_tiles,
-                                        place.epoch, pool_tile(tables, shape, e, tile)),
-                           next - i);
-      i = next;
-    }
+    announce_expert(sh, place, fault, u.owner, e, u.begin, u.end);
   }
   if constexpr (kPuts) {
     for (uint32_t turn = 0; turn < shape.world; ++turn) {
@@ -220,6 +227,7 @@ __device__ __forceinline__ void record_moved(const Shared<kTraced>& sh, const Pl
                                              const Moved& moved) {
   if constexpr (kTraced) {
     const uint64_t begin = actor == nullptr ? 0 : actor->last_ns, now = ptx::globaltimer();
+    const float took = static_cast<float>(now - begin);
     uint32_t all = 0, so_far = 0, before = 0;
 #pragma unroll 1
     for (uint32_t turn = 0; turn < 2 * sh.shape.world; ++turn) {
@@ -234,7 +242,8 @@ __device__ __forceinline__ void record_moved(const Shared<kTraced>& sh, const Pl
       }
       so_far += rows;
       if (actor == nullptr || rows == 0) continue;
-      actor->span_at(EventKind::k_dispatch, actor->last_ns, begin + (now - begin) * so_far / all,
+      actor->span_at(EventKind::k_dispatch, actor->last_ns,
+                     so_far == all ? now : begin + static_cast<uint32_t>(took * so_far / all),
                      u.owner, u.expert_begin, place.chunk,
                      static_cast<uint64_t>(rows) * sh.shape.hidden * 2);
     }
@@ -246,7 +255,7 @@ __device__ __forceinline__ void record_first(Shared<kTraced>& sh, const Place& p
                                              const DispatchUnit& units) {
   if constexpr (kTraced) {
     const int lane = led_lane();
-    const uint32_t warp = threadIdx.x / 32, warps = warp >= kMathWarp ? kTeamWarps : 1;
+    const uint32_t warp = ptx::thread_id() / 32, warps = warp >= kMathWarp ? kTeamWarps : 1;
     record_moved(sh, place, lane < 0 ? nullptr : &sh.actors[lane], units,
                  [&](const DispatchUnit& u, uint32_t before) {
                    uint32_t rows = 0;
@@ -268,14 +277,19 @@ template <bool kTraced>
 __device__ inline void dispatch_first(Shared<kTraced>& sh, const Place& place,
                                       const FaultArgs& fault, char* stages) {
   const Shape& shape = sh.shape;
-  const uint32_t warp = threadIdx.x / 32, thread = threadIdx.x % 32;
+  const uint32_t warp = ptx::thread_id() / 32, thread = ptx::lane_id();
   if (sh.gathers) {
-    const DispatchUnit own = dispatch_units(sh, place, 0, sh.groups);
+    const uint32_t rows = sh.tables.chunk_order[shape.experts];
     if (warp == 0) {
       ptx::fence_acq_rel_gpu();
-      announce_rows(sh, place, fault, own);
+      for (uint32_t e = thread; e < shape.experts; e += 32) {
+        announce_expert(sh, place, fault, place.rank, e, 0, rows);
+      }
     }
-    record_first(sh, place, own);
+    if constexpr (kTraced) {
+      record_first(sh, place,
+                   DispatchUnit{place.rank, 0, shape.experts, 0, thread == 0 ? rows : 0});
+    }
     return;
   }
   const uint32_t row_bytes = shape.hidden * 2;

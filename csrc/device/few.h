@@ -67,7 +67,6 @@ __device__ __forceinline__ void bring_weights(Shared<kTraced>& sh, const Place& 
                        paired ? 0 : (product + p) * 64, paired ? 0 : expert,
                        paired ? (product + p) * 4 : 0, paired ? expert : 0, policy);
     }
-    stall.add();
   }
   if constexpr (kTraced) {
     if (leads) {
@@ -164,7 +163,6 @@ __device__ __forceinline__ void bring_rows(Shared<kTraced>& sh, const Place& pla
     ptx::copies_join(full);
     __syncwarp();  // all lanes' copies count before the warp's only arrival
     if (leads) ptx::mbarrier_arrive(full);
-    stall.add();
   }
   if constexpr (kTraced) {
     if (leads) {
@@ -203,7 +201,6 @@ __device__ __forceinline__ uint32_t multiply_unit(Shared<kTraced>& sh, uint32_t 
       }
     }
     ptx::wgmma_commit();
-    stall.add();
   };
   issue(std::true_type{});
   uint32_t previous = cursor.stage;

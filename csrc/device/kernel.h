@@ -404,7 +404,7 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
     }
   }
   dispatch_first(sh, place, args.fault, stages);
-  const uint32_t warp = threadIdx.x / 32;
+  const uint32_t warp = ptx::thread_id() / 32;
   if (warp < kMathWarp) {
     ptx::registers_decrease<72>();
     if (warp == kLoadWarp) {

@@ -164,7 +164,6 @@ __device__ inline void gather_tiles(Shared<kTraced>& sh, const Place& place, uin
       }
       __syncwarp();  // all lanes' copies count before the warp's only arrival
       if (leads) ptx::mbarrier_arrive(full);
-      stall.add();
     }
     if constexpr (kTraced) {
       if (leads && groups != 0) {
@@ -216,7 +215,6 @@ __device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char*
       stall.await_if_late(&sh.empty[cursor.stage], cursor.turn() ^ 1);
       if (i >= blocks) {  // the other CTA's tile is deeper
         ptx::mbarrier_arrive_many(full, arrivals);
-        stall.add();
         continue;
       }
       char* weights = stages + cursor.offset();
@@ -243,7 +241,6 @@ __device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char*
         }
       }
       ptx::mbarrier_arrive_many(full, arrivals);
-      stall.add();
     }
     if constexpr (kTraced) {
       if (task.tile.rows != 0) {

@@ -14,48 +14,8 @@ __device__ __forceinline__ uint32_t depth_of(const Shape& shape, uint32_t gemm) 
   return gemm == 1 ? shape.hidden : shape.inter;
 }
 
-// The same of one group for a rank alone, in little code: what its records have alike is made once.  False if they must
-// be written one by one.
-template <bool kTraced>
-__device__ __forceinline__ bool record_few(GpuActor<kTraced>& actor, const Task& task,
-                                           const TileStamps& stamps, uint64_t bytes) {
-  const Tile& tile = task.tile;
-  const bool gives = bytes != 0;
-  const uint64_t products = stamps.products_ns - stamps.begin_ns;
-  const uint64_t giving = stamps.end_ns - stamps.products_ns;
-  if ((products | giving | bytes) >> 32 != 0) return false;
-  Record* to = actor.take(gives ? 3 : 1);
-  if (to == nullptr) return false;
-  Record r;
-  r.t0_ns = stamps.begin_ns;
-  r.dur_ns = static_cast<uint32_t>(products);
-  r.kind = static_cast<uint8_t>(tile.gemm == 1 ? EventKind::k_gemm1 : EventKind::k_gemm2);
-  r.flags = actor.iter_flags;
-  r.peer = kNoPeer;
-  r.expert = static_cast<uint16_t>(tile.expert);
-  r.iter = actor.iter;
-  r.tile = tile.index;
-  r.aux = stamps.cycles;
-  r.stall_cycles = stamps.stall_cycles;
-  GpuPlatform::put_record(to, r);
-  actor.last_ns = stamps.products_ns;
-  if (!gives) return true;
-  r.t0_ns = stamps.products_ns;
-  r.dur_ns = static_cast<uint32_t>(giving);
-  r.kind = static_cast<uint8_t>(EventKind::k_give_back);
-  r.aux = static_cast<uint32_t>(bytes);
-  r.stall_cycles = 0;
-  GpuPlatform::put_record(to + 1, r);
-  r.t0_ns = stamps.end_ns;
-  r.dur_ns = 0;
-  r.kind = static_cast<uint8_t>(EventKind::k_put);
-  r.peer = 0;
-  GpuPlatform::put_record(to + 2, r);
-  actor.last_ns = stamps.end_ns;
-  return true;
-}
-
-// Into the trace of both math groups what their leaders stamped.
+// Into the trace of both math groups what their leaders stamped.  One thread does so for every tile, so what a group's
+// records have alike is made once.
 template <bool kTraced>
 __device__ __forceinline__ void record_tile(Shared<kTraced>& sh, uint32_t slot) {
   const Shape& shape = sh.shape;
@@ -71,31 +31,44 @@ __device__ __forceinline__ void record_tile(Shared<kTraced>& sh, uint32_t slot) 
                     static_cast<uint16_t>(tile.expert), tile.row_tile},
                    task.wait_from, to, task.wait_lacking, Status::kOk);
     }
-    if (shape.world == 1) {
-      const uint32_t columns = kTileWeights / kMathGroups;
-      const uint32_t col0 = tile.col_tile * kTileWeights + group * columns;
-      const uint64_t bytes = tile.gemm == 1 || col0 >= shape.hidden
-                                 ? 0
-                                 : 2ull * min_u32(columns, shape.hidden - col0) * tile.rows;
-      if (record_few(actor, task, stamps, bytes)) continue;
-    }
-    actor.span_at(tile.gemm == 1 ? EventKind::k_gemm1 : EventKind::k_gemm2, stamps.begin_ns,
-                  stamps.products_ns, kNoPeer, tile.expert, tile.index, stamps.cycles,
-                  stamps.stall_cycles);
+    Record r;
+    auto put = [&] {
+      if (Record* place = actor.next_place()) GpuPlatform::put_record(place, r);
+    };
+    r.t0_ns = stamps.begin_ns;
+    r.kind = static_cast<uint8_t>(tile.gemm == 1 ? EventKind::k_gemm1 : EventKind::k_gemm2);
+    r.flags = actor.iter_flags;
+    actor.set_duration(r, stamps.products_ns - stamps.begin_ns);
+    r.peer = kNoPeer;
+    r.expert = static_cast<uint16_t>(tile.expert);
+    r.iter = actor.iter;
+    r.tile = tile.index;
+    r.aux = stamps.cycles;
+    r.stall_cycles = stamps.stall_cycles;
+    put();
+    actor.last_ns = stamps.products_ns;
     const uint32_t columns = kTileWeights / kMathGroups;
     const uint32_t col0 = tile.col_tile * kTileWeights + group * columns;
     if (tile.gemm == 1 || col0 >= shape.hidden) continue;
-    const uint64_t row_bytes = 2ull * min_u32(columns, shape.hidden - col0);
-    actor.span_at(EventKind::k_give_back, stamps.products_ns, stamps.end_ns, kNoPeer, tile.expert,
-                  tile.index, tile.rows * row_bytes);
-    for (uint32_t s = 0; s < shape.world; ++s) {
-      const uint32_t from = source_start(sh.tables, s, tile.expert);
-      const uint32_t first = max_u32(tile.row0, from);
-      const uint32_t last =
-          min_u32(tile.row0 + tile.rows, from + source_rows(sh.tables, shape, s, tile.expert));
-      if (first < last) {
-        actor.instant(EventKind::k_put, s, tile.expert, tile.index, (last - first) * row_bytes);
-      }
+    const uint32_t row_bytes = 2 * min_u32(columns, shape.hidden - col0);
+    r.t0_ns = stamps.products_ns;
+    r.kind = static_cast<uint8_t>(EventKind::k_give_back);
+    actor.set_duration(r, stamps.end_ns - stamps.products_ns);
+    r.aux = tile.rows * row_bytes;
+    r.stall_cycles = 0;
+    put();
+    actor.last_ns = stamps.end_ns;
+    r.t0_ns = stamps.end_ns;
+    r.kind = static_cast<uint8_t>(EventKind::k_put);
+    actor.set_duration(r, 0);
+    const ReturnPath* path = task.returns;
+#pragma unroll 1
+    for (uint32_t first = 0; first < tile.rows; ++path) {
+      const uint32_t end = min_u32(path->end - tile.row0, tile.rows);
+      r.peer = static_cast<uint16_t>(path->source);
+      r.aux = (end - first) * row_bytes;
+      put();
+      first = end;
     }
   }
 }
@@ -190,13 +163,13 @@ __device__ __forceinline__ void find_returns(const Shared<kTraced>& sh, const Ti
     if constexpr (kPuts) {
       if (sh.heaps[s].base == nullptr) {  // over the rows that they come from, and then put
         char* pool = sh.heaps[owner_of(shape, tile.expert)].template at<char>(sh.layout.pool);
-        returns[n++] = {pool + pool_row(sh.tables, shape, tile.expert, 0) * row_bytes, end};
+        returns[n++] = {pool + pool_row(sh.tables, shape, tile.expert, 0) * row_bytes, end, s};
         continue;
       }
     }
     char* ret = sh.heaps[s].template at<char>(sh.layout.ret);
     const uint64_t first = return_row(sh.tables, shape, s, tile.expert, 0);
-    returns[n++] = {ret + (first - start) * row_bytes, end};
+    returns[n++] = {ret + (first - start) * row_bytes, end, s};
   }
 }
 

@@ -70,7 +70,6 @@ __device__ __forceinline__ uint32_t multiply(Shared<kTraced>& sh, uint32_t stage
       }
     }
     ptx::wgmma_commit();
-    stall.add();
   };
   issue(std::true_type{});
   previous = cursor.stage;
@@ -121,6 +120,10 @@ __device__ __forceinline__ void run_tile(Shared<kTraced>& sh, const Place& place
   const uint32_t stall =
       multiply<T, kN>(sh, ptx::shared_address(stages), cursor, task.blocks, weights,
                       sh.gathers && tile.gemm == 1, release, last, sums);
+  if constexpr (kTraced) {
+    // At once: it would need a register beside the sums.
+    if (TileStamps* stamps = led_stamps(task)) stamps->stall_cycles = stall;
+  }
   // Over weight rows that only this warp's products have read.
   char* buffer =
       stages + cursor.offset(last) + weights.of_group + warp % kTeamWarps * 2 * weights.atom_stride;
@@ -132,7 +135,6 @@ __device__ __forceinline__ void run_tile(Shared<kTraced>& sh, const Place& place
       if (TileStamps* stamps = led_stamps(task)) {
         stamps->products_ns = now;
         stamps->cycles = cycles - stamps->cycles;
-        stamps->stall_cycles = stall;
       }
     }
   };

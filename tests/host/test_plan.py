@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -95,6 +97,16 @@ def test_sections_of_the_heap_follow_each_other(shape: dict[str, Any]) -> None:
         assert layout[name] + sizes[name] <= layout[after], name
         assert layout[name] % 128 == 0, name
     assert layout["signal_bytes"] == layout["pool"]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+def test_tables_of_128_experts_fit_shared_memory(world: int) -> None:
+    """A scheduler asks them a dozen times a tile, and out of the heap each answer comes from L2."""
+    header = Path(__file__).resolve().parents[2] / "csrc" / "device" / "cta.h"
+    limit = re.search(r"kTableWords = (\d+);", header.read_text())
+    assert limit is not None
+    shape = shape_of(world=world, experts=128)
+    assert _host.heap_layout(shape)["table_words"] <= int(limit[1])
 
 
 def in_pairs(rows: int, columns: int) -> list[tuple[int, int]]:
