@@ -206,10 +206,18 @@ class _Runs:
 
 
 def _first_by(keys: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Of each distinct key, the index of the entry with the least time; keys ascending."""
-    order = np.lexsort((times, keys))
-    sorted_keys = keys[order]
-    return order[np.r_[True, sorted_keys[1:] != sorted_keys[:-1]]] if len(order) else order
+    """Of each distinct key, the index of its first entry with its least time; keys ascending.
+
+    Keys are numbers from 0 that may be places of an array: to sort them takes four times as long.
+    """
+    if not len(keys):
+        return np.empty(0, np.int64)
+    least = np.full(int(keys.max()) + 1, np.iinfo(times.dtype).max, times.dtype)
+    np.minimum.at(least, keys, times)
+    index = np.flatnonzero(times == least[keys])[::-1]
+    first = np.full(len(least), -1)
+    first[keys[index]] = index  # of what is assigned to one place, the last stays
+    return first[first >= 0]
 
 
 def _dispatch_edges(
