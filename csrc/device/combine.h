@@ -120,8 +120,8 @@ __device__ __forceinline__ void combine_part(const Shared<kTraced>& sh, const Pl
   }
 }
 
-// y of one token, by one warp, a lane's `own` being that of its result j = lane % k: pieces of 16 bytes a lane, result by
-// result and then column by column, so many under way at once as the warp has registers for, however few results.
+// y of one token, by one warp, a lane's `own` being that of its result j = lane % k: pieces of 16 bytes a lane, result
+// by result and then column by column, so many under way at once as the warp has registers for, however few results.
 template <class T, bool kTraced>
 __device__ __forceinline__ void combine_whole(const Shared<kTraced>& sh, const Place& place,
                                               const Result& own) {

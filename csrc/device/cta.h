@@ -42,12 +42,12 @@ inline constexpr uint32_t kMostStages = kStages + 1;
 template <bool kGated, uint32_t kN>
 inline constexpr uint32_t kEpilogueBytesWarp = kGated && kN <= 144 ? 2048 : 1024;
 
-// Rows that comm warps dispatch bounce through pieces of shared memory behind the stages, some in turn.
+// Rows that comm warps dispatch bounce through pieces of shared memory behind the stages, six in turn.
 inline constexpr uint32_t kCommWarps = 2;
 inline constexpr uint32_t kPieces = 6;
 inline constexpr uint32_t kPieceBytes = 4096;
 inline constexpr uint32_t kCommBytes = kCommWarps * kPieces * kPieceBytes;
-// Results that one sums come to registers, so many units of 16 bytes a lane at once.
+// Results that a comm warp sums come to registers, so many times 16 bytes a lane at once.
 inline constexpr uint32_t kCommUnits = 8;
 
 // Result rows on their way to the math warps that sum them, each warp's own ring, in the memory of the

@@ -9,7 +9,7 @@
 namespace flashmoe {
 
 // The pieces of shared memory that a comm warp's rows bounce through: there is no bulk copy from global
-// to global memory.  Loads run five pieces ahead of stores.  One lane holds it.
+// to global memory.  Loads run four pieces ahead of stores.  One lane holds it.
 struct PieceRing {
   static constexpr uint32_t kAhead = 4;
   static_assert(kAhead < kPieces, "a piece is loaded again only after its store has read it");
@@ -62,8 +62,8 @@ struct DispatchUnit {
   }
 };
 
-// How many groups of experts (Course::group) all warps dispatch before the roles part: those without which some CTA has no first
-// tile, or all of them where the chunk has few rows, each of which would cost a comm warp a round trip.
+// How many groups of experts (Course::group) all warps dispatch before the roles part: those without which some CTA has
+// no first tile, or all of them where the chunk has few rows, each of which would cost a comm warp a round trip.
 template <bool kTraced>
 __device__ __forceinline__ uint32_t first_groups(const Shared<kTraced>& sh, const Place& place) {
   constexpr uint32_t kFewRows = 8 * kWarps;
