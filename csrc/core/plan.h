@@ -206,7 +206,7 @@ FLASHMOE_HD Tile tile_at(const PlanTables& p, const Shape& s, const TileOrder& o
   return t;
 }
 
-// Fills prefix, start and segments from counts(source, expert) -> rows, and sums chunk_order.
+// Fills all tables but the chunk's from counts(source, expert) -> rows, and sums chunk_order.
 template <class Team, class Counts>
 FLASHMOE_HD void build_plan(Team& team, const PlanTables& p, const Shape& s, const TileOrder& order,
                             const Counts& counts) {

@@ -230,7 +230,7 @@ struct CommCombiner {
     }
     return claimed;
   }
-  // The same where results are put: it must see them arrive, which await_returns() does.
+  // Where results are put it takes the next token and then waits: it must see them arrive, which await_returns() does.
   __device__ __forceinline__ bool take(Result& own) {
     uint32_t next = sh.own.tokens;
     if (threadIdx.x % 32 == 0 && load_volatile(&sh.math_combines) == 0) {

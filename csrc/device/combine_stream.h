@@ -7,8 +7,8 @@
 
 namespace flashmoe {
 
-// How many tokens a warp takes at a time: fewer towards the end, so that all of the CTA's warps end
-// together, and no more than its lanes know the rows of.
+// How many tokens a math warp takes at a time: fewer towards the end, so that all of the CTA's warps end
+// together (comm warps, which take one at a time, among them), and no more than its lanes know the rows of.
 template <bool kTraced>
 __device__ __forceinline__ uint32_t batch_of_warp(Shared<kTraced>& sh, uint32_t end) {
   constexpr uint32_t kShares = 2 * (kCommWarps + 4 * kMathGroups);

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "device/cta.h"
 #include "device/put.h"
@@ -13,6 +14,10 @@ namespace flashmoe {
 __device__ __forceinline__ uint32_t depth_of(const Shape& shape, uint32_t gemm) {
   return gemm == 1 ? shape.hidden : shape.inter;
 }
+
+// A build without the trace headers knows no records, and has nobody who would ask for one.
+template <bool kTraced>
+using RecordOf = std::conditional_t<kTraced, Record, int>;
 
 // Into the trace of both math groups what their leaders stamped.  One thread does so for every tile, so what a group's
 // records have alike is made once.
@@ -31,7 +36,7 @@ __device__ __forceinline__ void record_tile(Shared<kTraced>& sh, uint32_t slot) 
                     static_cast<uint16_t>(tile.expert), tile.row_tile},
                    task.wait_from, to, task.wait_lacking, Status::kOk);
     }
-    Record r;
+    RecordOf<kTraced> r;
     auto put = [&] {
       if (Record* place = actor.next_place()) GpuPlatform::put_record(place, r);
     };

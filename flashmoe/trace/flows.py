@@ -214,10 +214,10 @@ def _first_by(keys: np.ndarray, times: np.ndarray) -> np.ndarray:
         return np.empty(0, np.int64)
     least = np.full(int(keys.max()) + 1, np.iinfo(times.dtype).max, times.dtype)
     np.minimum.at(least, keys, times)
-    index = np.flatnonzero(times == least[keys])[::-1]
-    first = np.full(len(least), -1)
-    first[keys[index]] = index  # of what is assigned to one place, the last stays
-    return first[first >= 0]
+    index = np.flatnonzero(times == least[keys])
+    first = np.full(len(least), len(keys))
+    np.minimum.at(first, keys[index], index)
+    return first[first < len(keys)]
 
 
 def _dispatch_edges(
