@@ -60,9 +60,9 @@ inline bool gate_in_slices(const Shape& s, uint32_t tokens) {
          tokens <= most_sliced_tokens(s);
 }
 
-// Whether a rank's `tokens` tokens may go by units.
+// Whether a rank's `tokens` tokens may go by units.  A warp tells a token's choices, a lane each.
 inline bool may_go_by_units(const Shape& s, uint32_t tokens) {
-  return s.world == 1 && tokens <= kFewTokens && tokens * s.top_k <= kFewRows &&
+  return s.world == 1 && tokens <= kFewTokens && s.top_k <= 32 && tokens * s.top_k <= kFewRows &&
          tokens * s.top_k <= s.pool_rows && gate_in_slices(s, tokens) &&
          s.hidden >= 2 * kFewWidth && s.inter % 64 == 0 && s.inter >= kFewLeastInter;
 }

@@ -288,6 +288,7 @@ FEW = {
         (9, {}),
         (0, {}),
         (8, {"top_k": 9}),  # 72 choices
+        (1, {"experts": 64, "top_k": 33}),
         (8, {"pool_rows": 31}),
         (8, {"world": 2}),
         (8, {"routing": "external"}),
