@@ -31,13 +31,7 @@ __device__ __forceinline__ void add_rows(const uint4* ret, uint32_t units, uint3
 #pragma unroll
   for (uint32_t i = 0; i < kRows; ++i) {
 #pragma unroll
-    for (uint32_t c = 0; c < kColumns; ++c) {
-      const T* values = reinterpret_cast<const T*>(&piece[i][c]);
-#pragma unroll
-      for (int v = 0; v < 8; ++v) {
-        sum[c][v] = fmaf(w[i], static_cast<float>(values[v]), sum[c][v]);
-      }
-    }
+    for (uint32_t c = 0; c < kColumns; ++c) add_weighted<T>(sum[c], w[i], piece[i][c]);
   }
 }
 
@@ -86,11 +80,7 @@ __device__ inline void combine_token(const Shared<kTraced>& sh, const Place& pla
     for (uint32_t c = 0; c < kColumns; ++c) {
       const uint32_t unit = base + c * 32 + lane;
       if (unit >= units) break;
-      uint4 out;
-      T* values = reinterpret_cast<T*>(&out);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) values[i] = static_cast<T>(sum[c][i]);
-      y[unit] = out;
+      y[unit] = rounded<T>(sum[c]);
     }
   }
 }
@@ -112,10 +102,7 @@ __device__ __forceinline__ void combine_part(const Shared<kTraced>& sh, const Pl
     for (; j + 8 <= k; j += 8) add_rows<T, 8>(ret, units, base, own.row, own.weight, j, sum);
 #pragma unroll 1
     for (; j < k; ++j) add_rows<T, 1>(ret, units, base, own.row, own.weight, j, sum);
-    uint4 out;
-    T* values = reinterpret_cast<T*>(&out);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) values[i] = static_cast<T>(sum[0][i]);
+    const uint4 out = rounded<T>(sum[0]);
     if (base + lane < end) y[base + lane] = out;
   }
 }
@@ -149,18 +136,12 @@ __device__ __forceinline__ void combine_whole(const Shared<kTraced>& sh, const P
 #pragma unroll
     for (uint32_t i = 0; i < kCommUnits; ++i) {
       const float weight = __shfl_sync(0xffffffffu, own.weight, j);
-      const T* values = reinterpret_cast<const T*>(&loaded[i]);
-#pragma unroll
-      for (int v = 0; v < 8; ++v) sum[v] = fmaf(weight, static_cast<float>(values[v]), sum[v]);
+      add_weighted<T>(sum, weight, loaded[i]);
       if (++j != k) continue;
       j = 0;
-      uint4 out;
-      T* rounded = reinterpret_cast<T*>(&out);
+      const uint4 out = rounded<T>(sum);
 #pragma unroll
-      for (int v = 0; v < 8; ++v) {
-        rounded[v] = static_cast<T>(sum[v]);
-        sum[v] = 0;
-      }
+      for (float& v : sum) v = 0;
       if (unit < units) __stcs(y + unit, out);
       unit += 32;
     }

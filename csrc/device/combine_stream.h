@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "device/results.h"
+#include "device/sums.h"
 
 namespace flashmoe {
 
@@ -175,11 +176,7 @@ __device__ __forceinline__ Status combine_stream(Shared<kTraced>& sh, const Plac
             for (uint32_t c = 0; c < kUnits; ++c) {
               // Beyond the part's end lies what came before, which is not stored.
               const uint4 loaded = piece[i * (kSlice / 16) + c * 32];
-              const T* values = reinterpret_cast<const T*>(&loaded);
-#pragma unroll
-              for (int v = 0; v < 8; ++v) {
-                sum[c][v] = fmaf(w[i], static_cast<float>(values[v]), sum[c][v]);
-              }
+              add_weighted<T>(sum[c], w[i], loaded);
             }
           }
           __syncwarp();  // the piece is read: it may be filled again
@@ -191,11 +188,7 @@ __device__ __forceinline__ Status combine_stream(Shared<kTraced>& sh, const Plac
         for (uint32_t c = 0; c < kUnits; ++c) {
           const uint32_t unit = lane + c * 32;
           if (at + unit * 16 >= end_byte) break;
-          uint4 out;
-          T* values = reinterpret_cast<T*>(&out);
-#pragma unroll
-          for (int v = 0; v < 8; ++v) values[v] = static_cast<T>(sum[c][v]);
-          __stcs(reinterpret_cast<uint4*>(y) + unit, out);
+          __stcs(reinterpret_cast<uint4*>(y) + unit, rounded<T>(sum[c]));
         }
       }
     }

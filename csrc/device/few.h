@@ -16,6 +16,7 @@
 #include "device/few_work.h"
 #include "device/gate_slices.h"
 #include "device/store.h"
+#include "device/sums.h"
 
 namespace flashmoe {
 
@@ -285,17 +286,12 @@ __device__ __forceinline__ void combine_columns(const Shared<kTraced>& sh, const
     for (uint32_t i = 0; i < kAtOnce; ++i) {
       if (!some || j0 + i >= k) break;
       const float weight = sh.choices.weight[token * k + j0 + i];
-      const T* values = reinterpret_cast<const T*>(&loaded[i]);
-#pragma unroll
-      for (int v = 0; v < 8; ++v) sum[v] = fmaf(weight, static_cast<float>(values[v]), sum[v]);
+      add_weighted<T>(sum, weight, loaded[i]);
     }
   }
   if (!some) return;
-  uint4 out;
-  T* values = reinterpret_cast<T*>(&out);
-#pragma unroll
-  for (int v = 0; v < 8; ++v) values[v] = static_cast<T>(sum[v]);
-  static_cast<uint4*>(place.args->y)[static_cast<uint64_t>(token) * pieces + piece] = out;
+  static_cast<uint4*>(place.args->y)[static_cast<uint64_t>(token) * pieces + piece] =
+      rounded<T>(sum);
 }
 
 // A unit's products and what becomes of them, by a math group.  Whoever stores the last expert's results of some
