@@ -97,13 +97,15 @@ nb::dict plan_dict(const nb::dict& shape, const ChunkCounts& chunk_counts) {
   if (chunk_counts.shape(0) != s.world || chunk_counts.shape(2) != s.experts) {
     throw nb::value_error("chunk_counts must be [world, chunks, experts]");
   }
-  const size_t chunks = chunk_counts.shape(1);
-  const uint32_t* rows = chunk_counts.data();
-  auto counts = [&](uint32_t source, uint32_t expert) {
-    uint32_t sum = 0;
-    for (size_t c = 0; c < chunks; ++c) sum += rows[(source * chunks + c) * s.experts + expert];
-    return sum;
-  };
+  // Once, since every rank's plan asks for them.
+  std::vector<uint32_t> rows(s.world * s.experts);
+  const uint32_t* next = chunk_counts.data();
+  for (uint32_t source = 0; source < s.world; ++source) {
+    for (size_t c = 0; c < chunk_counts.shape(1); ++c) {
+      for (uint32_t e = 0; e < s.experts; ++e) rows[source * s.experts + e] += *next++;
+    }
+  }
+  auto counts = [&](uint32_t source, uint32_t e) { return rows[source * s.experts + e]; };
   std::vector<uint32_t> storage(table_words(s));
   enum Column {
     kRank,

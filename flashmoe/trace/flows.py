@@ -208,7 +208,7 @@ class _Runs:
 def _first_by(keys: np.ndarray, times: np.ndarray) -> np.ndarray:
     """Of each distinct key, the index of its first entry with its least time; keys ascending.
 
-    Keys are numbers from 0 that may be places of an array: to sort them takes four times as long.
+    Keys are numbers from 0, few enough to be places of an array: to sort them takes far longer.
     """
     if not len(keys):
         return np.empty(0, np.int64)
