@@ -81,6 +81,16 @@ def _die_with(parent: int) -> None:
         sys.exit(1)
 
 
+def _wake_driver() -> None:
+    """Starts the CUDA driver, and MPS's server with it, while the main thread loads torch.
+
+    It makes no context, so it does not matter which GPU will be used; what fails here fails again
+    where torch reports it.
+    """
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libcuda.so.1").cuInit(0)
+
+
 def main() -> None:
     """Runs one PE; the exit code is that of its part of the run."""
     line = Line(int(sys.argv[1]))
@@ -88,6 +98,8 @@ def main() -> None:
     _die_with(task.parent)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
+    if task.transport in ("ipc", "nvshmem"):
+        threading.Thread(target=_wake_driver, daemon=True).start()
     code = 130
     with contextlib.suppress(KeyboardInterrupt):
         line.watch()
