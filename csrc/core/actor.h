@@ -107,7 +107,11 @@ struct Actor : TraceState<P, kTraced> {
 
   // Says in the flight recorder what the actor now does.
   FLASHMOE_HD void doing(EventKind kind, uint16_t peer, uint16_t expert, uint32_t tile) {
-    note(ActorState::kRunning, {kind, peer, expert, tile}, 0, 0, P::now_ns());
+    doing_since(P::now_ns(), kind, peer, expert, tile);
+  }
+  FLASHMOE_HD void doing_since(uint64_t since, EventKind kind, uint16_t peer, uint16_t expert,
+                               uint32_t tile) {
+    note(ActorState::kRunning, {kind, peer, expert, tile}, 0, 0, since);
   }
 
   // The one wait on another CTA or rank.  Returns Status::kOk once the word has reached the target,

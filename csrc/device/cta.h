@@ -87,9 +87,10 @@ struct ReturnPath {
 // What the leader of a math group leaves of a tile for the trace; the scheduler writes the records.
 struct TileStamps {
   uint64_t begin_ns;
-  uint64_t products_ns;  // the products are done, GEMM2 begins to give back
+  uint64_t products_ns;  // the products are done, of GEMM1 their activation, too
   uint64_t end_ns;
-  uint32_t cycles;
+  uint32_t begin_cycles;
+  uint32_t products_cycles;
   uint32_t stall_cycles;
 };
 

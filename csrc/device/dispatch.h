@@ -218,15 +218,16 @@ __device__ __forceinline__ void announce_rows(const Shared<kTraced>& sh, const P
   }
 }
 
-// Says in the trace of an actor, whose leader is lane 0, what was moved of all lanes' units since its last span:
+// Says in the trace of an actor, whose leader is lane 0, what was moved of all lanes' units since its last span
+// until `now`:
 // moved(unit, before) rows of an owner's, before which other owners' have `before` rows.  Rows for all of them were
 // under way together, so the time is shared out by them.  A whole warp; without an actor nothing is written.
 template <bool kTraced, class Moved>
 __device__ __forceinline__ void record_moved(const Shared<kTraced>& sh, const Place& place,
-                                             GpuActor<kTraced>* actor, const DispatchUnit& units,
-                                             const Moved& moved) {
+                                             GpuActor<kTraced>* actor, uint64_t now,
+                                             const DispatchUnit& units, const Moved& moved) {
   if constexpr (kTraced) {
-    const uint64_t begin = actor == nullptr ? 0 : actor->last_ns, now = ptx::globaltimer();
+    const uint64_t begin = actor == nullptr ? 0 : actor->last_ns;
     const float took = static_cast<float>(now - begin);
     uint32_t all = 0, so_far = 0, before = 0;
 #pragma unroll 1
@@ -256,7 +257,7 @@ __device__ __forceinline__ void record_first(Shared<kTraced>& sh, const Place& p
   if constexpr (kTraced) {
     const int lane = led_lane();
     const uint32_t warp = ptx::thread_id() / 32, warps = warp >= kMathWarp ? kTeamWarps : 1;
-    record_moved(sh, place, lane < 0 ? nullptr : &sh.actors[lane], units,
+    record_moved(sh, place, lane < 0 ? nullptr : &sh.actors[lane], ptx::globaltimer(), units,
                  [&](const DispatchUnit& u, uint32_t before) {
                    uint32_t rows = 0;
                    for (uint32_t w = warp; w < warp + warps; ++w) {
@@ -369,7 +370,11 @@ __device__ inline void dispatch(Shared<kTraced>& sh, const Place& place, const F
     const DispatchUnit units = halve(dispatch_units(sh, place, group, group + 1));
     const uint32_t all = units.all_rows();
     if (all == 0) continue;
-    if (lane == 0) actor.doing(EventKind::k_dispatch, units.owner, units.expert_begin, place.chunk);
+    // Of the owners that get any, the first.
+    const uint32_t some = __ballot_sync(0xffffffffu, units.begin != units.end);
+    if (lane == __ffs(some) - 1) {
+      actor.doing(EventKind::k_dispatch, units.owner, units.expert_begin, place.chunk);
+    }
 #pragma unroll 1
     for (uint32_t base = 0; base < all; base += 32) {
       // A lane a row for the addresses; then one lane moves them.
@@ -392,8 +397,10 @@ __device__ inline void dispatch(Shared<kTraced>& sh, const Place& place, const F
     if (lane == 0) ring.drain();
     __syncwarp();
     ptx::fence_acq_rel_sys();
+    // Nobody sees rows before they count as moved.
+    const uint64_t now = kTraced ? ptx::globaltimer() : 0;
     announce_rows(sh, place, fault, units);
-    record_moved(sh, place, lane == 0 ? &actor : nullptr, units,
+    record_moved(sh, place, lane == 0 ? &actor : nullptr, now, units,
                  [](const DispatchUnit& u, uint32_t) { return u.end - u.begin; });
   }
   // The pieces are free for the tiles of both CTAs of a pair.

@@ -153,17 +153,28 @@ __device__ __forceinline__ void bring_rows(Shared<kTraced>& sh, const Place& pla
   const char* high = from + static_cast<uint64_t>(at[1]) * row_bytes + piece * 16;
   const uint32_t to = ptx::shared_address(ring) + kFewProducts * kFewWeightBytes + row * kRowBytes +
                       (piece ^ row) * 16;
+  // What threads have copied tensor cores see behind a proxy fence.  It is this warp's, which has the time: so it
+  // waits for its copies, and announces a stage kUnderWay blocks later.
+  constexpr uint32_t kUnderWay = 3;
+  static_assert(kUnderWay < kFewStages, "a stage is announced before it is to be filled again");
+  FewCursor announced = cursor;
 #pragma unroll 1
-  for (uint32_t i = 0; i < unit.blocks; ++i, cursor.next()) {
-    stall.await_if_late(&barriers.unit_empty[group][cursor.stage], cursor.turn() ^ 1);
-    uint64_t* full = &barriers.unit_full[group][cursor.stage];
-    const uint32_t stage = to + cursor.offset();
-    // Rows 4 to 7 have the swizzle of rows 0 to 3 but for one bit.
-    if (row < rows) ptx::copy_async(stage, low + i * kRowBytes, 16);
-    if (row + 4 < rows) ptx::copy_async((stage ^ 64) + 4 * kRowBytes, high + i * kRowBytes, 16);
-    ptx::copies_join(full);
-    __syncwarp();  // all lanes' copies count before the warp's only arrival
-    if (leads) ptx::mbarrier_arrive(full);
+  for (uint32_t i = 0; i < unit.blocks + kUnderWay; ++i) {
+    if (i < unit.blocks) {
+      stall.await_if_late(&barriers.unit_empty[group][cursor.stage], cursor.turn() ^ 1);
+      const uint32_t stage = to + cursor.offset();
+      // Rows 4 to 7 have the swizzle of rows 0 to 3 but for one bit.
+      if (row < rows) ptx::copy_async(stage, low + i * kRowBytes, 16);
+      if (row + 4 < rows) ptx::copy_async((stage ^ 64) + 4 * kRowBytes, high + i * kRowBytes, 16);
+      cursor.next();
+    }
+    ptx::copies_commit();
+    if (i < kUnderWay) continue;
+    ptx::copies_wait<kUnderWay>();
+    ptx::fence_proxy_async_shared();
+    __syncwarp();  // all lanes' copies are seen before the warp's only arrival
+    if (leads) ptx::mbarrier_arrive(&barriers.unit_full[group][announced.stage]);
+    announced.next();
   }
   if constexpr (kTraced) {
     if (leads) {
@@ -184,7 +195,6 @@ __device__ __forceinline__ uint32_t multiply_unit(Shared<kTraced>& sh, uint32_t 
   Stall<kTraced> stall;
   auto issue = [&](auto first) {
     stall.await_if_late(&full[cursor.stage], cursor.turn());
-    ptx::fence_proxy_async_shared();  // threads have copied the rows
     const uint32_t stage = ring + cursor.offset();
     const uint64_t a = ptx::wgmma_descriptor(stage, 1024);
     const uint64_t b = ptx::wgmma_descriptor(stage + kFewProducts * kFewWeightBytes, 1024);
@@ -193,11 +203,12 @@ __device__ __forceinline__ uint32_t multiply_unit(Shared<kTraced>& sh, uint32_t 
     for (uint32_t k = 0; k < kTileK / 16; ++k) {
 #pragma unroll
       for (uint32_t p = 0; p < kFewProducts; ++p) {
-        const uint64_t weights = a + p * (kFewWeightBytes / 16) + 2 * k;
+        const uint64_t weights = ptx::wgmma_onwards(a, p * (kFewWeightBytes / 16) + 2 * k);
+        const uint64_t rows = ptx::wgmma_onwards(b, 2 * k);
         if (decltype(first)::value && k == 0) {
-          ptx::wgmma_first<T, kFewTokens>(sums[p], weights, b);
+          ptx::wgmma_first<T, kFewTokens>(sums[p], weights, rows);
         } else {
-          ptx::wgmma<T, kFewTokens>(sums[p], weights, b + 2 * k);
+          ptx::wgmma<T, kFewTokens>(sums[p], weights, rows);
         }
       }
     }

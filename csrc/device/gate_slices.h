@@ -107,7 +107,7 @@ __device__ __forceinline__ void multiply_slice(Shared<kTraced>& sh, const Place&
 #pragma unroll
         for (uint32_t k = 0; k < kTileK / 16; ++k) {
           const uint32_t at = i * (kSliceBlockBytes / 16) + 2 * k;
-          ptx::wgmma<T, kSliceExperts>(sums, a + at, b + at);
+          ptx::wgmma<T, kSliceExperts>(sums, ptx::wgmma_onwards(a, at), ptx::wgmma_onwards(b, at));
         }
         ptx::wgmma_commit();
       }

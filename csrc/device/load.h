@@ -29,14 +29,15 @@ struct StageCursor {
 template <bool kTraced>
 __device__ __forceinline__ void take_up(GpuActor<kTraced>& actor, const Task& task,
                                         EventKind kind) {
-  actor.doing(kind, kNoPeer, task.tile.expert, task.tile.index);
+  const uint64_t now = ptx::globaltimer();
+  actor.doing_since(now, kind, kNoPeer, task.tile.expert, task.tile.index);
   if constexpr (kTraced) {
     if (task.wait_kind != 0) {
       actor.waited({static_cast<EventKind>(task.wait_kind), kNoPeer,
                     static_cast<uint16_t>(task.tile.expert), task.tile.row_tile},
                    task.wait_from, task.wait_to, task.wait_lacking, Status::kOk);
     }
-    actor.skip();
+    actor.last_ns = now;
   }
 }
 

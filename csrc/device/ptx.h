@@ -346,6 +346,16 @@ __device__ __forceinline__ void copies_join(uint64_t* barrier) {
                : "memory");
 }
 
+// Makes a group of this thread's copies so far.
+__device__ __forceinline__ void copies_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Until this thread's groups of copies are here, but for the last kLeft.
+template <uint32_t kLeft>
+__device__ __forceinline__ void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
 // ---- bulk copies of rows ------------------------------------------------------------------------
 
 __device__ __forceinline__ void bulk_load(void* to, const void* from, uint32_t bytes,
@@ -442,6 +452,11 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, uint32_t 
   constexpr uint64_t kSwizzle128 = 1;
   return static_cast<uint64_t>((address & 0x3ffff) >> 4) | (1ull << 16) |
          (static_cast<uint64_t>(atom_stride >> 4) << 32) | (kSwizzle128 << 62);
+}
+// The same operand `units` of 16 bytes on.  No address of shared memory carries beyond the lower half, so only that
+// is added to; the upper half stays one constant for all products.
+__device__ __forceinline__ uint64_t wgmma_onwards(uint64_t descriptor, uint32_t units) {
+  return descriptor >> 32 << 32 | (static_cast<uint32_t>(descriptor) + units);
 }
 
 // Four 8x8 matrices of 16-bit elements, stored transposed: row i of matrix m goes to the address that

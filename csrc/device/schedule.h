@@ -48,7 +48,7 @@ __device__ __forceinline__ void record_tile(Shared<kTraced>& sh, uint32_t slot) 
     r.expert = static_cast<uint16_t>(tile.expert);
     r.iter = actor.iter;
     r.tile = tile.index;
-    r.aux = stamps.cycles;
+    r.aux = stamps.products_cycles - stamps.begin_cycles;
     r.stall_cycles = stamps.stall_cycles;
     put();
     actor.last_ns = stamps.products_ns;

@@ -127,28 +127,31 @@ __device__ __forceinline__ void run_tile(Shared<kTraced>& sh, const Place& place
   // Over weight rows that only this warp's products have read.
   char* buffer =
       stages + cursor.offset(last) + weights.of_group + warp % kTeamWarps * 2 * weights.atom_stride;
-  auto stamp_products = [&] {
+  // Clocks are read by all threads, since a branch takes longer.
+  auto stamp = [&](bool products) {
     if constexpr (kTraced) {
-      // By all threads, since a branch takes longer.
       const uint64_t now = ptx::globaltimer();
       const uint32_t cycles = ptx::clock32();
       if (TileStamps* stamps = led_stamps(task)) {
-        stamps->products_ns = now;
-        stamps->cycles = cycles - stamps->cycles;
+        stamps->end_ns = now;
+        if (products) {
+          stamps->products_ns = now;
+          stamps->products_cycles = cycles;
+        }
       }
     }
   };
   // A GEMM1 tile's span holds its activation; what GEMM2 gives back is a span of its own.
   if (tile.gemm == 1) {
     store_hidden<T, kGated, kN>(sh, place, tile, warp, buffer, sums);
-    stamp_products();
   } else {
-    stamp_products();
+    stamp(true);
     store_returns<T, kGated, kN>(sh, task, warp, buffer, sums);
   }
   ptx::fence_proxy_async_shared();  // copies will follow these ordinary stores
   __syncwarp();
   release(&sh.empty[last]);
+  stamp(tile.gemm == 1);
   pass_turns(sh, cursor, task.turns - task.blocks, release);
 }
 
@@ -222,19 +225,17 @@ __device__ __forceinline__ void multiply_tiles(Shared<kTraced>& sh, const Place&
     [[maybe_unused]] const uint64_t begin_ns = kTraced ? ptx::globaltimer() : 0;
     [[maybe_unused]] const uint32_t begin_cycles = kTraced ? ptx::clock32() : 0;
     if (leads) {
-      sh.actors[static_cast<int>(Lane::k_math0) + group].doing(
-          tile.gemm == 1 ? EventKind::k_gemm1 : EventKind::k_gemm2, kNoPeer, tile.expert,
-          tile.index);
+      GpuActor<kTraced>& actor = sh.actors[static_cast<int>(Lane::k_math0) + group];
+      const EventKind kind = tile.gemm == 1 ? EventKind::k_gemm1 : EventKind::k_gemm2;
       if constexpr (kTraced) {
         task.stamps[group].begin_ns = begin_ns;
-        task.stamps[group].cycles = begin_cycles;
+        task.stamps[group].begin_cycles = begin_cycles;
+        actor.doing_since(begin_ns, kind, kNoPeer, tile.expert, tile.index);
+      } else {
+        actor.doing(kind, kNoPeer, tile.expert, tile.index);
       }
     }
     multiply_tile<T, kGated>(sh, place, stages, cursor, task, group, release);
-    if constexpr (kTraced) {
-      const uint64_t now = ptx::globaltimer();
-      if (TileStamps* stamps = led_stamps(task)) stamps->end_ns = now;
-    }
     // Every thread has read the task and stored its part, which the scheduler publishes.
     ptx::mbarrier_arrive(&sh.task_empty[slot]);
   }

@@ -14,15 +14,18 @@ import sys
 sys.path.insert(0, {tests!r})
 from layers import SMALL, deal, engine_for, forward, hold_to_reference, inputs
 from flashmoe.world.base import EngineOptions
-weights, x = inputs(SMALL, 70)
-options = EngineOptions(ranks=2, sms_per_rank=3, traced=True, deadline_s=120.0)
-result = forward(engine_for(SMALL, weights, deal(x, 2), options))
+weights, x = inputs(SMALL, {tokens})
+options = EngineOptions(ranks={ranks}, sms_per_rank={sms}, traced=True, deadline_s=120.0)
+result = forward(engine_for(SMALL, weights, deal(x, {ranks}), options))
 assert hold_to_reference(result, x, weights, SMALL)[0].ok
 """
 
 
+# CTAs alone that dispatch all rows before their tiles; pairs that dispatch most beside them; few
+# tokens by units.
+@pytest.mark.parametrize(("ranks", "tokens", "sms"), [(2, 70, 3), (2, 600, 2), (1, 8, 6)])
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
-def test_clean_under(tool: str) -> None:
+def test_clean_under(tool: str, ranks: int, tokens: int, sms: int) -> None:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
@@ -34,7 +37,13 @@ def test_clean_under(tool: str) -> None:
             *("--report-api-errors", "no"),
             # A CTA has a hundred barriers, made by one instruction; what is not said is guessed.
             *("--num-cuda-barriers", "256"),
-            *(sys.executable, "-c", PROGRAM.format(tests=str(Path(__file__).parent))),
+            *(
+                sys.executable,
+                "-c",
+                PROGRAM.format(
+                    tests=str(Path(__file__).parent), ranks=ranks, tokens=tokens, sms=sms
+                ),
+            ),
         ],
         capture_output=True,
         text=True,
