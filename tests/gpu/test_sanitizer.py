@@ -11,21 +11,25 @@ import pytest
 
 PROGRAM = """
 import sys
+from dataclasses import replace
 sys.path.insert(0, {tests!r})
 from layers import SMALL, deal, engine_for, forward, hold_to_reference, inputs
 from flashmoe.world.base import EngineOptions
-weights, x = inputs(SMALL, {tokens})
+layer = replace(SMALL, intermediate={inter})
+weights, x = inputs(layer, {tokens})
 options = EngineOptions(ranks={ranks}, sms_per_rank={sms}, traced=True, deadline_s=120.0)
-result = forward(engine_for(SMALL, weights, deal(x, {ranks}), options))
-assert hold_to_reference(result, x, weights, SMALL)[0].ok
+result = forward(engine_for(layer, weights, deal(x, {ranks}), options))
+assert hold_to_reference(result, x, weights, layer)[0].ok
 """
 
 
 # CTAs alone that dispatch all rows before their tiles; pairs that dispatch most beside them; few
 # tokens by units.
-@pytest.mark.parametrize(("ranks", "tokens", "sms"), [(2, 70, 3), (2, 600, 2), (1, 8, 6)])
+@pytest.mark.parametrize(
+    ("ranks", "tokens", "sms", "inter"), [(2, 70, 3, 192), (2, 600, 2, 192), (1, 8, 6, 256)]
+)
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
-def test_clean_under(tool: str, ranks: int, tokens: int, sms: int) -> None:
+def test_clean_under(tool: str, ranks: int, tokens: int, sms: int, inter: int) -> None:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
@@ -41,7 +45,11 @@ def test_clean_under(tool: str, ranks: int, tokens: int, sms: int) -> None:
                 sys.executable,
                 "-c",
                 PROGRAM.format(
-                    tests=str(Path(__file__).parent), ranks=ranks, tokens=tokens, sms=sms
+                    tests=str(Path(__file__).parent),
+                    ranks=ranks,
+                    tokens=tokens,
+                    sms=sms,
+                    inter=inter,
                 ),
             ),
         ],
