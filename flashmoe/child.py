@@ -98,11 +98,11 @@ def main() -> None:
     _die_with(task.parent)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    if task.transport in ("ipc", "nvshmem"):
-        threading.Thread(target=_wake_driver, daemon=True).start()
     code = 130
     with contextlib.suppress(KeyboardInterrupt):
         line.watch()
+        if task.transport != "host":
+            threading.Thread(target=_wake_driver, daemon=True).start()
         code = _run(line, task)
     sys.stdout.flush()
     # No atexit handlers, no joining of threads: everything that matters has been handed over.

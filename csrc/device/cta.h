@@ -87,8 +87,8 @@ struct ReturnPath {
 // What the leader of a math group leaves of a tile for the trace; the scheduler writes the records.
 struct TileStamps {
   uint64_t begin_ns;
-  uint64_t products_ns;  // the products are done, of GEMM1 their activation, too
-  uint64_t end_ns;
+  uint64_t products_ns;  // GEMM2's products are done; of GEMM1 the same as the end
+  uint64_t end_ns;       // all is stored
   uint32_t begin_cycles;
   uint32_t products_cycles;
   uint32_t stall_cycles;

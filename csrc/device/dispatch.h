@@ -218,10 +218,10 @@ __device__ __forceinline__ void announce_rows(const Shared<kTraced>& sh, const P
   }
 }
 
-// Says in the trace of an actor, whose leader is lane 0, what was moved of all lanes' units since its last span
-// until `now`:
-// moved(unit, before) rows of an owner's, before which other owners' have `before` rows.  Rows for all of them were
-// under way together, so the time is shared out by them.  A whole warp; without an actor nothing is written.
+// Says in the trace of an actor, whose leader is lane 0, what was moved of all lanes' units from its last span to `now`.
+// Of an owner's unit that is moved(unit, before) rows, where those of the owners before it are `before` rows.  Rows for
+// all of them were under way together, so the time is shared out by them.  A whole warp; without an actor nothing is
+// written.
 template <bool kTraced, class Moved>
 __device__ __forceinline__ void record_moved(const Shared<kTraced>& sh, const Place& place,
                                              GpuActor<kTraced>* actor, uint64_t now,
@@ -370,7 +370,7 @@ __device__ inline void dispatch(Shared<kTraced>& sh, const Place& place, const F
     const DispatchUnit units = halve(dispatch_units(sh, place, group, group + 1));
     const uint32_t all = units.all_rows();
     if (all == 0) continue;
-    // Of the owners that get any, the first.
+    // It names the first owner that gets any.
     const uint32_t some = __ballot_sync(0xffffffffu, units.begin != units.end);
     if (lane == __ffs(some) - 1) {
       actor.doing(EventKind::k_dispatch, units.owner, units.expert_begin, place.chunk);
@@ -397,7 +397,7 @@ __device__ inline void dispatch(Shared<kTraced>& sh, const Place& place, const F
     if (lane == 0) ring.drain();
     __syncwarp();
     ptx::fence_acq_rel_sys();
-    // Nobody sees rows before they count as moved.
+    // Before they are announced: nobody begins with rows that have not ended in the trace.
     const uint64_t now = kTraced ? ptx::globaltimer() : 0;
     announce_rows(sh, place, fault, units);
     record_moved(sh, place, lane == 0 ? &actor : nullptr, now, units,

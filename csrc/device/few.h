@@ -153,10 +153,11 @@ __device__ __forceinline__ void bring_rows(Shared<kTraced>& sh, const Place& pla
   const char* high = from + static_cast<uint64_t>(at[1]) * row_bytes + piece * 16;
   const uint32_t to = ptx::shared_address(ring) + kFewProducts * kFewWeightBytes + row * kRowBytes +
                       (piece ^ row) * 16;
-  // What threads have copied tensor cores see behind a proxy fence.  It is this warp's, which has the time: so it
+  // Tensor cores see what threads have copied only behind a proxy fence.  This warp has the time to execute it: so it
   // waits for its copies, and announces a stage kUnderWay blocks later.
   constexpr uint32_t kUnderWay = 3;
-  static_assert(kUnderWay < kFewStages, "a stage is announced before it is to be filled again");
+  static_assert(kUnderWay + 2 <= kFewStages,
+                "a stage is free once products of the block behind it are issued");
   FewCursor announced = cursor;
 #pragma unroll 1
   for (uint32_t i = 0; i < unit.blocks + kUnderWay; ++i) {

@@ -125,8 +125,8 @@ __device__ __forceinline__ void enter(Shared<kTraced>& sh, const LaunchArgs& arg
     __syncthreads();
   } else {
     ptx::cluster_barrier();
-    // The gate of a pair is run by both CTAs or by neither, but they may not have read the same.  Who has read that it
-    // may run does not write while the other looks.
+    // The gate of a pair is run by both CTAs or by neither, but they may not have read the same.  Whoever may run
+    // writes only if the other may not, and then the other does not look.
     constexpr uint32_t kMay = static_cast<uint32_t>(Status::kOk);
     if (ptx::thread_id() == 0 && sh.status == kMay) {
       const uint32_t other = ptx::load_cluster(ptx::shared_address(&sh.status) + place.to_other);

@@ -453,8 +453,8 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, uint32_t 
   return static_cast<uint64_t>((address & 0x3ffff) >> 4) | (1ull << 16) |
          (static_cast<uint64_t>(atom_stride >> 4) << 32) | (kSwizzle128 << 62);
 }
-// The same operand `units` of 16 bytes on.  No address of shared memory carries beyond the lower half, so only that
-// is added to; the upper half stays one constant for all products.
+// The same operand `units` of 16 bytes on.  Addresses of shared memory carry nothing into the upper half, so only the
+// lower one is added to: where the atom stride is a constant, so is the upper half.
 __device__ __forceinline__ uint64_t wgmma_onwards(uint64_t descriptor, uint32_t units) {
   return descriptor >> 32 << 32 | (static_cast<uint32_t>(descriptor) + units);
 }

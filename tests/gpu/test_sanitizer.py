@@ -20,6 +20,7 @@ weights, x = inputs(layer, {tokens})
 options = EngineOptions(ranks={ranks}, sms_per_rank={sms}, traced=True, deadline_s=120.0)
 result = forward(engine_for(layer, weights, deal(x, {ranks}), options))
 assert hold_to_reference(result, x, weights, layer)[0].ok
+print("as the reference")
 """
 
 
@@ -29,15 +30,10 @@ assert hold_to_reference(result, x, weights, layer)[0].ok
     ("ranks", "tokens", "sms", "inter"), [(2, 70, 3, 192), (2, 600, 2, 192), (1, 8, 6, 256)]
 )
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
-def test_clean_under(
-    tool: str, ranks: int, tokens: int, sms: int, inter: int, request: pytest.FixtureRequest
-) -> None:
+def test_clean_under(tool: str, ranks: int, tokens: int, sms: int, inter: int) -> None:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
-    if tool == "racecheck" and tokens == 600:
-        # Words say that the bounce pieces of a pair are free for a stage; it follows barriers only.
-        request.applymarker(pytest.mark.xfail(reason="racecheck does not follow sh.moved"))
     done = subprocess.run(
         [
             *(sanitizer, "--tool", tool, "--error-exitcode", "86"),
@@ -62,5 +58,11 @@ def test_clean_under(
         text=True,
         timeout=300,
     )
+    assert "as the reference" in done.stdout, done.stdout[-4000:] + done.stderr[-4000:]
+    if (tool, tokens, done.returncode) == ("racecheck", 600, 86):
+        # Words say that the bounce pieces of a pair are free for a stage, and it follows barriers
+        # only: it sees the words themselves, and the stage that takes the place of the pieces.
+        assert done.stdout.count("Race reported") <= 2, done.stdout[-4000:]
+        pytest.xfail("racecheck does not follow sh.moved")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "0 errors" in done.stdout or "0 hazards" in done.stdout, done.stdout[-2000:]
