@@ -14,6 +14,7 @@ import numpy as np
 
 from flashmoe.trace import schema
 from flashmoe.trace.columns import Events
+from flashmoe.trace.intervals import NEVER, least_by
 from flashmoe.trace.schema import EventKind, TimeClass
 
 KINDS = np.array([k for k in EventKind if k not in (EventKind.NONE, EventKind.LAUNCH)])
@@ -184,10 +185,9 @@ def account(events: Events, actors: Actors, launches: int = 1) -> Account:
 
 def _window(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """First begin and last end over axis 0, where 0 means unknown."""
-    never = np.iinfo(np.int64).max
-    first = np.where(begin > 0, begin, never).min(axis=0, initial=never)
+    first = np.where(begin > 0, begin, NEVER).min(axis=0, initial=NEVER)
     last = end.max(axis=0, initial=0)
-    ran = (first < never) & (last > first)
+    ran = (first < NEVER) & (last > first)
     return np.where(ran, first, 0), np.where(ran, last, 0)
 
 
@@ -230,11 +230,9 @@ def _ends(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Each cell's begin and end (0 where unknown), and whether its launch record is there."""
     cells = len(actors) * iterations
-    never = np.iinfo(np.int64).max
-    begin, end = np.full(cells + 1, never), np.zeros(cells + 1, np.int64)
     at = np.flatnonzero(events.kind == EventKind.LAUNCH)
     cell = runs.cell[np.searchsorted(runs.first, at, side="right") - 1]
-    np.minimum.at(begin, cell, events.t0_ns[at])
+    begin, end = least_by(cell, events.t0_ns[at], cells + 1), np.zeros(cells + 1, np.int64)
     np.maximum.at(end, cell, events.t0_ns[at] + events.dur_ns[at])
     ended = end > 0
     # Launches without their outermost record: dropped, or never ended.
@@ -247,7 +245,7 @@ def _ends(
     # The ring's header knows its last launch: the one its last record is of, if that began in it.
     last_time = max(int(end[:cells].max(initial=0)), int(actors.end_ns.max(initial=0)))
     grid = begin[:cells].reshape(len(actors), iterations)
-    known = grid < never
+    known = grid < NEVER
     last_known = iterations - 1 - np.argmax(known[:, ::-1], axis=1)
     row = np.arange(len(actors))
     ends = end[:cells].reshape(grid.shape)
@@ -260,7 +258,7 @@ def _ends(
     begin[at] = np.minimum(begin[at], actors.begin_ns[add])
     stop = np.where(actors.end_ns[add] > 0, actors.end_ns[add], last_time)
     end[at] = np.maximum(end[at], stop)
-    begin[begin == never] = 0
+    begin[begin == NEVER] = 0
     return begin[:cells], end[:cells], ended[:cells]
 
 

@@ -20,12 +20,11 @@ import numpy as np
 
 from flashmoe.trace.align import Alignment
 from flashmoe.trace.columns import Events, column
+from flashmoe.trace.intervals import NEVER, least_by
 from flashmoe.trace.schema import NO_PEER, EventKind, RecordFlag
 
 if TYPE_CHECKING:
     from flashmoe.trace.rundir import Run
-
-_NEVER = np.iinfo(np.int64).max
 
 
 def order_of(run: Run, events: Events) -> dict[str, Any] | None:
@@ -44,7 +43,7 @@ def order_of(run: Run, events: Events) -> dict[str, Any] | None:
     wait = np.concatenate([w for w, _, _ in found]) if found else np.zeros(0, np.int64)
     cause = np.concatenate([c for _, c, _ in found]) if found else np.zeros(0, np.int64)
     peer = np.concatenate([p for _, _, p in found]) if found else np.zeros(0, np.int64)
-    known = (cause != _NEVER) & (peer != events.rank[wait])
+    known = (cause != NEVER) & (peer != events.rank[wait])
     wait, cause, peer = wait[known], cause[known], peer[known]
     here = events.rank[wait].astype(np.int64)
     known_clocks = [None if said is None else Alignment.from_dict(said) for said in clocks]
@@ -111,10 +110,8 @@ def _waits(events: Events, kind: EventKind) -> np.ndarray:
 
 def _first(events: Events, kind: EventKind, key: np.ndarray, size: int) -> np.ndarray:
     """int64 [size]: the earliest begin of the kind's events by ``key`` [events]."""
-    out = np.full(size, _NEVER)
     mine = np.flatnonzero(events.kind == kind)
-    np.minimum.at(out, key[mine], events.t0_ns[mine])
-    return out
+    return least_by(key[mine], events.t0_ns[mine], size)
 
 
 def _launches(events: Events) -> int:
@@ -154,7 +151,7 @@ def _rows(run: Run, events: Events, ranks: int) -> Found:
     at = events.iter[rest].astype(np.int64)
     candidates = has[at, events.expert[rest].astype(np.int64)]  # [n, W]
     begins = sent.reshape(launches, ranks, ranks)[at, :, events.rank[rest].astype(np.int64)]
-    begins = np.where(candidates, begins, _NEVER)
+    begins = np.where(candidates, begins, NEVER)
     first = begins.argmin(axis=1)
     found.append((rest, begins[np.arange(len(rest)), first], first))
     return found
@@ -174,8 +171,8 @@ def _returns(run: Run, events: Events, ranks: int) -> Found:
     tile = np.flatnonzero((events.kind == EventKind.GEMM2) & (events.tile < tiles))
     launch = events.iter[tile].astype(np.int64)
     row = row_of[(launch * ranks + events.rank[tile]) * tiles + events.tile[tile]]
-    begun = np.full(launches * rows, _NEVER)
-    np.minimum.at(begun, (launch * rows + row)[row >= 0], events.t0_ns[tile][row >= 0])
+    key = (launch * rows + row)[row >= 0]
+    begun = least_by(key, events.t0_ns[tile][row >= 0], launches * rows)
     wait = _waits(events, EventKind.WAIT_RETURN)
     wait = wait[events.tile[wait] < rows]
     cause = begun[events.iter[wait].astype(np.int64) * rows + events.tile[wait]]

@@ -28,12 +28,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flashmoe.trace.columns import Events, column
+from flashmoe.trace.intervals import NEVER, least_by
 from flashmoe.trace.schema import EventKind
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-_NEVER = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
@@ -212,12 +211,10 @@ def _first_by(keys: np.ndarray, times: np.ndarray) -> np.ndarray:
     """
     if not len(keys):
         return np.empty(0, np.int64)
-    least = np.full(int(keys.max()) + 1, np.iinfo(times.dtype).max, times.dtype)
-    np.minimum.at(least, keys, times)
-    index = np.flatnonzero(times == least[keys])
-    first = np.full(len(least), len(keys))
-    np.minimum.at(first, keys[index], index)
-    return first[first < len(keys)]
+    size = int(keys.max()) + 1
+    index = np.flatnonzero(times == least_by(keys, times, size)[keys])
+    first = least_by(keys[index], index, size)
+    return first[first != NEVER]
 
 
 def _dispatch_edges(
@@ -234,7 +231,7 @@ def _dispatch_edges(
     first = _first_by(row, events.t0_ns[gemm1])
     tile_event = np.full(len(tiles.group), -1)
     tile_event[row[first]] = gemm1[first]
-    tile_begin = np.where(tile_event >= 0, events.t0_ns[tile_event].astype(np.int64), _NEVER)
+    tile_begin = np.where(tile_event >= 0, events.t0_ns[tile_event].astype(np.int64), NEVER)
     # The dispatch of each unit: the last of its (source, chunk, owner) at or before its expert.
     chunks = int(max(units.chunk.max(), events.tile[dispatch].astype(np.int64).max())) + 1
     wide = int(max(tiles.ranks, units.source.max() + 1, events.rank.max() + 1))
@@ -261,13 +258,12 @@ def _dispatch_edges(
         order = np.lexsort((units.expert, unit_place))
         before = np.empty_like(units.rows)
         before[order] = np.cumsum(units.rows[order]) - units.rows[order]
-        begin = np.full(len(dispatch_key), _NEVER)
-        np.minimum.at(begin, owned[valid], before[valid])
+        begin = least_by(owned[valid], before[valid], len(dispatch_key))
         moved = np.add.reduceat(record["bytes"][by_key], members.first) // row_bytes
         valid &= before - begin[owned] < moved[owned]
     # The earliest tile over all units of a dispatch and all row tiles of a unit.
     unit, tile = units.pair_unit, units.pair_tile
-    keep = valid[unit] & (tile_begin[tile] != _NEVER)
+    keep = valid[unit] & (tile_begin[tile] != NEVER)
     unit, tile = unit[keep], tile[keep]
     best = _first_by(owned[unit], tile_begin[tile])
     found = owned[unit[best]]

@@ -1,10 +1,23 @@
-"""Sets of time intervals, as arrays of begins and ends.  Pure functions; all times int64 ns."""
+"""Times and sets of time intervals, as arrays of begins and ends.  Pure functions; all int64 ns."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
+
+#: Later than any time.
+NEVER = np.iinfo(np.int64).max
+
+
+def least_by(keys: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
+    """int64 [size]: of each key below ``size`` the least of its values, NEVER where it has none.
+
+    ``keys``, ``values``: integers [n].
+    """
+    least = np.full(size, NEVER)
+    np.minimum.at(least, keys, values)
+    return least
 
 
 @dataclass(frozen=True)

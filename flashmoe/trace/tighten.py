@@ -29,6 +29,7 @@ import numpy as np
 
 from flashmoe.trace import schema
 from flashmoe.trace.align import Alignment, Exchange
+from flashmoe.trace.intervals import NEVER, least_by
 from flashmoe.trace.rings import Rings
 from flashmoe.trace.schema import NO_PEER, EventKind, RecordFlag
 
@@ -138,9 +139,8 @@ def _of_senders(these: np.ndarray, found: _Found) -> _Found:
 
 
 def _earliest(key: np.ndarray, times: np.ndarray, size: int) -> np.ndarray:
-    out = np.full(size, np.iinfo(np.int64).max)
-    np.minimum.at(out, key, times)
-    return np.where(out == np.iinfo(np.int64).max, 0, out)
+    out = least_by(key, times, size)
+    return np.where(out == NEVER, 0, out)
 
 
 def _launches(records: np.ndarray) -> int:
