@@ -160,6 +160,7 @@ struct GateBarriers : Course {
 struct Barriers : GateBarriers {
   uint64_t full[kMostStages];
   uint64_t empty[kMostStages];
+  uint64_t moved;  // first CTA: no comm warp of the pair needs pieces any more
   uint64_t task_empty[kTasks];
   uint64_t task_full[kTasks];
   uint64_t pair_full[kTasks];   // second CTA: a message is here, of kMessageBytes
@@ -184,9 +185,11 @@ __device__ __forceinline__ uint32_t barrier_arrivals(uint32_t i, bool few, uint3
   constexpr uint32_t kGate = 2 * kGateStages;
   if (i < kGate) return i < kGateStages ? 1 : 4 * pair_size;
   if (few) return i < kGate + kMathGroups * kFewStages ? 2 : kTeamWarps;
-  constexpr uint32_t kEmpty = kGate + kMostStages, kTaskEmpty = kEmpty + kMostStages;
+  constexpr uint32_t kEmpty = kGate + kMostStages, kMoved = kEmpty + kMostStages;
+  constexpr uint32_t kTaskEmpty = kMoved + 1;
   if (i < kEmpty) return fills;
-  if (i < kTaskEmpty) return kMathGroups * kTeamWarps * pair_size;
+  if (i < kMoved) return kMathGroups * kTeamWarps * pair_size;
+  if (i == kMoved) return kCommWarps * pair_size;
   return i < kTaskEmpty + kTasks ? 1 + kMathGroups * kGroupThreads : 1;
 }
 
@@ -209,8 +212,7 @@ struct PendingResults<true> : Barriers {
 template <bool kTraced>
 struct Shared : PendingResults<kPuts> {
   PairMessage messages[kTasks];
-  uint64_t other_left;            // first CTA: the second has left before the roles parted
-  uint64_t moved[2][kCommWarps];  // first CTA: of each CTA the comm warps that need no pieces
+  uint64_t other_left;  // first CTA: the second has left before the roles parted
   PieceGoal piece_goals[kCommWarps][kPieces];
   Task tasks[kTasks];
   GpuActor<kTraced> actors[kLanes];

@@ -336,17 +336,6 @@ __device__ inline void dispatch_first(Shared<kTraced>& sh, const Place& place,
   }
 }
 
-// Tells who schedules the pair's tiles that a comm warp needs no more pieces.
-template <bool kTraced>
-__device__ __forceinline__ void tell_moved(Shared<kTraced>& sh, const Place& place, uint32_t half) {
-  uint64_t* word = &sh.moved[place.pair_rank][half];
-  if (place.pair_rank == 0) {
-    store_atomic(word, uint64_t{1});
-  } else {
-    ptx::store_cluster(ptx::shared_address(word) + place.to_other, 1);
-  }
-}
-
 // One comm warp's share of the chunk's other rows, group by group, the two warps halving each unit; what it has copied
 // of a group is announced to all owners behind one fence.  Never waits, so no rank can hold another up here.
 template <bool kTraced>
@@ -403,8 +392,11 @@ __device__ inline void dispatch(Shared<kTraced>& sh, const Place& place, const F
     record_moved(sh, place, lane == 0 ? &actor : nullptr, now, units,
                  [](const DispatchUnit& u, uint32_t) { return u.end - u.begin; });
   }
-  // The pieces are free for the tiles of both CTAs of a pair.
-  if (lane == 0) tell_moved(sh, place, half);
+  // The pieces are free for the tiles of both CTAs of a pair, which the first one schedules.
+  if (lane == 0) {
+    ptx::mbarrier_arrive_cluster(ptx::shared_address(&sh.moved) +
+                                 (place.pair_rank == 0 ? 0 : place.to_other));
+  }
 }
 
 }  // namespace flashmoe

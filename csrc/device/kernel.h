@@ -82,9 +82,6 @@ __device__ __forceinline__ void enter(Shared<kTraced>& sh, const LaunchArgs& arg
     }
     sh.bad_ids = 0;
     sh.other_left = 0;
-    for (auto& of_cta : sh.moved) {
-      for (uint64_t& moved : of_cta) moved = course.gathers;
-    }
     sh.next_token = 0;
     sh.math_combines = 0;
     for (uint32_t g = 0; g < kMathGroups; ++g) sh.teams[g] = {};

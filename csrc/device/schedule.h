@@ -299,12 +299,8 @@ __device__ inline Status await_operands(TaskRing<kTraced>& ring, const Tile& til
 
 // No comm warp of the pair needs pieces any more: from the next task on there is a stage in their place.
 template <bool kTraced>
-__device__ __forceinline__ bool all_moved(const Shared<kTraced>& sh, const Place& place) {
-  bool all = true;
-  for (uint32_t c = 0; c < place.pair_size; ++c) {
-    for (const uint64_t& moved : sh.moved[c]) all = all && load_volatile(&moved) != 0;
-  }
-  return all;
+__device__ __forceinline__ bool all_moved(Shared<kTraced>& sh) {
+  return sh.gathers != 0 || ptx::mbarrier_test_cluster(&sh.moved, 0);
 }
 
 // The first CTA of a pair, or a CTA alone: takes pairs of tiles and waits for the rows of both, so that
@@ -377,7 +373,7 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
     message.turns = ceil_div(depth, kTileK);
     const bool shared = one.rows != 0 && two.rows != 0 && one.gemm == two.gemm &&
                         one.expert == two.expert && one.col_tile == two.col_tile;
-    message.flags = (shared ? kShared : 0) | (all_moved(sh, place) ? kAllStages : 0);
+    message.flags = (shared ? kShared : 0) | (all_moved(sh) ? kAllStages : 0);
     if (place.pair_size == 2) send_message(sh, place, slot, message);
     if (goes_on) ring.hand_over(one, message);
     leaves = !goes_on;
