@@ -7,14 +7,23 @@
 
 namespace flashmoe {
 
+inline constexpr float kLog2e = 1.4426950408889634f;
+
+// v sigmoid(v).  By itself, since what stands in the code for each of a tile's sums takes its time to come.
+struct SiluGate {
+  __device__ __forceinline__ float operator()(float v) const {
+    const float e = ptx::exp2_approximate(-kLog2e * v);
+    return v * ptx::reciprocal_approximate(1.0f + e);
+  }
+};
+
 // v sigmoid(v (a + b v^2)), with both factors times -log2(e).  SiLU has a = 1, b = 0.  GELU by tanh is
-// 0.5 v (1 + tanh u) = v sigmoid(2 u), u = sqrt(2 / pi) (v + 0.044715 v^3).  The choice lies in two
-// numbers, since code for each of a tile's sums does not fit the instruction cache twice.
+// 0.5 v (1 + tanh u) = v sigmoid(2 u), u = sqrt(2 / pi) (v + 0.044715 v^3).
 struct SigmoidGate {
   float a;
   float b;
   __device__ __forceinline__ explicit SigmoidGate(Activation kind) {
-    constexpr float kLog2e = 1.4426950408889634f, kTwice = 1.5957691216057308f;
+    constexpr float kTwice = 1.5957691216057308f;
     a = kind == Activation::kGeglu ? -kTwice * kLog2e : -kLog2e;
     b = kind == Activation::kGeglu ? -kTwice * 0.044715f * kLog2e : 0.0f;
   }
@@ -129,11 +138,18 @@ __device__ __forceinline__ void store_hidden(const Shared<kTraced>& sh, const Pl
                      32 / kUnits * row_bytes, 0, tile.rows, column < inter};
   const SigmoidGate gate(kind);
   if constexpr (kGated) {
-    store_transposed<kN, kUnits, kEpilogueBytesWarp<kGated, kN>>(
-        buffer, goal, [&](uint32_t j, uint32_t m) {
-          const uint32_t at = 4 * j + 2 * m;
-          return pack<T>(gate(sums[0][at]) * sums[1][at], gate(sums[0][at + 1]) * sums[1][at + 1]);
-        });
+    auto gated = [&](const auto& f) {
+      store_transposed<kN, kUnits, kEpilogueBytesWarp<kGated, kN>>(
+          buffer, goal, [&](uint32_t j, uint32_t m) {
+            const uint32_t at = 4 * j + 2 * m;
+            return pack<T>(f(sums[0][at]) * sums[1][at], f(sums[0][at + 1]) * sums[1][at + 1]);
+          });
+    };
+    if (kind == Activation::kSwiglu) {
+      gated(SiluGate{});
+    } else {
+      gated(gate);
+    }
   } else {
     auto pair = [&](const auto& f) {
       store_transposed<kN, kUnits, kEpilogueBytesWarp<kGated, kN>>(
