@@ -252,12 +252,12 @@ __device__ __forceinline__ void record_moved(const Shared<kTraced>& sh, const Pl
 }
 // The same of what all warps move before the roles part: warp w rows w, w + kWarps, ... of all owners'.
 template <bool kTraced>
-__device__ __forceinline__ void record_first(Shared<kTraced>& sh, const Place& place,
+__device__ __forceinline__ void record_first(Shared<kTraced>& sh, const Place& place, uint64_t now,
                                              const DispatchUnit& units) {
   if constexpr (kTraced) {
     const int lane = led_lane();
     const uint32_t warp = ptx::thread_id() / 32, warps = warp >= kMathWarp ? kTeamWarps : 1;
-    record_moved(sh, place, lane < 0 ? nullptr : &sh.actors[lane], ptx::globaltimer(), units,
+    record_moved(sh, place, lane < 0 ? nullptr : &sh.actors[lane], now, units,
                  [&](const DispatchUnit& u, uint32_t before) {
                    uint32_t rows = 0;
                    for (uint32_t w = warp; w < warp + warps; ++w) {
@@ -281,6 +281,7 @@ __device__ inline void dispatch_first(Shared<kTraced>& sh, const Place& place,
   const uint32_t warp = ptx::thread_id() / 32, thread = ptx::lane_id();
   if (sh.gathers) {
     const uint32_t rows = sh.tables.chunk_order[shape.experts];
+    const uint64_t now = kTraced ? ptx::globaltimer() : 0;
     if (warp == 0) {
       ptx::fence_acq_rel_gpu();
       for (uint32_t e = thread; e < shape.experts; e += 32) {
@@ -288,7 +289,7 @@ __device__ inline void dispatch_first(Shared<kTraced>& sh, const Place& place,
       }
     }
     if constexpr (kTraced) {
-      record_first(sh, place,
+      record_first(sh, place, now,
                    DispatchUnit{place.rank, 0, shape.experts, 0, thread == 0 ? rows : 0});
     }
     return;
@@ -328,8 +329,9 @@ __device__ inline void dispatch_first(Shared<kTraced>& sh, const Place& place,
     }
   }
   ptx::bulk_wait_all();
+  const uint64_t now = kTraced ? ptx::globaltimer() : 0;  // before any of it is announced
   __syncthreads();
-  record_first(sh, place, units);
+  record_first(sh, place, now, units);
   if (warp == 0) {
     ptx::fence_acq_rel_sys();
     announce_rows(sh, place, fault, units);

@@ -37,7 +37,7 @@ __device__ __forceinline__ void take_up(GpuActor<kTraced>& actor, const Task& ta
                     static_cast<uint16_t>(task.tile.expert), task.tile.row_tile},
                    task.wait_from, task.wait_to, task.wait_lacking, Status::kOk);
     }
-    actor.last_ns = now;
+    if (now > actor.last_ns) actor.last_ns = now;  // the wait's end is another SM's
   }
 }
 

@@ -128,30 +128,34 @@ __device__ __forceinline__ void run_tile(Shared<kTraced>& sh, const Place& place
   char* buffer =
       stages + cursor.offset(last) + weights.of_group + warp % kTeamWarps * 2 * weights.atom_stride;
   // Clocks are read by all threads, since a branch takes longer.
-  auto stamp = [&](bool products) {
+  auto stamp_products = [&] {
     if constexpr (kTraced) {
       const uint64_t now = ptx::globaltimer();
       const uint32_t cycles = ptx::clock32();
       if (TileStamps* stamps = led_stamps(task)) {
-        stamps->end_ns = now;
-        if (products) {
-          stamps->products_ns = now;
-          stamps->products_cycles = cycles;
-        }
+        stamps->products_ns = stamps->end_ns = now;
+        stamps->products_cycles = cycles;
       }
+    }
+  };
+  auto stamp_end = [&] {
+    if constexpr (kTraced) {
+      const uint64_t now = ptx::globaltimer();
+      if (TileStamps* stamps = led_stamps(task)) stamps->end_ns = now;
     }
   };
   // A GEMM1 tile's span holds its activation; what GEMM2 gives back is a span of its own.
   if (tile.gemm == 1) {
     store_hidden<T, kGated, kN>(sh, place, tile, warp, buffer, sums);
+    stamp_products();
   } else {
-    stamp(true);
+    stamp_products();
     store_returns<T, kGated, kN>(sh, task, warp, buffer, sums);
+    stamp_end();
   }
   ptx::fence_proxy_async_shared();  // copies will follow these ordinary stores
   __syncwarp();
   release(&sh.empty[last]);
-  stamp(tile.gemm == 1);
   pass_turns(sh, cursor, task.turns - task.blocks, release);
 }
 
