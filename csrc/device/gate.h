@@ -148,7 +148,8 @@ __device__ __forceinline__ void gate_logits(Shared<kTraced>& sh, GateScratch& sc
         for (uint32_t k = 0; k < kTileK / 16; ++k) {
 #pragma unroll
           for (uint32_t p = 0; p < kProducts; ++p) {
-            ptx::wgmma<T, kN>(sums[p], a + p * (kGateRows * kRowBytes / 16) + 2 * k, b + 2 * k);
+            const uint32_t rows = p * (kGateRows * kRowBytes / 16) + 2 * k;
+            ptx::wgmma<T, kN>(sums[p], ptx::wgmma_onwards(a, rows), ptx::wgmma_onwards(b, 2 * k));
           }
         }
         ptx::wgmma_commit();

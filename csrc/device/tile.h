@@ -63,10 +63,11 @@ __device__ __forceinline__ uint32_t multiply(Shared<kTraced>& sh, uint32_t stage
       // 16 columns are 32 bytes, two units of a descriptor's address.
       if (decltype(first)::value && k == 0) {
         ptx::wgmma_first<T, kN>(sums[0], a, b);
-        ptx::wgmma_first<T, kN>(sums[1], a + weights.other, b);
+        ptx::wgmma_first<T, kN>(sums[1], ptx::wgmma_onwards(a, weights.other), b);
       } else {
-        ptx::wgmma<T, kN>(sums[0], a + 2 * k, b + 2 * k);
-        ptx::wgmma<T, kN>(sums[1], a + weights.other + 2 * k, b + 2 * k);
+        const uint64_t rows = ptx::wgmma_onwards(b, 2 * k);
+        ptx::wgmma<T, kN>(sums[0], ptx::wgmma_onwards(a, 2 * k), rows);
+        ptx::wgmma<T, kN>(sums[1], ptx::wgmma_onwards(a, weights.other + 2 * k), rows);
       }
     }
     ptx::wgmma_commit();
@@ -226,7 +227,7 @@ __device__ __forceinline__ void multiply_tiles(Shared<kTraced>& sh, const Place&
     const Tile& tile = task.tile;  // read when needed: the sums leave few registers
     if (tile.gemm == 0) return;
     cursor.stages = task.stages;
-    [[maybe_unused]] const uint64_t begin_ns = kTraced ? ptx::globaltimer() : 0;
+    const uint64_t begin_ns = kTraced ? ptx::globaltimer() : 0;
     [[maybe_unused]] const uint32_t begin_cycles = kTraced ? ptx::clock32() : 0;
     if (leads) {
       GpuActor<kTraced>& actor = sh.actors[static_cast<int>(Lane::k_math0) + group];
@@ -234,10 +235,9 @@ __device__ __forceinline__ void multiply_tiles(Shared<kTraced>& sh, const Place&
       if constexpr (kTraced) {
         task.stamps[group].begin_ns = begin_ns;
         task.stamps[group].begin_cycles = begin_cycles;
-        actor.doing_since(begin_ns, kind, kNoPeer, tile.expert, tile.index);
-      } else {
-        actor.doing(kind, kNoPeer, tile.expert, tile.index);
       }
+      actor.doing_since(kTraced ? begin_ns : ptx::globaltimer(), kind, kNoPeer, tile.expert,
+                        tile.index);
     }
     multiply_tile<T, kGated>(sh, place, stages, cursor, task, group, release);
     // Every thread has read the task and stored its part, which the scheduler publishes.
