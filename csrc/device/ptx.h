@@ -56,6 +56,12 @@ __device__ __forceinline__ float reciprocal_approximate(float x) {
   return y;
 }
 
+__device__ __forceinline__ float tanh_approximate(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // ---- words that other CTAs or ranks read ------------------------------------------------------
 
 __device__ __forceinline__ uint64_t load_acquire_sys(const uint64_t* p) {

@@ -1,0 +1,46 @@
+"""What a kernel's activation functions err by, seen through a layer that does nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flashmoe.reference import ACTIVATIONS
+from flashmoe.rounding import ACTIVATION_UNIT, SPACING_BELOW_NORMAL, UNIT
+from flashmoe.weights import random_weights, torch_dtype
+
+from .layers import SMALL, deal, engine_for, forward
+
+
+@pytest.mark.parametrize("tokens", [4, 512])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_activation_errs_by_less_than_the_bound_assumes(
+    activation: str, dtype: str, tokens: int
+) -> None:
+    # One product a sum, an up projection of 1 and a down projection that is the identity: y is a(v), rounded
+    # once.  Where a(v) is near 0 and v is not, rounding is too small to hide an error of the function.
+    config = replace(SMALL, intermediate=SMALL.hidden, top_k=1, activation=activation, dtype=dtype)
+    kind, width = torch_dtype(config), config.intermediate
+    made = random_weights(config, 0, "cuda")
+    up, down = torch.zeros_like(made.up), torch.zeros_like(made.down)
+    up[:, :width, 0] = torch.linspace(-1.5, 1.5, width).to(kind)
+    up[:, width:, 1] = 1  # of plain experts there is none
+    down[:] = torch.eye(width).to(kind)
+    x = torch.zeros(tokens, config.hidden, dtype=kind, device="cuda")
+    x[:, 0] = torch.linspace(-8, 8, tokens).to(kind)
+    x[:, 1] = 1
+    engine = engine_for(config, replace(made, up=up, down=down), deal(x, 1))
+    result = forward(engine)
+    engine.close()
+    assert (result.weights == 1).all()
+
+    v = x[:, :1].double() * up[0, :width, 0].double()
+    exact = ACTIVATIONS[activation](v)
+    assert v.amin() < -11
+    error = (result.y.cuda().double() - exact).abs()
+    of_function = ACTIVATION_UNIT * v.abs()
+    allowed = of_function + UNIT[dtype] * (exact.abs() + of_function) + SPACING_BELOW_NORMAL[dtype]
+    assert (error <= allowed).all(), (error / allowed).max().item()
