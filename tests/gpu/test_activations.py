@@ -20,8 +20,8 @@ from .layers import SMALL, deal, engine_for, forward
 def test_activation_errs_by_less_than_the_bound_assumes(
     activation: str, dtype: str, tokens: int
 ) -> None:
-    # One product a sum, an up projection of 1 and a down projection that is the identity: y is a(v), rounded
-    # once.  Where a(v) is near 0 and v is not, rounding is too small to hide an error of the function.
+    # One product a sum, an up projection of 1, a down projection that is the identity: y is a(v),
+    # rounded once.  Where a(v) is near 0 and v is not, rounding hides no error of the function.
     config = replace(SMALL, intermediate=SMALL.hidden, top_k=1, activation=activation, dtype=dtype)
     kind, width = torch_dtype(config), config.intermediate
     made = random_weights(config, 0, "cuda")
