@@ -233,7 +233,6 @@ struct Shared : PendingResults<kPuts> {
   TokenBatch batches[kMathGroups];  // being combined
   CombineTeam teams[kMathGroups];
   uint32_t math_combines;           // the math groups have no tiles left
-  uint32_t completes[kMathGroups];  // by units: the group's last unit was its columns' last
   union {
     uint32_t table_words[kTableWords];
     FewChoices choices;

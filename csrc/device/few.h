@@ -344,6 +344,7 @@ __device__ __forceinline__ void run_unit(Shared<kTraced>& sh, const Place& place
   store_unit<T, kGated>(sh, place, unit, sums);
   if (up) record();
   ptx::named_barrier(1 + group, kGroupThreads);
+  bool completes = false;
   if (leads) {
     ptx::fence_acq_rel_gpu();
     if (up) {
@@ -352,9 +353,8 @@ __device__ __forceinline__ void run_unit(Shared<kTraced>& sh, const Place& place
     } else {
       const uint64_t before = ptx::fetch_add_relaxed_gpu(
           columns_word(place.heap, sh.layout, shape, place.epoch, unit.column), 1);
-      const bool completes = before + 1 == work.hits;
+      completes = before + 1 == work.hits;
       if (completes) ptx::fence_acq_rel_gpu();
-      sh.completes[group] = completes;
       if constexpr (kTraced) {
         const uint32_t columns = min_u32(kFewWidth, shape.hidden - unit.column * kFewWidth);
         const uint32_t bytes = unit.rows() * columns * 2;
@@ -363,9 +363,7 @@ __device__ __forceinline__ void run_unit(Shared<kTraced>& sh, const Place& place
       }
     }
   }
-  if (up) return;
-  ptx::named_barrier(1 + group, kGroupThreads);
-  if (sh.completes[group] == 0) return;
+  if (up || !ptx::named_barrier_any(1 + group, kGroupThreads, completes)) return;
   if (leads) actor.doing(EventKind::k_combine, kNoPeer, kNoExpert, place.chunk);
   combine_columns<T>(sh, place, work, unit.column);
   // Of tokens that are summed in parts, whoever sums the first counts them.
