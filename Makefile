@@ -31,7 +31,7 @@ test: ## Run the tests on this tree (after `make dev`); ARGS="-k name" chooses
 gpu-test: ## Run the tests that need a GPU; fails where there is none
 	PYTHONPATH=$(CURDIR) FLASHMOE_REQUIRE_GPU=1 $(PYTHON) -m pytest tests/gpu $(ARGS)
 
-CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'cmake/*.cu')
+CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'cmake/*.cu' 'benchmarks/*.cu')
 
 .PHONY: lint
 lint: ## Check style, types, C++ format and spelling

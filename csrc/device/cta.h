@@ -232,7 +232,7 @@ struct Shared : PendingResults<kPuts> {
   uint32_t due[32];     // tokens of the chunk by when they are due, while the order is made
   TokenBatch batches[kMathGroups];  // being combined
   CombineTeam teams[kMathGroups];
-  uint32_t math_combines;           // the math groups have no tiles left
+  uint32_t math_combines;  // the math groups have no tiles left
   union {
     uint32_t table_words[kTableWords];
     FewChoices choices;
