@@ -19,7 +19,7 @@ struct SiluGate {
 };
 
 // v sigmoid(2 v (a + b v^2)).  SiLU has a = 1/2, b = 0.  GELU by tanh is 0.5 v (1 + tanh u) with
-// u = sqrt(2 / pi) (v + 0.044715 v^3).  The choice lies in two numbers, for the same reason.
+// u = sqrt(2 / pi) (v + 0.044715 v^3).  The choice lies in two numbers, for the same reason; with b = 0 nothing overflows.
 struct SigmoidGate {
   float a;
   float b;
@@ -30,7 +30,7 @@ struct SigmoidGate {
   }
   __device__ __forceinline__ float operator()(float v) const {
     const float half = 0.5f * v;
-    return fmaf(half, ptx::tanh_approximate(v * fmaf(b, v * v, a)), half);
+    return fmaf(half, ptx::tanh_approximate(v * fmaf(b * v, v, a)), half);
   }
 };
 
