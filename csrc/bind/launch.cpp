@@ -184,7 +184,8 @@ nb::bytes launch_args(const nb::dict& shape, const std::vector<uintptr_t>& heaps
                       bool keep_last, uint32_t iteration_base, uint64_t deadline_ns,
                       uint64_t first_deadline_ns, uintptr_t slots, uintptr_t rings,
                       uintptr_t records, std::tuple<uint32_t, uint32_t, uint32_t> fault,
-                      uint64_t signals_at, std::optional<uint64_t> rows_at, bool by_units) {
+                      uint64_t signals_at, std::optional<uint64_t> rows_at, bool by_units,
+                      bool in_place) {
   const auto [lost_rank, lost_expert, never_starts] = fault;
   const Shape s = shape_from_dict(shape);
   if (s.world > kMaxRanks || heaps.size() != s.world) {
@@ -222,7 +223,7 @@ nb::bytes launch_args(const nb::dict& shape, const std::vector<uintptr_t>& heaps
     rank.rank = nb::cast<uint32_t>(d["rank"]);
     rank.tokens = nb::cast<uint32_t>(d["tokens"]);
     rank.gate_box_tokens = nb::cast<uint32_t>(d["gate_box_tokens"]);
-    rank.course = course_of(s, rank.rank, rank.tokens, by_units);
+    rank.course = course_of(s, rank.rank, rank.tokens, by_units, in_place);
     rank.course.absent = never_starts == rank.rank;
   }
   args->local_ranks = local_ranks;
@@ -311,16 +312,19 @@ void bind_launch(nb::module_& m) {
   m.def("units", &units_of, nb::arg("shape"), nb::arg("tokens"),
         "Where so few tokens of a rank alone may go by units: the fields of the shape that these "
         "change.");
-  m.def("launch_args", &launch_args, nb::arg("shape"), nb::arg("heaps"), nb::arg("ranks"),
-        nb::arg("local_ranks"), nb::arg("ring_capacity"), nb::arg("keep_last"),
-        nb::arg("iteration_base"), nb::arg("deadline_ns"), nb::arg("first_deadline_ns"),
-        nb::arg("slots"), nb::arg("rings"), nb::arg("records"), nb::arg("fault"),
-        nb::arg("signals_at") = 0, nb::arg("rows_at") = nb::none(), nb::arg("by_units") = false,
-        "The bytes of LaunchArgs.  Addresses are ints, 0 for none; `fault` is "
-        "(lost_signal_rank, lost_signal_expert, never_starts_rank), 0xffffffff for none.  A heap's "
-        "signals (what lies before the pool) begin at `signals_at` from its address, its rows (the "
-        "pool and the rest) at `rows_at`: behind the signals where that is None.  `by_units`: "
-        "few tokens go by units where they may, as units() says.");
+  m.def(
+      "launch_args", &launch_args, nb::arg("shape"), nb::arg("heaps"), nb::arg("ranks"),
+      nb::arg("local_ranks"), nb::arg("ring_capacity"), nb::arg("keep_last"),
+      nb::arg("iteration_base"), nb::arg("deadline_ns"), nb::arg("first_deadline_ns"),
+      nb::arg("slots"), nb::arg("rings"), nb::arg("records"), nb::arg("fault"),
+      nb::arg("signals_at") = 0, nb::arg("rows_at") = nb::none(), nb::arg("by_units") = false,
+      nb::arg("in_place") = true,
+      "The bytes of LaunchArgs.  Addresses are ints, 0 for none; `fault` is "
+      "(lost_signal_rank, lost_signal_expert, never_starts_rank), 0xffffffff for none.  A heap's "
+      "signals (what lies before the pool) begin at `signals_at` from its address, its rows (the "
+      "pool and the rest) at `rows_at`: behind the signals where that is None.  `by_units`: "
+      "few tokens go by units where they may, as units() says.  `in_place`: a rank alone reads its "
+      "rows where they are, where it may.");
   m.def("record_layout", &record_layout,
         "(offset, size) of each field of Record, RingHeader and FlightSlot; under 'structs' their "
         "sizes.");

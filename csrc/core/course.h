@@ -86,11 +86,11 @@ inline Shape shape_by_units(Shape s) {
   return s;
 }
 
-// `units`: whether few tokens may go by them.
-inline Course course_of(const Shape& s, uint32_t rank, uint32_t tokens, bool units) {
+// `units`: whether few tokens may go by them.  `in_place`: whether rows may stay in x.
+inline Course course_of(const Shape& s, uint32_t rank, uint32_t tokens, bool units, bool in_place) {
   Course c{};
   c.order = tile_order(s, rank);
-  c.gathers = gathers_rows(s, tokens);
+  c.gathers = in_place && gathers_rows(s, tokens);
   c.few = units && may_go_by_units(s, tokens);
   c.sliced = gate_in_slices(s, tokens);
   c.slices = gate_slices(s);

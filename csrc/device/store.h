@@ -19,7 +19,8 @@ struct SiluGate {
 };
 
 // v sigmoid(2 v (a + b v^2)).  SiLU has a = 1/2, b = 0.  GELU by tanh is 0.5 v (1 + tanh u) with
-// u = sqrt(2 / pi) (v + 0.044715 v^3).  The choice lies in two numbers, for the same reason; with b = 0 nothing overflows.
+// u = sqrt(2 / pi) (v + 0.044715 v^3).  The choice lies in two numbers, for the same reason; where b is 0, v may
+// have a square that float has not.
 struct SigmoidGate {
   float a;
   float b;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,8 @@ def bench_pair(
     """Times one shape in the way that ``KINDS`` calls ``kind``; ``error`` says why it could not.
 
     The result holds ``first_ms`` and ``second_ms`` (medians), their quartiles, ``ratio`` (of the
-    medians, second over first; over ranks scaled, see ``scale``) and its 95 % interval.
+    medians, second over first; over ranks scaled, see ``scale``) and its 95 % interval.  Over ranks
+    it also holds ``copying``: the same of the ranks over one rank that copies its rows as they do.
     """
     phase = Phases(shape.label, progress)
     try:
@@ -65,18 +66,21 @@ def _tracing(shape: Shape, machine: Machine, options: PairOptions, phase: Phases
     weights, x = _inputs(shape, machine, options, phase)
     first = Ours.build(machine, shape.config, weights, [x])
     second = Ours.build(machine, shape.config, weights, [x], traced=True, ring_mode="keep-last")
-    return _in_turn(first, second, shape.config, weights, machine, options, phase)
+    return _in_turn((first, second), shape.config, weights, machine, options, phase)
 
 
 def _ranks(shape: Shape, machine: Machine, options: PairOptions, phase: Phases) -> dict[str, Any]:
     """One rank on all SMs, then several that share them, with the same tokens in all.
 
+    The one reads its rows where they are, which the several cannot; so one that copies them is
+    timed beside both, and what is left of the ratio is not for the copies.
     ``scale`` is what the same work may take longer on the SMs that the ranks use, at the pace of
     the fullest: SMs / SMs used x rows of the fullest rank / mean rows of a rank.
     """
     weights, x = _inputs(shape, machine, options, phase)
     first = Ours.build(machine, shape.config, weights, [x])
     second = Ours.build(machine, shape.config, weights, list(x.chunk(options.ranks)))
+    copying = Ours.build(machine, shape.config, weights, [x], in_place=False)
     rows = torch.bincount(second.ids.flatten().long(), minlength=shape.config.experts)
     of_rank = [
         int(rows[a:b].sum()) for a, b in experts_of_rank(shape.config.experts, options.ranks)
@@ -91,7 +95,8 @@ def _ranks(shape: Shape, machine: Machine, options: PairOptions, phase: Phases) 
         "fullest_over_mean": fullest,
         "scale": scale,
     }
-    return more | _in_turn(first, second, shape.config, weights, machine, options, phase, scale)
+    runs = (first, second, copying)
+    return more | _in_turn(runs, shape.config, weights, machine, options, phase, scale)
 
 
 def _skew(shape: Shape, machine: Machine, options: PairOptions, phase: Phases) -> dict[str, Any]:
@@ -110,7 +115,7 @@ def _skew(shape: Shape, machine: Machine, options: PairOptions, phase: Phases) -
         Ours.build(machine, config, weights, [x], ([ids.to(machine.device)], [share]))
         for ids in (balanced, skewed)
     ]
-    return _in_turn(runs[0], runs[1], config, weights, machine, options, phase)
+    return _in_turn(runs, config, weights, machine, options, phase)
 
 
 KINDS: dict[str, Runner] = {"tracing": _tracing, "ranks": _ranks, "skew": _skew}
@@ -141,8 +146,7 @@ def _inputs(
 
 
 def _in_turn(
-    first: Ours,
-    second: Ours,
+    runs: Sequence[Ours],
     config: MoEConfig,
     weights: MoEWeights,
     machine: Machine,
@@ -150,32 +154,46 @@ def _in_turn(
     phase: Phases,
     scale: float = 1.0,
 ) -> dict[str, Any]:
-    """Times and verdicts of two engines; ``ratio`` and its interval are divided by ``scale``."""
+    """Times and verdicts of two engines, or three, the last one being ``copying``.
+
+    Each ``ratio`` and its interval are divided by ``scale``.
+    """
     try:
         phase("check")
-        verdicts = [run.check(config, weights) for run in (first, second)]
+        verdicts = [run.check(config, weights) for run in runs]
         phase("graphs")
-        works = [run.prepare(machine) for run in (first, second)]
+        works = [run.prepare(machine) for run in runs]
         phase("timing")
         clocks = Clocks(machine.snapshot)
         times = machine.stopwatch.rounds(works, options.pairs, clocks)
         phase("check again")
         wrong = None if all(map(ok, verdicts)) else "wrong result"
-        error = first.check_again(machine) or second.check_again(machine) or wrong
+        # Each is launched once more, also where one before it went wrong.
+        again = [run.check_again(machine) for run in runs]
+        error = next(filter(None, again), wrong)
     finally:
-        first.engine.close()
-        second.engine.close()
-    one, other = Spread.of(times[0]), Spread.of(times[1])
-    interval = bootstrap_ratio(times[1], times[0], seed=options.seed)
+        for run in runs:
+            run.engine.close()
+    spreads = [Spread.of(t) for t in times]
+
+    def over(base: int) -> dict[str, float]:
+        interval = bootstrap_ratio(times[1], times[base], seed=options.seed)
+        ends = {"ratio": interval.ratio, "low": interval.low, "high": interval.high}
+        return {name: end / scale for name, end in ends.items()}
+
+    more: dict[str, Any] = {}
+    if len(runs) == 3:
+        last = spreads[2]
+        more["copying"] = {"ms": last.median, "quartiles_ms": [last.q1, last.q3], **over(2)}
+    one, other = spreads[:2]
     return {
         "first_ms": one.median,
         "second_ms": other.median,
         "first_quartiles_ms": [one.q1, one.q3],
         "second_quartiles_ms": [other.q1, other.q3],
-        "pairs": interval.pairs,
-        "ratio": interval.ratio / scale,
-        "low": interval.low / scale,
-        "high": interval.high / scale,
+        "pairs": options.pairs,
+        **over(0),
+        **more,
         "graph": [work.graph for work in works],
         "of_bound": [v["output"]["max_ratio"] for v in verdicts],
         "clocks": clocks.summary(),

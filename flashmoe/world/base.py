@@ -69,8 +69,9 @@ class EngineOptions:
     bounds every wait; ``first_deadline_s`` replaces it in the first launch (None: 4 times the
     former).  ``ring_capacity`` is in records an actor; None derives it from the plan's worst case.
     With ``no_pointers`` every other rank counts as beyond the reach of pointers: rows and signals
-    go by put-with-signal (host engine).  ``tiling`` None: as the tuning table has it, or untuned
-    (GPU).
+    go by put-with-signal (host engine).  Without ``in_place`` a rank alone copies its rows to its
+    pool as several do, to be compared with these (GPU).  ``tiling`` None: as the tuning table has
+    it, or untuned (GPU).
     """
 
     ranks: int = 1
@@ -82,6 +83,7 @@ class EngineOptions:
     ring_mode: RingMode = "keep-first"
     device: int = 0
     no_pointers: bool = False
+    in_place: bool = True
     faults: tuple[Fault, ...] = ()
     tiling: Tiling | None = None
 

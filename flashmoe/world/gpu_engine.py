@@ -175,7 +175,9 @@ class GpuEngine:
                 mean = sum(self.tokens) * self.config.top_k // self.options.ranks
                 pool_rows = min(pool_rows, 2 * mean)
         shape["pool_rows"] = self._agree(max(8, pool_rows))
-        units = arguments.units(shape, self.tokens[0], self.flavour, self.options.faults)
+        units = None
+        if self.options.in_place:
+            units = arguments.units(shape, self.tokens[0], self.flavour, self.options.faults)
         self._by_units = units is not None
         return {**shape, **(units or {})}
 
@@ -307,6 +309,7 @@ class GpuEngine:
             # Below zero once the epoch has begun anew; the kernel subtracts it in 32 bits.
             iteration_base=self._iteration_base & 0xFFFFFFFF,
             by_units=self._by_units,
+            in_place=options.in_place,
         )
 
     # -- running --------------------------------------------------------------------------------

@@ -211,6 +211,13 @@ def _pairs(report: dict[str, Any], where: Terminal) -> list[str]:
                 f"{result['sms']} SMs / {result['sms_used']} used x fullest rank "
                 f"{result['fullest_over_mean']:.4f} of the mean"
             )
+        if result.get("copying"):
+            copying = result["copying"]
+            lines.append(
+                f"  {result['preset']} {result['T']}: {copying['ratio']:.4f} "
+                f"({copying['low']:.4f} to {copying['high']:.4f}) beside one rank that copies its "
+                f"rows too, {_ms(copying['ms'])} ms"
+            )
     return lines + _failures(report["results"], where)
 
 

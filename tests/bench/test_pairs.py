@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -26,9 +28,29 @@ def test_each_kind_gives_a_ratio_and_its_interval(kind: str) -> None:
     assert result["pairs"] == 5
     scale = result.get("scale", 1.0)
     assert result["ratio"] * scale == pytest.approx(result["second_ms"] / result["first_ms"])
+    assert ("copying" in result) == (kind == "ranks")
     phases = ["weights", "first launches", "check", "graphs", "timing", "check again"]
     assert list(result["seconds"]) == phases
     json.dumps(result, allow_nan=False)
+
+
+def test_ranks_are_held_to_one_that_copies_too() -> None:
+    built: list[tuple[int, bool]] = []
+
+    def build(*args: Any) -> TorchEngine:
+        engine = TorchEngine(*args)
+        built.append((engine.options.ranks, engine.options.in_place))
+        return engine
+
+    result = bench_pair(
+        "ranks", TINY, replace(machine(), build=build), PairOptions(5, ranks=4), quiet
+    )
+    assert built == [(1, True), (4, True), (1, False)]
+    copying = result["copying"]
+    assert copying["low"] <= copying["ratio"] <= copying["high"]
+    wanted = result["second_ms"] / copying["ms"]
+    assert copying["ratio"] * result["scale"] == pytest.approx(wanted)
+    assert len(result["graph"]) == len(result["of_bound"]) == 3
 
 
 def test_the_scale_over_ranks_is_sms_and_the_fullest_rank() -> None:

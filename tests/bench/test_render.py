@@ -137,10 +137,12 @@ def test_the_tables_of_pairs(mode: str) -> None:
     }  # fmt: skip
     if mode == "ranks":
         line |= {"ranks": 8, "sms": 132, "sms_used": 128, "scale": 1.1, "fullest_over_mean": 1.07}
+        line |= {"copying": {"ms": 1.02, "ratio": 1.0123, "low": 1.0111, "high": 1.0135}}
     text = "\n".join(bench_lines(report(line, mode=mode), WIDE))
     assert "1.0050" in text
     assert "1.0040 to 1.0061" in text
     assert ("fullest rank 1.0700" in text) == (mode == "ranks")
+    assert ("1.0123 (1.0111 to 1.0135) beside one rank that copies" in text) == (mode == "ranks")
 
 
 def test_a_comparison_says_what_is_slower() -> None:

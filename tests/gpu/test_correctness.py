@@ -10,6 +10,7 @@ import torch
 from flashmoe.config import MoEConfig, Routing
 from flashmoe.presets import PRESETS
 from flashmoe.world.base import EngineOptions, Status
+from flashmoe.world.kernel import UNIT_FAMILY
 
 from .layers import (
     SMALL,
@@ -146,13 +147,19 @@ def test_bits_do_not_depend_on_ranks_runs_or_sms(traced: bool) -> None:
     assert len(seen) == 1
 
 
-@pytest.mark.parametrize("tokens", [1152, 5121])
+@pytest.mark.parametrize("tokens", [4, 1152, 5121])
 def test_rows_read_in_place_and_rows_copied_give_the_same_bits(tokens: int) -> None:
-    """One rank reads rows in place; two copy them, and have a stage more once that is over."""
+    """One rank reads rows in place; two copy them, and have a stage more once that is over.
+
+    One that is told to copies them, too; where it would go by units otherwise, by tiles.
+    """
     weights, x = inputs(SMALL, tokens)
     seen = set()
-    for ranks in (1, 2):
-        engine = engine_for(SMALL, weights, deal(x, ranks))
+    for ranks, in_place in ((1, True), (2, True), (1, False)):
+        options = EngineOptions(ranks=ranks, deadline_s=5.0, in_place=in_place)
+        engine = engine_for(SMALL, weights, deal(x, ranks), options)
+        moves = engine.family != UNIT_FAMILY
+        assert moves or (in_place and ranks == 1 and tokens == 4)
         result = forward(engine)
         seen.add(bits(result))
         output, routing = hold_to_reference(result, x, weights, SMALL)

@@ -226,10 +226,10 @@ def test_launch_args_hold_what_they_were_given() -> None:
     }  # fmt: skip
     none = 0xFFFFFFFF
 
-    def pack(**changes: Any) -> bytes:
+    def pack(world: int = 2, in_place: bool = True, **changes: Any) -> bytes:
         packed: bytes = _host.launch_args(
-            shape_of(), [0x100000, 0x200000], [rank | changes], 1, 100, True, 3, 10, 40,
-            0x5555, 0x6666, 0x7777, (none, none, none),
+            shape_of(world=world), [0x100000, 0x200000][:world], [rank | changes], 1, 100, True, 3,
+            10, 40, 0x5555, 0x6666, 0x7777, (none, none, none), in_place=in_place,
         )  # fmt: skip
         return packed
 
@@ -247,6 +247,10 @@ def test_launch_args_hold_what_they_were_given() -> None:
     for address in (0x100000, 0x200000, 0x5555, 0x6666, 0x7777):
         assert address.to_bytes(8, "little") in whole
     assert pack(tokens=8) != whole
+    # Only a rank alone can leave its rows where they are.
+    assert pack(in_place=False) == whole
+    alone, copying = pack(1, rank=0), pack(1, False, rank=0)
+    assert sum(a != b for a, b in zip(alone, copying, strict=True)) == 1
     with pytest.raises(ValueError, match="128 bytes"):
         pack(map_h=b"short")
 
