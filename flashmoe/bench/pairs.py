@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,7 @@ def _tracing(shape: Shape, machine: Machine, options: PairOptions, phase: Phases
     weights, x = _inputs(shape, machine, options, phase)
     first = Ours.build(machine, shape.config, weights, [x])
     second = Ours.build(machine, shape.config, weights, [x], traced=True, ring_mode="keep-last")
-    return _in_turn((first, second), shape.config, weights, machine, options, phase)
+    return _in_turn(first, second, shape.config, weights, machine, options, phase)
 
 
 def _ranks(shape: Shape, machine: Machine, options: PairOptions, phase: Phases) -> dict[str, Any]:
@@ -95,8 +95,9 @@ def _ranks(shape: Shape, machine: Machine, options: PairOptions, phase: Phases) 
         "fullest_over_mean": fullest,
         "scale": scale,
     }
-    runs = (first, second, copying)
-    return more | _in_turn(runs, shape.config, weights, machine, options, phase, scale)
+    return more | _in_turn(
+        first, second, shape.config, weights, machine, options, phase, scale, copying
+    )
 
 
 def _skew(shape: Shape, machine: Machine, options: PairOptions, phase: Phases) -> dict[str, Any]:
@@ -115,7 +116,7 @@ def _skew(shape: Shape, machine: Machine, options: PairOptions, phase: Phases) -
         Ours.build(machine, config, weights, [x], ([ids.to(machine.device)], [share]))
         for ids in (balanced, skewed)
     ]
-    return _in_turn(runs, config, weights, machine, options, phase)
+    return _in_turn(runs[0], runs[1], config, weights, machine, options, phase)
 
 
 KINDS: dict[str, Runner] = {"tracing": _tracing, "ranks": _ranks, "skew": _skew}
@@ -146,18 +147,21 @@ def _inputs(
 
 
 def _in_turn(
-    runs: Sequence[Ours],
+    first: Ours,
+    second: Ours,
     config: MoEConfig,
     weights: MoEWeights,
     machine: Machine,
     options: PairOptions,
     phase: Phases,
     scale: float = 1.0,
+    copying: Ours | None = None,
 ) -> dict[str, Any]:
-    """Times and verdicts of two engines, or three, the last one being ``copying``.
+    """Times and verdicts of two engines, and of ``copying`` beside them.
 
-    Each ``ratio`` and its interval are divided by ``scale``.
+    Each ``ratio``, of the second's times, and its interval are divided by ``scale``.
     """
+    runs = [first, second] if copying is None else [first, second, copying]
     try:
         phase("check")
         verdicts = [run.check(config, weights) for run in runs]
@@ -168,31 +172,31 @@ def _in_turn(
         times = machine.stopwatch.rounds(works, options.pairs, clocks)
         phase("check again")
         wrong = None if all(map(ok, verdicts)) else "wrong result"
-        # Each is launched once more, also where one before it went wrong.
-        again = [run.check_again(machine) for run in runs]
-        error = next(filter(None, again), wrong)
+        error = next(filter(None, (run.check_again(machine) for run in runs)), wrong)
     finally:
         for run in runs:
             run.engine.close()
-    spreads = [Spread.of(t) for t in times]
 
-    def over(base: int) -> dict[str, float]:
-        interval = bootstrap_ratio(times[1], times[base], seed=options.seed)
-        ends = {"ratio": interval.ratio, "low": interval.low, "high": interval.high}
-        return {name: end / scale for name, end in ends.items()}
+    def over(base: list[float]) -> dict[str, float]:
+        interval = bootstrap_ratio(times[1], base, seed=options.seed)
+        return {name: getattr(interval, name) / scale for name in ("ratio", "low", "high")}
 
+    one, other = Spread.of(times[0]), Spread.of(times[1])
     more: dict[str, Any] = {}
-    if len(runs) == 3:
-        last = spreads[2]
-        more["copying"] = {"ms": last.median, "quartiles_ms": [last.q1, last.q3], **over(2)}
-    one, other = spreads[:2]
+    if copying is not None:
+        third = Spread.of(times[2])
+        more["copying"] = {
+            "ms": third.median,
+            "quartiles_ms": [third.q1, third.q3],
+            **over(times[2]),
+        }
     return {
         "first_ms": one.median,
         "second_ms": other.median,
         "first_quartiles_ms": [one.q1, one.q3],
         "second_quartiles_ms": [other.q1, other.q3],
         "pairs": options.pairs,
-        **over(0),
+        **over(times[0]),
         **more,
         "graph": [work.graph for work in works],
         "of_bound": [v["output"]["max_ratio"] for v in verdicts],

@@ -219,9 +219,8 @@ def pack(
     """A LaunchArgs.  Addresses: 0 for none.  ``first_deadline_s`` None: 4 times ``deadline_s``.
 
     ``signals_at`` and ``rows_at`` say where a heap's signals and its rows begin, from its address;
-    ``rows_at`` None: behind the signals.  ``by_units``: few
-    tokens go by units where they may (:func:`units`).  ``in_place``: a rank alone reads its rows
-    where they are, where it may.
+    ``rows_at`` None: behind the signals.  ``by_units``: few tokens go by units where they may
+    (:func:`units`).  ``in_place``: a rank alone reads its rows where they are, where it may.
     """
     first = first_deadline_s or 4 * deadline_s
     args = extension().launch_args(
