@@ -39,7 +39,7 @@ def most(config: MoEConfig) -> int:
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_bits_are_those_of_tiles(layer: str) -> None:
-    """Among more tokens, and over two ranks, a token goes by tiles of another family."""
+    """Among more tokens, over two ranks, and where one copies its rows, a token goes by tiles."""
     config = LAYERS[layer]
     weights, x = inputs(config, 40)
     whole = forward(engine_for(config, weights, [x]))
@@ -52,10 +52,12 @@ def test_bits_are_those_of_tiles(layer: str) -> None:
         assert torch.equal(few.ids, whole.ids[:tokens])
         assert torch.equal(few.y.view(torch.int16), whole.y[:tokens].view(torch.int16))
         engine.close()
-        over = engine_for(config, weights, deal(x[:tokens], 2))
-        assert over.family == FAMILY
-        assert torch.equal(forward(over).y.view(torch.int16), few.y.view(torch.int16))
-        over.close()
+        for ranks in (2, 1):
+            options = EngineOptions(ranks=ranks, deadline_s=5.0, in_place=False)
+            tiles = engine_for(config, weights, deal(x[:tokens], ranks), options)
+            assert tiles.family == FAMILY
+            assert torch.equal(forward(tiles).y.view(torch.int16), few.y.view(torch.int16))
+            tiles.close()
 
 
 def test_many_launches_of_few_tokens_agree() -> None:
