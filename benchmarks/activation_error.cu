@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <cstdio>
 
-#include "device/ptx.h"
+#include "device/store.h"
 
 namespace {
 
@@ -32,8 +32,7 @@ __global__ void sweep(double* figures) {
     if (!isfinite(v) || fabsf(v) < 1e-30f) continue;
     const double exact_tanh = tanh(static_cast<double>(v));
     const double exact_silu = v / (1.0 + exp(-static_cast<double>(v)));
-    const float half = 0.5f * v;
-    const float by_tanh = fmaf(half, ptx::tanh_approximate(half), half);
+    const float by_tanh = SiluGate{}(v);
     const float e = ptx::exp2_approximate(-1.4426950408889634f * v);
     const float by_exponential = v * ptx::reciprocal_approximate(1.0f + e);
     const double error[kFigures] = {(ptx::tanh_approximate(v) - exact_tanh) / exact_tanh,
