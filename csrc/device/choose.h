@@ -1,15 +1,16 @@
-// Top-k of a token, by one warp: from its row of logits to ids and weights.
+// Top-k of tokens, each by one warp: from rows of logits to ids and weights.
 #pragma once
 
 #include <cstdint>
 
 #include "core/shape.h"
+#include "device/sync.h"
 
 namespace flashmoe {
 
 // Descending by value, NaN last: a larger key is chosen first.  0 is no key, 1 is NaN's.
 __device__ __forceinline__ uint32_t choice_key(float value) {
-  const uint32_t bits = __float_as_uint(value == 0.0f ? 0.0f : value);
+  const uint32_t bits = __float_as_uint(value + 0.0f);  // zeros are alike
   return isnan(value) ? 1 : bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
@@ -81,7 +82,7 @@ __device__ __forceinline__ uint32_t take_best(uint32_t (&keys)[kKeys]) {
   return expert;
 }
 
-// What a lane chose for its token: the lane-th, if k is at most 32.
+// What a lane chose for a token: the lane-th, if k is at most 32.
 struct Choice {
   uint32_t id;
   float weight;
@@ -149,13 +150,152 @@ __device__ __forceinline__ Choice choose(const Shape& shape, float* logits, floa
   return chosen;
 }
 
-// The same for any number of experts.  One copy of the code, which rehearse_choice() runs first; it is the only
-// function that is called, which may be as long as no warp has given registers away.
-__device__ __noinline__ Choice choose_any(const Shape& shape, float* logits, float* choice,
+// Where a layer has no more experts and choices than these, and no groups, a lane has four experts in a row, sorted, and
+// the warp takes the best of the lanes' first ones again and again; then it makes the weights of four tokens at once, in
+// teams of eight lanes.  Integer instructions come at half the rate of others, and a choice is made of little else, so
+// what is done for each of the top k is as little as can be.
+inline constexpr uint32_t kLaneKeys = 4;
+inline constexpr uint32_t kTeamLanes = 8;
+inline constexpr uint32_t kTeams = 32 / kTeamLanes;
+
+__device__ __forceinline__ bool by_sorted_lanes(const Shape& shape) {
+  return shape.experts <= 32 * kLaneKeys && shape.top_k <= kTeamLanes && shape.groups <= 1;
+}
+
+// A lane's keys and their places among them, in descending order; of the same keys the first place first.
+struct SortedKeys {
+  uint32_t key[kLaneKeys];
+  uint32_t place[kLaneKeys];
+  // Only neighbours change places, and only if they must: so equal keys stay in order.
+  __device__ __forceinline__ void order(uint32_t i) {
+    const bool swaps = key[i + 1] > key[i];
+    const uint32_t k = key[i], p = place[i];
+    key[i] = swaps ? key[i + 1] : k;
+    key[i + 1] = swaps ? k : key[i + 1];
+    place[i] = swaps ? place[i + 1] : p;
+    place[i + 1] = swaps ? p : place[i + 1];
+  }
+  __device__ __forceinline__ void sort() {
+#pragma unroll
+    for (uint32_t i = 0; i < kLaneKeys; ++i) place[i] = i;
+#pragma unroll
+    for (uint32_t round = 0; round < kLaneKeys; ++round) {
+#pragma unroll
+      for (uint32_t i = round % 2; i + 1 < kLaneKeys; i += 2) order(i);
+    }
+  }
+  __device__ __forceinline__ void drop_first(bool drops) {
+#pragma unroll
+    for (uint32_t i = 0; i + 1 < kLaneKeys; ++i) {
+      key[i] = drops ? key[i + 1] : key[i];
+      place[i] = drops ? place[i + 1] : place[i];
+    }
+    key[kLaneKeys - 1] = drops ? 0 : key[kLaneKeys - 1];
+  }
+};
+
+// The lane's keys of a row of logits, which by sigmoid becomes the row of scores.
+__device__ __forceinline__ SortedKeys sorted_keys(float* row, uint32_t experts, bool sigmoid,
+                                                  const float* bias) {
+  SortedKeys keys;
+  const uint32_t e0 = threadIdx.x % 32 * kLaneKeys;
+  float v[kLaneKeys] = {};
+  if (e0 < experts) {
+    const float4 four = *reinterpret_cast<const float4*>(row + e0);
+    v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
+  }
+#pragma unroll
+  for (uint32_t i = 0; i < kLaneKeys; ++i) {
+    const uint32_t e = e0 + i;
+    if (sigmoid && e < experts) {
+      v[i] = 1.0f / (1.0f + expf(-v[i]));
+      row[e] = v[i];
+      if (bias != nullptr) v[i] += bias[e];
+    }
+    keys.key[i] = e < experts ? choice_key(v[i]) : 0;
+  }
+  keys.sort();
+  return keys;
+}
+
+__device__ __forceinline__ float team_sum(float v) {
+#pragma unroll
+  for (int d = kTeamLanes / 2; d > 0; d /= 2) v += __shfl_xor_sync(0xffffffffu, v, d);
+  return v;
+}
+
+// choose_any() where by_sorted_lanes().
+__device__ __forceinline__ Choice choose_sorted(const Shape& shape, uint32_t first, uint32_t tokens,
+                                                float* logits, uint32_t stride, const float* bias,
+                                                uint32_t* ids, float* weights) {
+  constexpr uint32_t kAll = 0xffffffffu;
+  const uint32_t lane = threadIdx.x % 32, of_team = lane % kTeamLanes;
+  const uint32_t experts = shape.experts, top_k = shape.top_k;
+  const bool sigmoid = shape.routing == RoutingKind::kSigmoid, renormalize = shape.renormalize != 0;
+  const float scale = shape.scale;
+  Choice chosen{};
+  for (uint32_t t0 = first; t0 < tokens; t0 += kTeams * kWarps) {
+    uint32_t id = 0;  // the of_team-th best of the team's token
+#pragma unroll 1
+    for (uint32_t t = t0, to = lane; t < min_u32(t0 + kTeams * kWarps, tokens);
+         t += kWarps, to -= kTeamLanes) {
+      SortedKeys keys = sorted_keys(logits + t * stride, experts, sigmoid, bias);
+#pragma unroll 1
+      for (uint32_t j = 0; j < top_k; ++j) {
+        const uint32_t best = __reduce_max_sync(kAll, keys.key[0]);
+        const uint32_t owner = __ffs(__ballot_sync(kAll, keys.key[0] == best)) - 1;
+        const uint32_t expert = __shfl_sync(kAll, lane * kLaneKeys + keys.place[0], owner);
+        if (to == j) id = expert;
+        keys.drop_first(lane == owner);
+      }
+    }
+    __syncwarp();  // scores are seen
+    const uint32_t t = t0 + lane / kTeamLanes * kWarps;
+    const bool has = t < tokens;
+    const float* row = logits + (has ? t : t0) * stride;
+    const float logit = row[id];
+    const float top = __shfl_sync(kAll, logit, 0, kTeamLanes);
+    float weight = of_team >= top_k ? 0.0f : sigmoid ? logit : expf(logit - top);
+    const float sum = team_sum(weight);
+    // 1e-20 keeps a token whose scores are all zero finite, as DeepSeek-V3 does.
+    float divisor = sigmoid ? (renormalize ? sum + 1e-20f : 1.0f) : sum;
+    if (!sigmoid && !renormalize) {
+      float all = 0.0f;
+      for (uint32_t e = of_team; e < experts; e += kTeamLanes) all += expf(row[e] - top);
+      divisor = team_sum(all);
+    }
+    weight = weight / divisor * scale;
+    if (has && of_team < top_k) {
+      ids[t * top_k + of_team] = id;
+      weights[t * top_k + of_team] = weight;
+    }
+    if (t0 == first) chosen = {id, weight};
+  }
+  return chosen;
+}
+
+// Top-k of the tokens first, first + kWarps, ... of `tokens`, by one warp: ids and weights [tokens][k], and what it chose
+// for the first of them.  `logits` and `choice` have rows of `stride` floats, a multiple of 4.  One copy of the code, which
+// rehearse_choice() runs first; it is the only function that is called, which may be as long as no warp has given
+// registers away.
+__device__ __noinline__ Choice choose_any(const Shape& shape, uint32_t first, uint32_t tokens,
+                                          float* logits, float* choice, uint32_t stride,
                                           const float* bias, uint32_t* ids, float* weights) {
-  if (shape.experts <= 128) return choose<4>(shape, logits, choice, bias, ids, weights);
-  if (shape.experts <= 256) return choose<8>(shape, logits, choice, bias, ids, weights);
-  return choose<32>(shape, logits, choice, bias, ids, weights);
+  if (by_sorted_lanes(shape)) {
+    return choose_sorted(shape, first, tokens, logits, stride, bias, ids, weights);
+  }
+  Choice chosen{};
+  for (uint32_t t = first; t < tokens; t += kWarps) {
+    float* row = logits + t * stride;
+    float* by = choice + t * stride;
+    uint32_t* to = ids + t * shape.top_k;
+    float* weights_to = weights + t * shape.top_k;
+    const Choice now = shape.experts <= 128   ? choose<4>(shape, row, by, bias, to, weights_to)
+                       : shape.experts <= 256 ? choose<8>(shape, row, by, bias, to, weights_to)
+                                              : choose<32>(shape, row, by, bias, to, weights_to);
+    if (t == first) chosen = now;
+  }
+  return chosen;
 }
 
 }  // namespace flashmoe

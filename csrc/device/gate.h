@@ -69,8 +69,8 @@ __device__ __forceinline__ void rehearse_choice(const Shape& shape, GateScratch&
                                                 const float* bias) {
   const uint32_t stride = gate_stride(shape.experts);
   float* row = scratch.logits;
-  choose_any(shape, row, row + stride, bias, reinterpret_cast<uint32_t*>(row + 2 * stride),
-             row + 3 * stride);
+  choose_any(shape, 0, 1, row, row + stride, stride, bias,
+             reinterpret_cast<uint32_t*>(row + 2 * stride), row + 3 * stride);
 }
 
 // Logits of the tokens `here` into scratch.logits, by kProducts products that share the
@@ -282,13 +282,13 @@ __device__ __forceinline__ void choose_all(Shared<kTraced>& sh, const Place& pla
   const float* bias = place.args->bias;
   uint32_t* ids = place.heap.at<uint32_t>(sh.layout.ids);
   float* weights = place.heap.at<float>(sh.layout.weights);
-  for (uint32_t t = threadIdx.x / 32; t < here.tokens; t += kWarps) {
-    const uint64_t at = static_cast<uint64_t>(here.begin + t) * shape.top_k;
-    float* logits = scratch.logits + t * gate_stride(shape.experts);
-    float* choice = scratch.choice + t * gate_stride(shape.experts);
-    const Choice chosen = choose_any(shape, logits, choice, bias, ids + at, weights + at);
-    if (by_units(sh)) tell_choice(sh, place, here.begin + t, chosen);
-  }
+  const uint32_t warp = threadIdx.x / 32;
+  if (warp >= here.tokens) return;
+  const uint64_t at = static_cast<uint64_t>(here.begin) * shape.top_k;
+  const Choice chosen = choose_any(shape, warp, here.tokens, scratch.logits, scratch.choice,
+                                   gate_stride(shape.experts), bias, ids + at, weights + at);
+  static_assert(kFewTokens <= kWarps, "by units a warp has one token at most");
+  if (by_units(sh)) tell_choice(sh, place, here.begin + warp, chosen);
 }
 
 // Ids and weights of the chunk's tokens from their logits.  What a pass needs is worked out anew before

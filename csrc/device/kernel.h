@@ -187,20 +187,30 @@ __device__ inline void own_counts(const Shared<kTraced>& sh, const Place& place)
   const uint32_t* histogram = place.heap.at<uint32_t>(sh.layout.histogram);
   uint32_t* own = own_rows(sh, place);
   uint32_t* earlier = sh.tables.chunk_prefix;
-  // A warp a histogram, a lane an expert, so that all loads of a warp are in flight together.
+  // A warp a histogram, a lane an expert, so many histograms' loads on their way together: of 132 chunks all.
+  constexpr uint32_t kOnTheirWay = 12;
   const uint32_t chunks = ceil_div(place.tokens, chunk_size(shape, place.tokens));  // not empty
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (uint32_t e0 = 0; e0 < shape.experts; e0 += 128) {
     uint32_t all[4] = {}, before[4] = {};
-#pragma unroll 4
-    for (uint32_t c = warp; c < chunks; c += kWarps) {
-      const uint32_t* row = histogram + c * shape.experts + e0;
+    for (uint32_t c0 = warp; c0 < chunks; c0 += kOnTheirWay * kWarps) {
+      uint32_t rows[kOnTheirWay][4];
 #pragma unroll
-      for (uint32_t i = 0; i < 4; ++i) {
-        const uint32_t e = lane + 32 * i;
-        const uint32_t rows = e0 + e < shape.experts ? row[e] : 0;
-        all[i] += rows;
-        before[i] += c < place.chunk ? rows : 0;
+      for (uint32_t u = 0; u < kOnTheirWay; ++u) {
+        const uint32_t c = c0 + u * kWarps;
+#pragma unroll
+        for (uint32_t i = 0; i < 4; ++i) {
+          const uint32_t e = e0 + lane + 32 * i;
+          rows[u][i] = c < chunks && e < shape.experts ? histogram[c * shape.experts + e] : 0;
+        }
+      }
+#pragma unroll
+      for (uint32_t u = 0; u < kOnTheirWay; ++u) {
+#pragma unroll
+        for (uint32_t i = 0; i < 4; ++i) {
+          all[i] += rows[u][i];
+          before[i] += c0 + u * kWarps < place.chunk ? rows[u][i] : 0;
+        }
       }
     }
 #pragma unroll

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -57,6 +58,30 @@ def test_presets(preset: str, tokens: int) -> None:
     )
     assert output.ok, output
     assert routing is not None and routing.ok, routing
+
+
+@pytest.mark.parametrize("tokens", [3, 50, 1500])
+@pytest.mark.parametrize(
+    ("experts", "top_k", "kind"),
+    [(128, 8, "softmax"), (37, 5, "sigmoid"), (128, 9, "softmax"), (200, 8, "softmax")],
+)
+def test_the_lowest_of_equal_experts_is_chosen(
+    experts: int, top_k: int, kind: str, tokens: int
+) -> None:
+    """Experts of few kinds: those of a kind have the same logits, of one kind NaN, of one zeros."""
+    config = MoEConfig(128, 64, experts, top_k, routing=Routing(kind))
+    weights, x = inputs(config, tokens)
+    rows = torch.randn(7, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
+    rows[0], rows[1] = 0.0, math.nan
+    which = torch.randint(7, (experts,), generator=torch.Generator().manual_seed(2))
+    bias = torch.zeros(experts, device="cuda") if kind == "sigmoid" else None
+    routed = replace(weights, gate=rows[which].cuda(), bias=bias)
+    scores = (x.cpu().double() @ rows.double().T).nan_to_num(nan=-math.inf)
+    apart = scores.sort(dim=1).values.diff(dim=1)[:, 1:].min(dim=1).values > 1e-3
+    assert apart.float().mean() > 0.9
+    order = scores[:, which].sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+    ids = forward(engine_for(config, routed, [x])).ids
+    assert torch.equal(ids[apart], order[apart].int())
 
 
 @pytest.mark.parametrize("tokens", [[0], [5, 0, 300], [0, 0], [1, 1, 1, 1, 1, 1, 1, 600]])
