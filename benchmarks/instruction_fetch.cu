@@ -4,8 +4,8 @@
 //   nvcc -O1 -std=c++17 -gencode arch=compute_90a,code=sm_90a -o instruction_fetch benchmarks/instruction_fetch.cu
 //   ./instruction_fetch
 //
-// Eight sums that do not wait for each other, so that one warp could execute an instruction a cycle.  One warp or
-// eight, on one SM or on all.
+// Eight sums that do not wait for each other, so that one warp could execute an instruction a cycle; of eight warps two
+// share a scheduler, so 2 is the least for them.  On one SM or on all.
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -59,6 +59,7 @@ void measure(int sms, uint64_t* cycles) {
     for (const int only : {sms / 2, -1}) {
       check(cudaMemset(cycles, 0, sms * sizeof *cycles));
       rounds<kKb><<<sms, threads, kShared>>>(cycles, 3.0f, only);
+      check(cudaGetLastError());
       std::vector<uint64_t> of_block(sms);
       check(cudaMemcpy(of_block.data(), cycles, sms * sizeof *cycles, cudaMemcpyDeviceToHost));
       double sum = 0;
