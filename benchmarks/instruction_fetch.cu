@@ -70,6 +70,11 @@ void measure(int sms, uint64_t* cycles) {
   std::printf("\n");
 }
 
+template <int... kKbs>
+void measure_all(int sms, uint64_t* cycles) {
+  (measure<kKbs>(sms, cycles), ...);
+}
+
 }  // namespace
 
 int main() {
@@ -81,18 +86,6 @@ int main() {
   std::printf(
       "%s, cycles an instruction\n  KB    warp, an SM      all SMs    8 warps, one      all SMs\n",
       device.name);
-  measure<4>(sms, cycles);
-  measure<16>(sms, cycles);
-  measure<24>(sms, cycles);
-  measure<28>(sms, cycles);
-  measure<32>(sms, cycles);
-  measure<40>(sms, cycles);
-  measure<64>(sms, cycles);
-  measure<96>(sms, cycles);
-  measure<112>(sms, cycles);
-  measure<128>(sms, cycles);
-  measure<144>(sms, cycles);
-  measure<192>(sms, cycles);
-  measure<256>(sms, cycles);
+  measure_all<4, 16, 24, 28, 32, 40, 64, 96, 112, 128, 144, 192, 256>(sms, cycles);
   return 0;
 }

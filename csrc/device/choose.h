@@ -20,10 +20,28 @@ __device__ __forceinline__ uint32_t warp_choice(uint32_t key, uint32_t id) {
   return __reduce_min_sync(0xffffffffu, key == best ? id : 0xffffffffu);
 }
 
-__device__ __forceinline__ float warp_sum(float v) {
+// The sum over each kLanes lanes, in all of them.
+template <uint32_t kLanes>
+__device__ __forceinline__ float lanes_sum(float v) {
 #pragma unroll
-  for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(0xffffffffu, v, d);
+  for (int d = kLanes / 2; d > 0; d /= 2) v += __shfl_xor_sync(0xffffffffu, v, d);
   return v;
+}
+
+__device__ __forceinline__ float score_of(float logit) { return 1.0f / (1.0f + expf(-logit)); }
+
+// What a token's weights are divided by, `sum` being theirs and `top` the largest logit of its `row`; kLanes lanes a token.
+template <uint32_t kLanes>
+__device__ __forceinline__ float divisor_of(bool sigmoid, bool renormalize, const float* row,
+                                            uint32_t experts, float top, float sum) {
+  // 1e-20 keeps a token whose scores are all zero finite, as DeepSeek-V3 does.
+  float divisor = sigmoid ? (renormalize ? sum + 1e-20f : 1.0f) : sum;
+  if (!sigmoid && !renormalize) {
+    float all = 0.0f;
+    for (uint32_t e = threadIdx.x % kLanes; e < experts; e += kLanes) all += expf(row[e] - top);
+    divisor = lanes_sum<kLanes>(all);
+  }
+  return divisor;
 }
 
 // The groups a token may choose from, a bit a group: those with the largest sum of their two best.
@@ -82,7 +100,7 @@ __device__ __forceinline__ uint32_t take_best(uint32_t (&keys)[kKeys]) {
   return expert;
 }
 
-// What a lane chose for a token: the lane-th, if k is at most 32.
+// What a lane chose for a token: the lane-th, if k is at most 32.  From lane k on it means nothing.
 struct Choice {
   uint32_t id;
   float weight;
@@ -100,7 +118,7 @@ __device__ __forceinline__ Choice choose(const Shape& shape, float* logits, floa
   const float* by = logits;
   if (sigmoid) {
     for (uint32_t e = lane; e < experts; e += 32) {
-      const float score = 1.0f / (1.0f + expf(-logits[e]));
+      const float score = score_of(logits[e]);
       logits[e] = score;
       choice[e] = score + (bias != nullptr ? bias[e] : 0.0f);
     }
@@ -135,25 +153,19 @@ __device__ __forceinline__ Choice choose(const Shape& shape, float* logits, floa
       if (top_k > 32) weights[j0 + lane] = weight;
     }
     chosen.id = mine;
-    sum += warp_sum(weight);
+    sum += lanes_sum<32>(weight);
   }
-  // 1e-20 keeps a token whose scores are all zero finite, as DeepSeek-V3 does.
-  float divisor = sigmoid ? (renormalize ? sum + 1e-20f : 1.0f) : sum;
-  if (!sigmoid && !renormalize) {
-    float all = 0.0f;
-    for (uint32_t e = lane; e < experts; e += 32) all += expf(logits[e] - top);
-    divisor = warp_sum(all);
-  }
+  const float divisor = divisor_of<32>(sigmoid, renormalize, logits, experts, top, sum);
   for (uint32_t j = lane; j < top_k; j += 32) {
     weights[j] = chosen.weight = (top_k > 32 ? weights[j] : weight) / divisor * scale;
   }
   return chosen;
 }
 
-// Where a layer has no more experts and choices than these, and no groups, a lane has four experts in a row, sorted, and
-// the warp takes the best of the lanes' first ones again and again; then it makes the weights of four tokens at once, in
-// teams of eight lanes.  Integer instructions come at half the rate of others, and a choice is made of little else, so
-// what is done for each of the top k is as little as can be.
+// Of at most 32 * kLaneKeys experts and kTeamLanes choices, without groups: a lane sorts the keys of kLaneKeys experts in a
+// row, the warp takes the largest of the lanes' first keys k times, and then makes the weights of kTeams tokens at once,
+// kTeamLanes lanes each.  Integer instructions come at half the rate of others, and a choice is made of little else, so
+// what is done k times is as little as can be.
 inline constexpr uint32_t kLaneKeys = 4;
 inline constexpr uint32_t kTeamLanes = 8;
 inline constexpr uint32_t kTeams = 32 / kTeamLanes;
@@ -162,7 +174,7 @@ __device__ __forceinline__ bool by_sorted_lanes(const Shape& shape) {
   return shape.experts <= 32 * kLaneKeys && shape.top_k <= kTeamLanes && shape.groups <= 1;
 }
 
-// A lane's keys and their places among them, in descending order; of the same keys the first place first.
+// A lane's keys in descending order, and which of its experts each is of; of equal keys the first expert's first.
 struct SortedKeys {
   uint32_t key[kLaneKeys];
   uint32_t place[kLaneKeys];
@@ -208,7 +220,7 @@ __device__ __forceinline__ SortedKeys sorted_keys(float* row, uint32_t experts, 
   for (uint32_t i = 0; i < kLaneKeys; ++i) {
     const uint32_t e = e0 + i;
     if (sigmoid && e < experts) {
-      v[i] = 1.0f / (1.0f + expf(-v[i]));
+      v[i] = score_of(v[i]);
       row[e] = v[i];
       if (bias != nullptr) v[i] += bias[e];
     }
@@ -216,12 +228,6 @@ __device__ __forceinline__ SortedKeys sorted_keys(float* row, uint32_t experts, 
   }
   keys.sort();
   return keys;
-}
-
-__device__ __forceinline__ float team_sum(float v) {
-#pragma unroll
-  for (int d = kTeamLanes / 2; d > 0; d /= 2) v += __shfl_xor_sync(0xffffffffu, v, d);
-  return v;
 }
 
 // choose_any() where by_sorted_lanes().
@@ -236,16 +242,18 @@ __device__ __forceinline__ Choice choose_sorted(const Shape& shape, uint32_t fir
   Choice chosen{};
   for (uint32_t t0 = first; t0 < tokens; t0 += kTeams * kWarps) {
     uint32_t id = 0;  // the of_team-th best of the team's token
+    // `wanted` is of_team in the lanes of the token's team; in others it wraps, or is kTeamLanes and more.
 #pragma unroll 1
-    for (uint32_t t = t0, to = lane; t < min_u32(t0 + kTeams * kWarps, tokens);
-         t += kWarps, to -= kTeamLanes) {
+    for (uint32_t t = t0, wanted = lane; t < min_u32(t0 + kTeams * kWarps, tokens);
+         t += kWarps, wanted -= kTeamLanes) {
       SortedKeys keys = sorted_keys(logits + t * stride, experts, sigmoid, bias);
 #pragma unroll 1
       for (uint32_t j = 0; j < top_k; ++j) {
+        // Lanes have the experts in their order: of lanes with the same key the first has the lowest id.
         const uint32_t best = __reduce_max_sync(kAll, keys.key[0]);
         const uint32_t owner = __ffs(__ballot_sync(kAll, keys.key[0] == best)) - 1;
         const uint32_t expert = __shfl_sync(kAll, lane * kLaneKeys + keys.place[0], owner);
-        if (to == j) id = expert;
+        if (wanted == j) id = expert;
         keys.drop_first(lane == owner);
       }
     }
@@ -256,14 +264,8 @@ __device__ __forceinline__ Choice choose_sorted(const Shape& shape, uint32_t fir
     const float logit = row[id];
     const float top = __shfl_sync(kAll, logit, 0, kTeamLanes);
     float weight = of_team >= top_k ? 0.0f : sigmoid ? logit : expf(logit - top);
-    const float sum = team_sum(weight);
-    // 1e-20 keeps a token whose scores are all zero finite, as DeepSeek-V3 does.
-    float divisor = sigmoid ? (renormalize ? sum + 1e-20f : 1.0f) : sum;
-    if (!sigmoid && !renormalize) {
-      float all = 0.0f;
-      for (uint32_t e = of_team; e < experts; e += kTeamLanes) all += expf(row[e] - top);
-      divisor = team_sum(all);
-    }
+    const float sum = lanes_sum<kTeamLanes>(weight);
+    const float divisor = divisor_of<kTeamLanes>(sigmoid, renormalize, row, experts, top, sum);
     weight = weight / divisor * scale;
     if (has && of_team < top_k) {
       ids[t * top_k + of_team] = id;

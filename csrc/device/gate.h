@@ -34,7 +34,8 @@ struct GateScratch {
   union {
     char ring[kGateRingBytes];
     float4 sums[kGateTokens * kGateExperts / 4];
-    float choice[kGateLogits];  // sigmoid: score plus bias, rows as in `logits`
+    float choice
+        [kGateLogits];  // score plus bias by sigmoid, unless by_sorted_lanes(); rows as in `logits`
   };
   float logits[kGateLogits];  // [tokens][gate_stride(E)]
 };

@@ -187,7 +187,8 @@ __device__ inline void own_counts(const Shared<kTraced>& sh, const Place& place)
   const uint32_t* histogram = place.heap.at<uint32_t>(sh.layout.histogram);
   uint32_t* own = own_rows(sh, place);
   uint32_t* earlier = sh.tables.chunk_prefix;
-  // A warp a histogram, a lane an expert, so many histograms' loads on their way together: of 132 chunks all.
+  // A warp a histogram, a lane an expert.  A warp asks for so many histograms before it adds the first; 12 warps' are 144,
+  // more than a GPU's 132 chunks.
   constexpr uint32_t kOnTheirWay = 12;
   const uint32_t chunks = ceil_div(place.tokens, chunk_size(shape, place.tokens));  // not empty
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
