@@ -60,13 +60,45 @@ def test_presets(preset: str, tokens: int) -> None:
     assert routing is not None and routing.ok, routing
 
 
-@pytest.mark.parametrize("tokens", [3, 50, 1500])
+@pytest.mark.parametrize(
+    "config",
+    [
+        MoEConfig(256, 192, 37, 5, routing=Routing("sigmoid", True, 2.5)),
+        MoEConfig(256, 192, 37, 5, routing=Routing("sigmoid", False)),
+        MoEConfig(256, 192, 128, 8, routing=Routing(renormalize=False)),
+        MoEConfig(256, 192, 64, 8),
+        MoEConfig(256, 192, 16, 1),
+        MoEConfig(256, 192, 256, 8, routing=Routing("sigmoid", True, 2.5, 8, 4)),
+    ],
+    ids=["sigmoid", "scores", "not renormalised", "softmax", "one", "groups"],
+)
+def test_warps_with_several_tokens(config: MoEConfig) -> None:
+    """Five CTAs route 61 tokens each, five or six a warp, of which four are weighed at once."""
+    weights, x = inputs(config, 301)
+    options = EngineOptions(ranks=1, sms_per_rank=5, deadline_s=5.0)
+    few = forward(engine_for(config, weights, [x], options))
+    output, routing = hold_to_reference(few, x, weights, config)
+    assert output.ok, output
+    assert routing is not None and routing.ok, routing
+    # One token a warp, or none.
+    many = forward(engine_for(config, weights, [x]))
+    assert torch.equal(few.ids, many.ids)
+    assert torch.equal(few.weights, many.weights)
+
+
+@pytest.mark.parametrize(("tokens", "sms"), [(3, None), (50, None), (1500, None), (301, 5)])
 @pytest.mark.parametrize(
     ("experts", "top_k", "kind"),
-    [(128, 8, "softmax"), (37, 5, "sigmoid"), (128, 9, "softmax"), (200, 8, "softmax")],
+    [
+        (128, 8, "softmax"),
+        (8, 8, "softmax"),  # those of NaN, too
+        (37, 5, "sigmoid"),
+        (128, 9, "softmax"),
+        (200, 8, "softmax"),
+    ],
 )
 def test_the_lowest_of_equal_experts_is_chosen(
-    experts: int, top_k: int, kind: str, tokens: int
+    experts: int, top_k: int, kind: str, tokens: int, sms: int | None
 ) -> None:
     """Experts of few kinds: those of a kind have the same logits, of one kind NaN, of one zeros."""
     config = MoEConfig(128, 64, experts, top_k, routing=Routing(kind))
@@ -80,7 +112,8 @@ def test_the_lowest_of_equal_experts_is_chosen(
     apart = scores.sort(dim=1).values.diff(dim=1)[:, 1:].min(dim=1).values > 1e-3
     assert apart.float().mean() > 0.9
     order = scores[:, which].sort(dim=1, descending=True, stable=True).indices[:, :top_k]
-    ids = forward(engine_for(config, routed, [x])).ids
+    options = EngineOptions(ranks=1, sms_per_rank=sms, deadline_s=5.0)
+    ids = forward(engine_for(config, routed, [x], options)).ids
     assert torch.equal(ids[apart], order[apart].int())
 
 
