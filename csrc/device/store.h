@@ -53,41 +53,49 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return *reinterpret_cast<uint32_t*>(pair);
 }
 
-// Where a lane's unit of 16 bytes of each token goes, and for which of the tile's tokens, [first, end).
+// Where a thread's unit of 16 bytes of each token goes, and for which of the tile's tokens, [first, end).
 struct RowGoal {
-  char* to;       // of the lane's first token: lane / kUnits
-  uint64_t step;  // bytes to its next one, 32 / kUnits tokens on
+  char* to;       // of the thread's first token: its number in the group / units of a row
+  uint64_t step;  // bytes to its next one
   uint32_t first;
   uint32_t end;
   bool stores;  // the unit lies within the matrix
 };
 
-// Moves a warp's sums from registers to coalesced stores through `buffer`, of kBytes, transposed: 16
-// bytes are 8 columns of one token.  kUnits of them make a token's row; value(j, m) is the pair of sums
-// of tokens 8 j + 2 (lane % 4) and the next, column lane / 4 of 8-column block m of this warp.
+// Bytes of a pass of all warps of a group, and from one pass's memory to the next one's, in turn.
+template <bool kGated, uint32_t kN>
+inline constexpr uint32_t kPassBytes = kTeamWarps * kEpilogueBytesWarp<kGated, kN>;
+
+// Moves a group's sums from registers to coalesced stores through `buffer`, transposed: 16 bytes are 8 columns of one
+// token, kUnits of them a warp's part of the token's row, of which each thread then stores a part, so that what is
+// stored together is as long as the group's row.  value(j, m) is the pair of sums of tokens 8 j + 2 (lane % 4) and the
+// next, column lane / 4 of 8-column block m of this warp.
 // All of it stands in the code once a pass, and no launch has its code at hand: so nothing is asked
 // twice, and no address is worked out that is another one plus a constant.
-template <uint32_t kN, uint32_t kUnits, uint32_t kBytes, class Value>
+template <uint32_t kN, uint32_t kUnits, uint32_t kBytes, uint32_t kNext, class Value>
 __device__ __forceinline__ void store_transposed(char* buffer, const RowGoal& goal,
                                                  const Value& value) {
-  constexpr uint32_t kPass = kBytes / 16 / kUnits;              // tokens
+  constexpr uint32_t kRowUnits = kTeamWarps * kUnits;
+  constexpr uint32_t kRow = kRowUnits * 16;                     // bytes of a token
+  constexpr uint32_t kPass = kBytes / kRow;                     // tokens
   constexpr uint32_t kBlocks = kUnits == 4 || kN == 8 ? 1 : 2;  // of 8 tokens a store of matrices
-  constexpr uint32_t kStep = 32 / kUnits;                       // tokens a store of rows
-  constexpr uint32_t kRow = kUnits * 16;                        // bytes of a token
-  const uint32_t lane = ptx::lane_id();
+  constexpr uint32_t kStep = kGroupThreads / kRowUnits;         // tokens a store of rows
+  const uint32_t lane = ptx::lane_id(), thread = ptx::thread_id() % kGroupThreads;
+  const uint32_t unit0 = thread / 32 * kUnits;
+  const uint32_t barrier = ptx::thread_id() / kGroupThreads;  // 1 and 2, which are the sums' later
   // Units of a token are permuted by the token, so that neither side meets bank conflicts; eight tokens on
   // they are permuted alike.
-  auto place = [](uint32_t token, uint32_t unit) {
-    return token * kRow + (unit ^ (token / (8 / kUnits) % kUnits)) * 16;
-  };
+  auto place = [](uint32_t token, uint32_t unit) { return token * kRow + (unit ^ token % 8) * 16; };
   const uint32_t shared = ptx::shared_address(buffer);
-  const uint32_t in = shared + (kUnits == 4 ? place(lane % 8, lane / 8)
-                                : kN == 8   ? place(lane % 8, lane / 8 % 2)
-                                            : place(lane / 16 * 8 + lane % 8, lane / 8 % 2));
-  const uint32_t out = shared + place(lane / kUnits, lane % kUnits);
-  const uint32_t before = lane / kUnits - goal.first;
+  const uint32_t in = shared + (kUnits == 4 ? place(lane % 8, unit0 + lane / 8)
+                                : kN == 8 ? place(lane % 8, unit0 + lane / 8 % 2)
+                                          : place(lane / 16 * 8 + lane % 8, unit0 + lane / 8 % 2));
+  const uint32_t out = shared + place(thread / kRowUnits, thread % kRowUnits);
+  const uint32_t before = thread / kRowUnits - goal.first;
   const uint32_t count = goal.stores ? goal.end - goal.first : 0;
   char* to = goal.to;
+  // All warps' products of the stage are done, and so is what they have read of it.
+  ptx::named_barrier(barrier, kGroupThreads);
 #pragma unroll
   for (uint32_t token0 = 0; token0 < kN; token0 += kPass) {
     if (token0 >= goal.end) break;
@@ -95,57 +103,63 @@ __device__ __forceinline__ void store_transposed(char* buffer, const RowGoal& go
       to += kPass / kStep * goal.step;
       continue;
     }
+    const uint32_t half = token0 / kPass % 2 * kNext;  // nobody reads what the next pass fills
 #pragma unroll
     for (uint32_t t = 0; t < kPass; t += 8 * kBlocks) {
       if (token0 + t >= kN) break;
       const uint32_t j = (token0 + t) / 8;
+      const uint32_t at = in + half + t * kRow;
       if constexpr (kUnits == 4) {
-        ptx::store_matrix_x4_transposed(in + t * kRow, value(j, 0), value(j, 1), value(j, 2),
-                                        value(j, 3));
+        ptx::store_matrix_x4_transposed(at, value(j, 0), value(j, 1), value(j, 2), value(j, 3));
       } else if constexpr (kN == 8) {
-        ptx::store_matrix_x2_transposed(in + t * kRow, value(j, 0), value(j, 1));
+        ptx::store_matrix_x2_transposed(at, value(j, 0), value(j, 1));
       } else {
-        ptx::store_matrix_x4_transposed(in + t * kRow, value(j, 0), value(j, 1), value(j + 1, 0),
+        ptx::store_matrix_x4_transposed(at, value(j, 0), value(j, 1), value(j + 1, 0),
                                         value(j + 1, 1));
       }
     }
-    __syncwarp();
+    ptx::named_barrier(barrier, kGroupThreads);
     uint4 rows[kPass / kStep];
 #pragma unroll
-    for (uint32_t q = 0; q < kPass / kStep; ++q) rows[q] = ptx::load_shared(out + q * kStep * kRow);
+    for (uint32_t q = 0; q < kPass / kStep; ++q) {
+      rows[q] = ptx::load_shared(out + half + q * kStep * kRow);
+    }
 #pragma unroll
     for (uint32_t q = 0; q < kPass / kStep; ++q) {
-      const uint32_t token = token0 + q * kStep;  // the lane's, but for lane / kUnits
+      const uint32_t token = token0 + q * kStep;  // the thread's, but for its place in the step
       if (token < kN) ptx::store_global_if(before + token < count, to, rows[q]);
       to = ptx::opaque(to + goal.step);
     }
-    __syncwarp();
   }
 }
 
-// GEMM1: activation, rounding, `h`.  `warp` is the warp's place among all math warps of the CTA.
+// GEMM1: activation, rounding, `h`.  `buffer` is the group's.
 template <class T, bool kGated, uint32_t kN, bool kTraced>
 __device__ __forceinline__ void store_hidden(const Shared<kTraced>& sh, const Place& place,
-                                             const Tile& tile, uint32_t warp, char* buffer,
+                                             const Tile& tile, char* buffer,
                                              const float (&sums)[2][kN / 2]) {
   constexpr uint32_t kColumns = kGated ? 16 : 32;  // of a warp
+  constexpr uint32_t kBytes = kPassBytes<kGated, kN>;
+  // Where gated, the group's gate rows lie together, and its up rows.
+  constexpr uint32_t kGroupBytes = kStageBytesWeights / (kGated ? 4 : 2);
+  constexpr uint32_t kNext = 2 * kBytes <= kGroupBytes ? kBytes : kStageBytesWeights / 2;
   const Activation kind = sh.shape.activation;
   const uint32_t inter = sh.shape.inter;
-  const uint32_t col0 = tile.col_tile * (8 * kColumns) + warp * kColumns;
-  constexpr uint32_t kUnits = kColumns / 8;
-  const uint32_t lane = threadIdx.x % 32, column = col0 + lane % kUnits * 8;
+  constexpr uint32_t kUnits = kColumns / 8, kRowUnits = kTeamWarps * kUnits;
+  const uint32_t thread = threadIdx.x - kMathWarp * 32, of_group = thread % kGroupThreads;
+  const uint32_t column = (tile.col_tile * kMathGroups + thread / kGroupThreads) * (8 * kRowUnits) +
+                          of_group % kRowUnits * 8;
   const uint64_t row_bytes = inter * sizeof(T);
   const RowGoal goal{place.heap.at<char>(sh.layout.h) +
-                         (tile.pool_row0 + lane / kUnits) * row_bytes + column * sizeof(T),
-                     32 / kUnits * row_bytes, 0, tile.rows, column < inter};
+                         (tile.pool_row0 + of_group / kRowUnits) * row_bytes + column * sizeof(T),
+                     kGroupThreads / kRowUnits * row_bytes, 0, tile.rows, column < inter};
   const SigmoidGate gate(kind);
   if constexpr (kGated) {
     auto gated = [&](const auto& f) {
-      store_transposed<kN, kUnits, kEpilogueBytesWarp<kGated, kN>>(
-          buffer, goal, [&](uint32_t j, uint32_t m) {
-            const uint32_t at = 4 * j + 2 * m;
-            return pack<T>(f(sums[0][at]) * sums[1][at], f(sums[0][at + 1]) * sums[1][at + 1]);
-          });
+      store_transposed<kN, kUnits, kBytes, kNext>(buffer, goal, [&](uint32_t j, uint32_t m) {
+        const uint32_t at = 4 * j + 2 * m;
+        return pack<T>(f(sums[0][at]) * sums[1][at], f(sums[0][at + 1]) * sums[1][at + 1]);
+      });
     };
     if (kind == Activation::kSwiglu) {
       gated(SiluGate{});
@@ -154,11 +168,10 @@ __device__ __forceinline__ void store_hidden(const Shared<kTraced>& sh, const Pl
     }
   } else {
     auto pair = [&](const auto& f) {
-      store_transposed<kN, kUnits, kEpilogueBytesWarp<kGated, kN>>(
-          buffer, goal, [&](uint32_t j, uint32_t m) {
-            const uint32_t at = 4 * j + m / 2 * 2;
-            return pack<T>(f(sums[m % 2][at]), f(sums[m % 2][at + 1]));
-          });
+      store_transposed<kN, kUnits, kBytes, kNext>(buffer, goal, [&](uint32_t j, uint32_t m) {
+        const uint32_t at = 4 * j + m / 2 * 2;
+        return pack<T>(f(sums[m % 2][at]), f(sums[m % 2][at + 1]));
+      });
     };
     if (kind == Activation::kRelu) {
       pair([](float v) { return fmaxf(v, 0.0f); });
@@ -169,28 +182,31 @@ __device__ __forceinline__ void store_hidden(const Shared<kTraced>& sh, const Pl
   }
 }
 
-// GEMM2: rounding, and each row into the return buffer of the rank it came from.
+// GEMM2: rounding, and each row into the return buffer of the rank it came from.  `buffer` is the group's.
 template <class T, bool kGated, uint32_t kN, bool kTraced>
 __device__ __forceinline__ void store_returns(const Shared<kTraced>& sh, const Task& task,
-                                              uint32_t warp, char* buffer,
-                                              const float (&sums)[2][kN / 2]) {
-  constexpr uint32_t kUnits = 4;
+                                              char* buffer, const float (&sums)[2][kN / 2]) {
+  constexpr uint32_t kUnits = 4, kRowUnits = kTeamWarps * kUnits;
+  constexpr uint32_t kBytes = kPassBytes<kGated, kN>;
+  static_assert(2 * kBytes <= kStageBytesWeights / 2, "two passes fit the group's weights");
   const Tile& tile = task.tile;
-  const uint32_t lane = threadIdx.x % 32, hidden = sh.shape.hidden;
-  const uint32_t column = tile.col_tile * kTileWeights + warp * 32 + lane % kUnits * 8;
+  const uint32_t hidden = sh.shape.hidden;
+  const uint32_t thread = threadIdx.x - kMathWarp * 32, of_group = thread % kGroupThreads;
+  const uint32_t column = tile.col_tile * kTileWeights + thread / kGroupThreads * (8 * kRowUnits) +
+                          of_group % kRowUnits * 8;
   const uint64_t row_bytes = hidden * sizeof(T);
   const ReturnPath* path = task.returns;
   // A tile's rows of one source are consecutive rows of its return buffer.
 #pragma unroll 1
   for (uint32_t first = 0; first < tile.rows; ++path) {
     const uint32_t end = min_u32(path->end - tile.row0, tile.rows);
-    const RowGoal goal{path->base + (tile.row0 + lane / kUnits) * row_bytes + column * sizeof(T),
-                       32 / kUnits * row_bytes, first, end, column < hidden};
-    store_transposed<kN, kUnits, kEpilogueBytesWarp<kGated, kN>>(
-        buffer, goal, [&](uint32_t j, uint32_t m) {
-          const uint32_t at = 4 * j + m / 2 * 2;
-          return pack<T>(sums[m % 2][at], sums[m % 2][at + 1]);
-        });
+    const RowGoal goal{
+        path->base + (tile.row0 + of_group / kRowUnits) * row_bytes + column * sizeof(T),
+        kGroupThreads / kRowUnits * row_bytes, first, end, column < hidden};
+    store_transposed<kN, kUnits, kBytes, kBytes>(buffer, goal, [&](uint32_t j, uint32_t m) {
+      const uint32_t at = 4 * j + m / 2 * 2;
+      return pack<T>(sums[m % 2][at], sums[m % 2][at + 1]);
+    });
     first = end;
   }
 }

@@ -114,7 +114,6 @@ __device__ __forceinline__ void run_tile(Shared<kTraced>& sh, const Place& place
                                          StageCursor& cursor, Task& task, uint32_t group,
                                          const StageRelease& release) {
   const Tile& tile = task.tile;
-  const uint32_t warp = threadIdx.x / 32 - kMathWarp;
   float sums[2][kN / 2];
   const GroupWeights weights(kGated && tile.gemm == 1, group);
   uint32_t last = 0;
@@ -125,9 +124,8 @@ __device__ __forceinline__ void run_tile(Shared<kTraced>& sh, const Place& place
     // At once: it would need a register beside the sums.
     if (TileStamps* stamps = led_stamps(task)) stamps->stall_cycles = stall;
   }
-  // Over weight rows that only this warp's products have read.
-  char* buffer =
-      stages + cursor.offset(last) + weights.of_group + warp % kTeamWarps * 2 * weights.atom_stride;
+  // Over weight rows that only this group's products have read.
+  char* buffer = stages + cursor.offset(last) + weights.of_group;
   // Clocks are read by all threads, since a branch takes longer.
   auto stamp_products = [&] {
     if constexpr (kTraced) {
@@ -147,11 +145,11 @@ __device__ __forceinline__ void run_tile(Shared<kTraced>& sh, const Place& place
   };
   // A GEMM1 tile's span holds its activation; what GEMM2 gives back is a span of its own.
   if (tile.gemm == 1) {
-    store_hidden<T, kGated, kN>(sh, place, tile, warp, buffer, sums);
+    store_hidden<T, kGated, kN>(sh, place, tile, buffer, sums);
     stamp_products();
   } else {
     stamp_products();
-    store_returns<T, kGated, kN>(sh, task, warp, buffer, sums);
+    store_returns<T, kGated, kN>(sh, task, buffer, sums);
     stamp_end();
   }
   ptx::fence_proxy_async_shared();  // copies will follow these ordinary stores
