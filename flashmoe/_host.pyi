@@ -22,6 +22,7 @@ FAMILY: str = 'host-16x32'
 LANES: int = 6
 
 MAX_RANKS: int = 8
+PAIR_SIZE_AT: int  # of LaunchArgs::pair_size, in bytes
 
 def vector_unit() -> str:
     """The instruction set that the engine's products use."""

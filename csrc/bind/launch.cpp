@@ -225,9 +225,9 @@ nb::bytes launch_args(const nb::dict& shape, const std::vector<uintptr_t>& heaps
     rank.gate_box_tokens = nb::cast<uint32_t>(d["gate_box_tokens"]);
     rank.course = course_of(s, rank.rank, rank.tokens, by_units, in_place);
     rank.course.absent = never_starts == rank.rank;
+    args->pair_size = pair_size(s, rank);  // of several ranks it is the same
   }
   args->local_ranks = local_ranks;
-  args->pair_size = pair_size(s);
   args->ring_capacity = ring_capacity;
   args->keep_last = keep_last ? 1 : 0;
   args->iteration_base = iteration_base;
@@ -325,6 +325,7 @@ void bind_launch(nb::module_& m) {
       "pool and the rest) at `rows_at`: behind the signals where that is None.  `by_units`: "
       "few tokens go by units where they may, as units() says.  `in_place`: a rank alone reads its "
       "rows where they are, where it may.");
+  m.attr("PAIR_SIZE_AT") = offsetof(LaunchArgs, pair_size);
   m.def("record_layout", &record_layout,
         "(offset, size) of each field of Record, RingHeader and FlightSlot; under 'structs' their "
         "sizes.");

@@ -335,6 +335,23 @@ __device__ inline void record_all(Shared<kTraced>& sh, EventKind kind, uint32_t 
   if (lane >= 0) sh.actors[lane].span(kind, kNoPeer, kNoExpert, tile, aux);
 }
 
+// Brings the launch's code into L2, of its lines each `step`-th from `first` on.  A launch may find none of it there, and
+// what is run once and in line takes as long as its instructions take to come: from memory, at worst.
+__device__ __forceinline__ void prefetch_code(const LaunchArgs& args, uint32_t first,
+                                              uint32_t step) {
+  constexpr uint32_t kLine = 128;
+  for (uint32_t at = first * kLine; at < args.code_bytes; at += step * kLine) {
+    ptx::prefetch_l2(args.code + at);
+  }
+}
+// By all threads of all CTAs together, and by one thread of each.
+__device__ __forceinline__ void prefetch_code_by_all(const LaunchArgs& args) {
+  prefetch_code(args, ptx::thread_id() * gridDim.x + blockIdx.x, kThreads * gridDim.x);
+}
+__device__ __forceinline__ void prefetch_code_by_one(const LaunchArgs& args) {
+  prefetch_code(args, blockIdx.x, gridDim.x);
+}
+
 // Ends the launch for every rank: whoever gives up calls it once.
 template <bool kTraced>
 __device__ inline void raise_abort(const Shared<kTraced>& sh, Status status) {

@@ -325,10 +325,12 @@ __device__ inline void make_plan(Shared<kTraced>& sh, const Place& place) {
 
 // Steps 1 to 3: gate, barrier, counts, plan.  kOk if rows may move.
 template <class T, bool kTraced>
-__device__ inline Status prepare(Shared<kTraced>& sh, const Place& place, char* stages) {
+__device__ inline Status prepare(Shared<kTraced>& sh, const LaunchArgs& args, const Place& place,
+                                 char* stages) {
   clear_idle_sets(sh, place);
   if (!by_units(sh)) clear_own_counts(sh, place);
   const Status routed = run_gate<T>(sh, place, stages);
+  if (sh.sliced == 0) prefetch_code_by_all(args);  // many tokens' x has gone through L2 since
   record_all(sh, EventKind::k_gate, place.chunk, sh.own.tokens);
   if (routed != Status::kOk) {
     if (threadIdx.x == 0 && routed == Status::kBadIds) raise_abort(sh, routed);
@@ -374,20 +376,9 @@ __device__ inline void leave(Shared<kTraced>& sh, const Place& place, Status sta
   *place.heap.at<uint64_t>(sh.layout.epoch_word) = place.epoch;
 }
 
-// Brings the launch's code into L2, a line a thread, by all CTAs together.  A launch may find none of it there, and
-// what is run once and in line takes as long as its instructions take to come: from memory, at worst.
-__device__ __forceinline__ void prefetch_code(const LaunchArgs& args) {
-  constexpr uint32_t kLine = 128;
-  const uint32_t step = kThreads * gridDim.x * kLine;
-  for (uint32_t at = (ptx::thread_id() * gridDim.x + blockIdx.x) * kLine; at < args.code_bytes;
-       at += step) {
-    ptx::prefetch_l2(args.code + at);
-  }
-}
-
 template <class T, bool kGated, bool kTraced>
 __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
-  prefetch_code(args);
+  prefetch_code_by_all(args);
   extern __shared__ char dynamic[];
   // Swizzled stages start at multiples of 1,024 bytes.
   char* stages = dynamic + (1024 - (ptx::shared_address(dynamic) & 1023) & 1023);
@@ -398,7 +389,7 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
   Status status = static_cast<Status>(sh.status);
   __syncthreads();
   if (status == Status::kOk) {
-    status = prepare<T>(sh, place, stages);
+    status = prepare<T>(sh, args, place, stages);
   } else {
     abandon_slice(sh, place);
   }
@@ -423,9 +414,9 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
     } else if (warp == kSchedWarp) {
       if (threadIdx.x % 32 == 0) {
         if (place.pair_rank == 0) {
-          schedule_tiles(sh, place);
+          schedule_tiles(sh, args, place);
         } else {
-          follow_schedule(sh, place);
+          follow_schedule(sh, args, place);
         }
         if constexpr (kPuts) put_results(sh, place);
       }

@@ -307,7 +307,8 @@ __device__ __forceinline__ bool all_moved(Shared<kTraced>& sh) {
 // a pair once begun finishes in both; but for first tiles whose rows are gathered (load.h).  Everything stands
 // once in the code, the way out too: what a launch's first tile waits for is mostly that code.
 template <bool kTraced>
-__device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
+__device__ inline void schedule_tiles(Shared<kTraced>& sh, const LaunchArgs& args,
+                                      const Place& place) {
   const Shape& shape = sh.shape;
   TaskRing<kTraced> ring{sh, place, sh.actors[static_cast<int>(Lane::k_sched)]};
   const uint32_t tiles = tiles_of_rank(sh.tables, sh.order);
@@ -377,13 +378,15 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const Place& place) {
     if (place.pair_size == 2) send_message(sh, place, slot, message);
     if (goes_on) ring.hand_over(one, message);
     leaves = !goes_on;
+    if (leaves) prefetch_code_by_one(args);  // of what comes behind the tiles
   }
   ring.hand_over_exit();
 }
 
 // The second CTA of a pair: takes what the first one's scheduler tells it.
 template <bool kTraced>
-__device__ inline void follow_schedule(Shared<kTraced>& sh, const Place& place) {
+__device__ inline void follow_schedule(Shared<kTraced>& sh, const LaunchArgs& args,
+                                       const Place& place) {
   TaskRing<kTraced> ring{sh, place, sh.actors[static_cast<int>(Lane::k_sched)]};
   for (bool leaves = false;;) {
     const uint32_t slot = ring.handed % kTasks;
@@ -407,7 +410,10 @@ __device__ inline void follow_schedule(Shared<kTraced>& sh, const Place& place) 
     ring.actor.skip();  // it had no task until then
     const PairMessage message = sh.messages[slot];
     leaves = message.has == kNoWork;
-    if (leaves) continue;
+    if (leaves) {
+      prefetch_code_by_one(args);
+      continue;
+    }
     Tile tile = tile_at(sh.tables, sh.shape, sh.order, message.index);
     if (message.has == 0) tile.rows = 0;
     ring.hand_over(tile, message);

@@ -14,6 +14,7 @@ from flashmoe.errors import FlashmoeError
 from flashmoe.kernels import places
 from flashmoe.trace import schema
 from flashmoe.tuning import Tiling, tiling_of
+from flashmoe.world.tiles import extension
 
 if TYPE_CHECKING:
     from flashmoe.config import MoEConfig
@@ -215,7 +216,7 @@ class Kernel:
         cooperative.value.cooperative = 1
         cluster = driver.CUlaunchAttribute()
         cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-        cluster.value.clusterDim.x = 2 if chunks % 2 == 0 else 1  # pair_size() of csrc/core/args.h
+        (cluster.value.clusterDim.x,) = struct.unpack_from("<I", args, extension().PAIR_SIZE_AT)
         cluster.value.clusterDim.y = cluster.value.clusterDim.z = 1
         config.attrs = [cooperative, cluster]
         config.numAttrs = 2
