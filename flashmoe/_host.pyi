@@ -22,7 +22,6 @@ FAMILY: str = 'host-16x32'
 LANES: int = 6
 
 MAX_RANKS: int = 8
-PAIR_SIZE_AT: int  # of LaunchArgs::pair_size, in bytes
 
 def vector_unit() -> str:
     """The instruction set that the engine's products use."""
@@ -111,6 +110,8 @@ def launch_args(shape: dict, heaps: Sequence[int], ranks: list, local_ranks: int
     """
     The bytes of LaunchArgs.  Addresses are ints, 0 for none; `fault` is (lost_signal_rank, lost_signal_expert, never_starts_rank), 0xffffffff for none.  A heap's signals (what lies before the pool) begin at `signals_at` from its address, its rows (the pool and the rest) at `rows_at`: behind the signals where that is None.  `by_units`: few tokens go by units where they may, as units() says.  `in_place`: a rank alone reads its rows where they are, where it may.
     """
+
+PAIR_SIZE_AT: int = 18372
 
 def record_layout() -> dict:
     """

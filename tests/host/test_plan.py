@@ -215,23 +215,30 @@ def shape_of(**changes: Any) -> dict[str, Any]:
     return base | changes
 
 
-def test_launch_args_hold_what_they_were_given() -> None:
-    rank = {
-        "map_pool": b"p" * 512, "map_h": b"h" * 512, "map_up": b"u" * 128, "map_down": b"d" * 128,
-        "map_up_unit": b"v" * 128, "map_down_unit": b"e" * 128,
-        "map_x": b"x" * 128, "map_gate": b"g" * 128,
-        "map_x_slice": b"X" * 128, "map_gate_slice": b"G" * 128,
-        "x": 0x1111, "gate": 0x2222, "bias": 0, "y": 0x4444, "ids": 0, "weights": 0,
-        "rank": 1, "tokens": 7, "gate_box_tokens": 8,
-    }  # fmt: skip
-    none = 0xFFFFFFFF
+RANK_ARGS = {
+    "map_pool": b"p" * 512, "map_h": b"h" * 512, "map_up": b"u" * 128, "map_down": b"d" * 128,
+    "map_up_unit": b"v" * 128, "map_down_unit": b"e" * 128,
+    "map_x": b"x" * 128, "map_gate": b"g" * 128,
+    "map_x_slice": b"X" * 128, "map_gate_slice": b"G" * 128,
+    "x": 0x1111, "gate": 0x2222, "bias": 0, "y": 0x4444, "ids": 0, "weights": 0,
+    "rank": 1, "tokens": 7, "gate_box_tokens": 8,
+}  # fmt: skip
 
+
+def launch_args(shape: dict[str, Any], in_place: bool = True, **changes: Any) -> bytes:
+    """LaunchArgs of one local rank."""
+    none = 0xFFFFFFFF
+    heaps = [0x100000, 0x200000][: shape["world"]]
+    packed: bytes = _host.launch_args(
+        shape, heaps, [RANK_ARGS | changes], 1, 100, True, 3, 10, 40, 0x5555, 0x6666, 0x7777,
+        (none, none, none), in_place=in_place,
+    )  # fmt: skip
+    return packed
+
+
+def test_launch_args_hold_what_they_were_given() -> None:
     def pack(world: int = 2, in_place: bool = True, **changes: Any) -> bytes:
-        packed: bytes = _host.launch_args(
-            shape_of(world=world), [0x100000, 0x200000][:world], [rank | changes], 1, 100, True, 3,
-            10, 40, 0x5555, 0x6666, 0x7777, (none, none, none), in_place=in_place,
-        )  # fmt: skip
-        return packed
+        return launch_args(shape_of(world=world), in_place, **changes)
 
     whole = pack()
     assert pack() == whole  # padding included
@@ -249,10 +256,32 @@ def test_launch_args_hold_what_they_were_given() -> None:
     assert pack(tokens=8) != whole
     # Only a rank alone can leave its rows where they are.
     assert pack(in_place=False) == whole
-    alone, copying = pack(1, rank=0), pack(1, False, rank=0)
+    alone, copying = pack(1, rank=0, tokens=700), pack(1, False, rank=0, tokens=700)
     assert sum(a != b for a, b in zip(alone, copying, strict=True)) == 1
     with pytest.raises(ValueError, match="128 bytes"):
         pack(map_h=b"short")
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens", "in_place", "changes"),
+    [
+        (1, 0, True, {}),
+        (1, 289, True, {}),  # 144.5 rows an expert: most have one row tile
+        (2, 290, True, {}),
+        (2, 1022, True, {}),
+        (1, 1023, True, {}),  # 511.5: most have three
+        (1, 290, True, {"chunks": 131}),
+        (2, 7, False, {}),
+        (2, 7, True, {"world": 2}),
+        (2, 1023, True, {"world": 2}),
+        (1, 290, True, {"world": 2, "chunks": 1}),
+    ],
+)
+def test_ctas_make_pairs_where_they_share_weights(
+    size: int, tokens: int, in_place: bool, changes: dict[str, Any]
+) -> None:
+    packed = launch_args(shape_of(**{"world": 1} | changes), in_place, rank=0, tokens=tokens)
+    assert np.frombuffer(packed, np.uint32)[_host.PAIR_SIZE_AT // 4] == size
 
 
 def test_what_no_launch_can_have_is_refused() -> None:
