@@ -25,9 +25,10 @@ print("as the reference")
 
 
 # CTAs alone that dispatch all rows before their tiles; pairs that dispatch most beside them; few
-# tokens by units.
+# tokens by units; rows gathered by CTAs alone, and by pairs.
 @pytest.mark.parametrize(
-    ("ranks", "tokens", "sms", "inter"), [(2, 70, 3, 192), (2, 600, 2, 192), (1, 8, 6, 256)]
+    ("ranks", "tokens", "sms", "inter"),
+    [(2, 70, 3, 192), (2, 600, 2, 192), (1, 8, 6, 256), (1, 70, 4, 192), (1, 600, 4, 192)],
 )
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_clean_under(tool: str, ranks: int, tokens: int, sms: int, inter: int) -> None:
