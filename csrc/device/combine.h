@@ -411,8 +411,9 @@ __device__ inline Status combine(Shared<kTraced>& sh, const Place& place, uint32
     }
     return waiter.finish();
   }
-  return combine_stream<T>(
-      sh, place, Ring{stages + ring * kRingPieces * 2 * Ring::kSlice, sh.ring_full[ring]}, waiter);
+  return combine_stream<T>(sh, place, parts,
+                           Ring{stages + ring * kRingPieces * 2 * Ring::kSlice, sh.ring_full[ring]},
+                           waiter);
 }
 
 }  // namespace flashmoe

@@ -50,7 +50,8 @@ struct RowRing {
 // `waiter` waits for them.  Each value is summed in the order of k, so that its bits do not depend on who
 // sums it.  At most 32 rows a token, which the lanes hold.
 template <class T, class Ring, class Waiter, bool kTraced>
-__device__ __forceinline__ Status combine_stream(Shared<kTraced>& sh, const Place& place, Ring ring,
+__device__ __forceinline__ Status combine_stream(Shared<kTraced>& sh, const Place& place,
+                                                 const TokenParts& parts, Ring ring,
                                                  Waiter& waiter) {
   constexpr uint32_t kPieces = Ring::kPieces, kUnits = Ring::kUnits, kSlice = Ring::kSlice;
   const Shape& shape = sh.shape;
@@ -58,7 +59,6 @@ __device__ __forceinline__ Status combine_stream(Shared<kTraced>& sh, const Plac
   const uint32_t lane = threadIdx.x % 32, k = shape.top_k;
   const uint32_t row_bytes = shape.hidden * 2;
   const uint32_t chunk_first = sh.own.begin, chunk_tokens = sh.own.tokens;
-  const TokenParts parts = token_parts(shape, chunk_tokens);
 
   // The batch that was taken last, from the rank's from-th token in order, and what is known of it: its
   // results are being looked up; it is asked whether they are here; it can be summed.

@@ -37,10 +37,10 @@ inline constexpr uint32_t kStageBytes = kStageBytesWeights + kTileRows * kRowByt
 // There is room for one more once no row bounces through shared memory on its way: from the beginning where rows are
 // gathered (Course::gathers).
 inline constexpr uint32_t kMostStages = kStages + 1;
-// What a math warp's sums pass through on their way out, in the last stage that it has read of a tile; no more
-// than registers are left for.
-template <bool kGated, uint32_t kN>
-inline constexpr uint32_t kEpilogueBytesWarp = kGated && kN <= 144 ? 2048 : 1024;
+// What a math group's sums pass through on their way out, in the last stage that it has read of a tile; twice, in turn.
+inline constexpr uint32_t kPassBytes = 4096;
+static_assert(2 * kPassBytes <= kStageBytesWeights / 4,
+              "two passes fit a group's rows of gate weights");
 
 // Rows that comm warps dispatch bounce through pieces of shared memory behind the stages, six in turn.
 inline constexpr uint32_t kCommWarps = 2;

@@ -83,8 +83,8 @@ __device__ __forceinline__ void record_tile(Shared<kTraced>& sh, uint32_t slot) 
 // the scheduler's loop, since nothing that it waits for depends on results.
 template <bool kTraced>
 __device__ __forceinline__ void publish_tile(Shared<kTraced>& sh, const Place& place,
-                                             const Tile& tile) {
-  const Shape& shape = sh.shape;
+                                             const Task& task) {
+  const Tile& tile = task.tile;
   if (tile.gemm == 1) {
     ptx::fence_acq_rel_gpu();  // nobody but this rank's own CTAs reads `h` or its counter
     ptx::add_relaxed_gpu(
@@ -96,16 +96,17 @@ __device__ __forceinline__ void publish_tile(Shared<kTraced>& sh, const Place& p
   const uint64_t before = ptx::fetch_add_relaxed_gpu(
       tile_counter(place.heap, sh.layout.y_ready, sh.pool_tiles, place.epoch, tile.row_tile), 1);
   if (before + 1 != sh.order.columns[1]) return;
-  if (shape.world == 1) {
+  if (sh.shape.world == 1) {
     ptx::fence_acq_rel_gpu();
   } else {
     ptx::fence_acq_rel_sys();
   }
   [[maybe_unused]] bool by_put = false;
-  for (uint32_t s = 0; s < shape.world; ++s) {
-    const uint32_t from = source_start(sh.tables, s, tile.expert);
-    const uint32_t rows = source_rows(sh.tables, shape, s, tile.expert);
-    if (rows == 0 || from >= tile.row0 + tile.rows || from + rows <= tile.row0) continue;
+  const ReturnPath* path = task.returns;
+#pragma unroll 1
+  for (uint32_t told = 0; told < tile.rows; ++path) {
+    const uint32_t s = path->source;
+    told = path->end - tile.row0;
     if constexpr (kPuts) {
       if (sh.heaps[s].base == nullptr) {
         by_put = true;
@@ -189,9 +190,9 @@ struct TaskRing {
 
   __device__ __forceinline__ void finish() {
     const uint32_t slot = finished++ % kTasks;
-    const Tile& tile = sh.tasks[slot].tile;
-    if (tile.rows == 0) return;
-    publish_tile(sh, place, tile);
+    const Task& task = sh.tasks[slot];
+    if (task.tile.rows == 0) return;
+    publish_tile(sh, place, task);
     if constexpr (kTraced) record_tile(sh, slot);
   }
   // Publishes a tile that is done, if there is one.  Called in every wait: what is awaited may depend on

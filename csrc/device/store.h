@@ -62,22 +62,18 @@ struct RowGoal {
   bool stores;  // the unit lies within the matrix
 };
 
-// Bytes of a pass of all warps of a group, and from one pass's memory to the next one's, in turn.
-template <bool kGated, uint32_t kN>
-inline constexpr uint32_t kPassBytes = kTeamWarps * kEpilogueBytesWarp<kGated, kN>;
-
 // Moves a group's sums from registers to coalesced stores through `buffer`, transposed: 16 bytes are 8 columns of one
 // token, kUnits of them a warp's part of the token's row, of which each thread then stores a part, so that what is
 // stored together is as long as the group's row.  value(j, m) is the pair of sums of tokens 8 j + 2 (lane % 4) and the
 // next, column lane / 4 of 8-column block m of this warp.
 // All of it stands in the code once a pass, and no launch has its code at hand: so nothing is asked
 // twice, and no address is worked out that is another one plus a constant.
-template <uint32_t kN, uint32_t kUnits, uint32_t kBytes, uint32_t kNext, class Value>
+template <uint32_t kN, uint32_t kUnits, class Value>
 __device__ __forceinline__ void store_transposed(char* buffer, const RowGoal& goal,
                                                  const Value& value) {
   constexpr uint32_t kRowUnits = kTeamWarps * kUnits;
   constexpr uint32_t kRow = kRowUnits * 16;                     // bytes of a token
-  constexpr uint32_t kPass = kBytes / kRow;                     // tokens
+  constexpr uint32_t kPass = kPassBytes / kRow;                 // tokens
   constexpr uint32_t kBlocks = kUnits == 4 || kN == 8 ? 1 : 2;  // of 8 tokens a store of matrices
   constexpr uint32_t kStep = kGroupThreads / kRowUnits;         // tokens a store of rows
   const uint32_t lane = ptx::lane_id(), thread = ptx::thread_id() % kGroupThreads;
@@ -103,7 +99,7 @@ __device__ __forceinline__ void store_transposed(char* buffer, const RowGoal& go
       to += kPass / kStep * goal.step;
       continue;
     }
-    const uint32_t half = token0 / kPass % 2 * kNext;  // nobody reads what the next pass fills
+    const uint32_t half = token0 / kPass % 2 * kPassBytes;  // nobody reads what the next pass fills
 #pragma unroll
     for (uint32_t t = 0; t < kPass; t += 8 * kBlocks) {
       if (token0 + t >= kN) break;
@@ -139,10 +135,6 @@ __device__ __forceinline__ void store_hidden(const Shared<kTraced>& sh, const Pl
                                              const Tile& tile, char* buffer,
                                              const float (&sums)[2][kN / 2]) {
   constexpr uint32_t kColumns = kGated ? 16 : 32;  // of a warp
-  constexpr uint32_t kBytes = kPassBytes<kGated, kN>;
-  // Where gated, the group's gate rows lie together, and its up rows.
-  constexpr uint32_t kGroupBytes = kStageBytesWeights / (kGated ? 4 : 2);
-  constexpr uint32_t kNext = 2 * kBytes <= kGroupBytes ? kBytes : kStageBytesWeights / 2;
   const Activation kind = sh.shape.activation;
   const uint32_t inter = sh.shape.inter;
   constexpr uint32_t kUnits = kColumns / 8, kRowUnits = kTeamWarps * kUnits;
@@ -156,7 +148,7 @@ __device__ __forceinline__ void store_hidden(const Shared<kTraced>& sh, const Pl
   const SigmoidGate gate(kind);
   if constexpr (kGated) {
     auto gated = [&](const auto& f) {
-      store_transposed<kN, kUnits, kBytes, kNext>(buffer, goal, [&](uint32_t j, uint32_t m) {
+      store_transposed<kN, kUnits>(buffer, goal, [&](uint32_t j, uint32_t m) {
         const uint32_t at = 4 * j + 2 * m;
         return pack<T>(f(sums[0][at]) * sums[1][at], f(sums[0][at + 1]) * sums[1][at + 1]);
       });
@@ -168,7 +160,7 @@ __device__ __forceinline__ void store_hidden(const Shared<kTraced>& sh, const Pl
     }
   } else {
     auto pair = [&](const auto& f) {
-      store_transposed<kN, kUnits, kBytes, kNext>(buffer, goal, [&](uint32_t j, uint32_t m) {
+      store_transposed<kN, kUnits>(buffer, goal, [&](uint32_t j, uint32_t m) {
         const uint32_t at = 4 * j + m / 2 * 2;
         return pack<T>(f(sums[m % 2][at]), f(sums[m % 2][at + 1]));
       });
@@ -183,12 +175,10 @@ __device__ __forceinline__ void store_hidden(const Shared<kTraced>& sh, const Pl
 }
 
 // GEMM2: rounding, and each row into the return buffer of the rank it came from.  `buffer` is the group's.
-template <class T, bool kGated, uint32_t kN, bool kTraced>
+template <class T, uint32_t kN, bool kTraced>
 __device__ __forceinline__ void store_returns(const Shared<kTraced>& sh, const Task& task,
                                               char* buffer, const float (&sums)[2][kN / 2]) {
   constexpr uint32_t kUnits = 4, kRowUnits = kTeamWarps * kUnits;
-  constexpr uint32_t kBytes = kPassBytes<kGated, kN>;
-  static_assert(2 * kBytes <= kStageBytesWeights / 2, "two passes fit the group's weights");
   const Tile& tile = task.tile;
   const uint32_t hidden = sh.shape.hidden;
   const uint32_t thread = threadIdx.x - kMathWarp * 32, of_group = thread % kGroupThreads;
@@ -203,7 +193,7 @@ __device__ __forceinline__ void store_returns(const Shared<kTraced>& sh, const T
     const RowGoal goal{
         path->base + (tile.row0 + of_group / kRowUnits) * row_bytes + column * sizeof(T),
         kGroupThreads / kRowUnits * row_bytes, first, end, column < hidden};
-    store_transposed<kN, kUnits, kBytes, kBytes>(buffer, goal, [&](uint32_t j, uint32_t m) {
+    store_transposed<kN, kUnits>(buffer, goal, [&](uint32_t j, uint32_t m) {
       const uint32_t at = 4 * j + m / 2 * 2;
       return pack<T>(sums[m % 2][at], sums[m % 2][at + 1]);
     });

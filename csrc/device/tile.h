@@ -149,7 +149,7 @@ __device__ __forceinline__ void run_tile(Shared<kTraced>& sh, const Place& place
     stamp_products();
   } else {
     stamp_products();
-    store_returns<T, kGated, kN>(sh, task, buffer, sums);
+    store_returns<T, kN>(sh, task, buffer, sums);
     stamp_end();
   }
   ptx::fence_proxy_async_shared();  // copies will follow these ordinary stores
