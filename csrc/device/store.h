@@ -118,7 +118,7 @@ __device__ __forceinline__ void store_transposed(char* buffer, const RowGoal& go
     uint4 rows[kPass / kStep];
 #pragma unroll
     for (uint32_t q = 0; q < kPass / kStep; ++q) {
-      rows[q] = ptx::load_shared(out + half + q * kStep * kRow);
+      if (token0 + q * kStep < kN) rows[q] = ptx::load_shared(out + half + q * kStep * kRow);
     }
 #pragma unroll
     for (uint32_t q = 0; q < kPass / kStep; ++q) {
