@@ -129,6 +129,14 @@ __device__ __forceinline__ void store_transposed(char* buffer, const RowGoal& go
   }
 }
 
+// The first column of a math thread's unit, kRowUnits of which are a row of its group's part of a tile.
+template <uint32_t kRowUnits>
+__device__ __forceinline__ uint32_t column_of_thread(const Tile& tile) {
+  const uint32_t thread = threadIdx.x - kMathWarp * 32, of_group = thread % kGroupThreads;
+  return (tile.col_tile * kMathGroups + thread / kGroupThreads) * (8 * kRowUnits) +
+         of_group % kRowUnits * 8;
+}
+
 // GEMM1: activation, rounding, `h`.  `buffer` is the group's.
 template <class T, bool kGated, uint32_t kN, bool kTraced>
 __device__ __forceinline__ void store_hidden(const Shared<kTraced>& sh, const Place& place,
@@ -138,9 +146,8 @@ __device__ __forceinline__ void store_hidden(const Shared<kTraced>& sh, const Pl
   const Activation kind = sh.shape.activation;
   const uint32_t inter = sh.shape.inter;
   constexpr uint32_t kUnits = kColumns / 8, kRowUnits = kTeamWarps * kUnits;
-  const uint32_t thread = threadIdx.x - kMathWarp * 32, of_group = thread % kGroupThreads;
-  const uint32_t column = (tile.col_tile * kMathGroups + thread / kGroupThreads) * (8 * kRowUnits) +
-                          of_group % kRowUnits * 8;
+  const uint32_t of_group = (threadIdx.x - kMathWarp * 32) % kGroupThreads;
+  const uint32_t column = column_of_thread<kRowUnits>(tile);
   const uint64_t row_bytes = inter * sizeof(T);
   const RowGoal goal{place.heap.at<char>(sh.layout.h) +
                          (tile.pool_row0 + of_group / kRowUnits) * row_bytes + column * sizeof(T),
@@ -181,9 +188,8 @@ __device__ __forceinline__ void store_returns(const Shared<kTraced>& sh, const T
   constexpr uint32_t kUnits = 4, kRowUnits = kTeamWarps * kUnits;
   const Tile& tile = task.tile;
   const uint32_t hidden = sh.shape.hidden;
-  const uint32_t thread = threadIdx.x - kMathWarp * 32, of_group = thread % kGroupThreads;
-  const uint32_t column = tile.col_tile * kTileWeights + thread / kGroupThreads * (8 * kRowUnits) +
-                          of_group % kRowUnits * 8;
+  const uint32_t of_group = (threadIdx.x - kMathWarp * 32) % kGroupThreads;
+  const uint32_t column = column_of_thread<kRowUnits>(tile);
   const uint64_t row_bytes = hidden * sizeof(T);
   const ReturnPath* path = task.returns;
   // A tile's rows of one source are consecutive rows of its return buffer.
