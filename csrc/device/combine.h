@@ -120,12 +120,12 @@ __device__ __forceinline__ void combine_whole(const Shared<kTraced>& sh, const P
   uint32_t j = 0;
 #pragma unroll 1
   for (uint32_t unit = lane; unit - lane < units;) {
-    uint4 loaded[kCommUnits];
+    uint4 loaded[kCommUnits<kTraced>];
     uint32_t next = unit, of = j;
     // Without a condition, under which the compiler would move a load and its use: beyond the last column that one
     // comes again and is not used.
 #pragma unroll
-    for (uint32_t i = 0; i < kCommUnits; ++i) {
+    for (uint32_t i = 0; i < kCommUnits<kTraced>; ++i) {
       const uint32_t row = __shfl_sync(0xffffffffu, own.row, of);
       loaded[i] = __ldcs(ret + static_cast<uint64_t>(row) * units + min_u32(next, units - 1));
       if (++of == k) {
@@ -134,7 +134,7 @@ __device__ __forceinline__ void combine_whole(const Shared<kTraced>& sh, const P
       }
     }
 #pragma unroll
-    for (uint32_t i = 0; i < kCommUnits; ++i) {
+    for (uint32_t i = 0; i < kCommUnits<kTraced>; ++i) {
       const float weight = __shfl_sync(0xffffffffu, own.weight, j);
       add_weighted<T>(sum, weight, loaded[i]);
       if (++j != k) continue;

@@ -37,9 +37,13 @@ inline constexpr uint32_t kStageBytes = kStageBytesWeights + kTileRows * kRowByt
 // There is room for one more once no row bounces through shared memory on its way: from the beginning where rows are
 // gathered (Course::gathers).
 inline constexpr uint32_t kMostStages = kStages + 1;
+// A traced kernel with NVSHMEM has few registers left: its groups store less at a time, and its comm warps load less.
+template <bool kTraced>
+inline constexpr bool kShortOfRegisters = kPuts && kTraced;
 // What a math group's sums pass through on their way out, in the last stage that it has read of a tile; twice, in turn.
-inline constexpr uint32_t kPassBytes = 4096;
-static_assert(2 * kPassBytes <= kStageBytesWeights / 4,
+template <bool kTraced>
+inline constexpr uint32_t kPassBytes = kShortOfRegisters<kTraced> ? 2048 : 4096;
+static_assert(2 * kPassBytes<false> <= kStageBytesWeights / 4,
               "two passes fit a group's rows of gate weights");
 
 // Rows that comm warps dispatch bounce through pieces of shared memory behind the stages, six in turn.
@@ -48,7 +52,8 @@ inline constexpr uint32_t kPieces = 6;
 inline constexpr uint32_t kPieceBytes = 4096;
 inline constexpr uint32_t kCommBytes = kCommWarps * kPieces * kPieceBytes;
 // Results that a comm warp sums come to registers, so many times 16 bytes a lane at once.
-inline constexpr uint32_t kCommUnits = 8;
+template <bool kTraced>
+inline constexpr uint32_t kCommUnits = kShortOfRegisters<kTraced> ? 7 : 8;
 
 // Result rows on their way to the math warps that sum them, each warp's own ring, in the memory of the
 // tiles' stages when there are no more tiles.
@@ -199,6 +204,14 @@ struct FewChoices {
   float weight[kFewRows];
 };
 
+// What a scheduler hands over next: a tile for each CTA of a pair, rows 0: none for that one; and what it tells the
+// second CTA.
+struct PairTurn {
+  Tile one;
+  Tile two;
+  PairMessage message;
+};
+
 // Row tiles whose results the scheduler has yet to put: those that end in one turn of its loop, in which it
 // hands over one task.
 template <bool kPut>
@@ -207,6 +220,7 @@ template <>
 struct PendingResults<true> : Barriers {
   uint32_t pending[kTasks + 2];  // indices of tiles
   uint32_t pending_tiles;
+  PairTurn turn;
 };
 
 template <bool kTraced>

@@ -304,6 +304,17 @@ __device__ __forceinline__ bool all_moved(Shared<kTraced>& sh) {
   return sh.gathers != 0 || ptx::mbarrier_test_cluster(&sh.moved, 0);
 }
 
+// What the scheduler holds while it waits.  With NVSHMEM's puts in its code it has no registers for that.
+template <bool kTraced>
+__device__ __forceinline__ decltype(auto) turn_of(Shared<kTraced>& sh) {
+  if constexpr (kPuts) {
+    return (sh.turn);
+  } else {
+    return PairTurn{};
+  }
+}
+using TileView = std::conditional_t<kPuts, const Tile&, const Tile>;
+
 // The first CTA of a pair, or a CTA alone: takes pairs of tiles and waits for the rows of both, so that
 // a pair once begun finishes in both; but for first tiles whose rows are gathered (load.h).  Everything stands
 // once in the code, the way out too: what a launch's first tile waits for is mostly that code.
@@ -340,8 +351,9 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const LaunchArgs& arg
     const uint32_t count = !goes_on        ? 0
                            : held == kNone ? min_u32(place.pair_size, tiles - first)
                                            : 1;
-    // Two tiles for the two CTAs; rows 0: none for that one.
-    Tile one{}, two{};
+    auto&& turn = turn_of(sh);
+    auto& [one, two, message] = turn;
+    one = two = {};
 #pragma unroll 1
     for (uint32_t i = 0; i < count; ++i) {
       const Tile tile = tile_at(sh.tables, shape, sh.order, first + i);
@@ -361,10 +373,10 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const LaunchArgs& arg
       two.rows = 0;
     }
     // Of the first tiles whoever gathers the rows awaits them, so that weights are on their way meanwhile.
-    PairMessage message{};
+    message = {};
 #pragma unroll 1
     for (uint32_t i = 0; goes_on && i < 2; ++i) {
-      const Tile tile = i == 0 ? one : two;
+      TileView tile = i == 0 ? one : two;
       if (tile.rows == 0 || (tile.gemm == 1 && gathers_unawaited(sh, ring.handed))) continue;
       goes_on = await_operands(ring, tile, message) == Status::kOk;
     }

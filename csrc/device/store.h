@@ -68,12 +68,12 @@ struct RowGoal {
 // next, column lane / 4 of 8-column block m of this warp.
 // All of it stands in the code once a pass, and no launch has its code at hand: so nothing is asked
 // twice, and no address is worked out that is another one plus a constant.
-template <uint32_t kN, uint32_t kUnits, class Value>
+template <uint32_t kN, uint32_t kUnits, uint32_t kBytes, class Value>
 __device__ __forceinline__ void store_transposed(char* buffer, const RowGoal& goal,
                                                  const Value& value) {
   constexpr uint32_t kRowUnits = kTeamWarps * kUnits;
   constexpr uint32_t kRow = kRowUnits * 16;                     // bytes of a token
-  constexpr uint32_t kPass = kPassBytes / kRow;                 // tokens
+  constexpr uint32_t kPass = kBytes / kRow;                     // tokens
   constexpr uint32_t kBlocks = kUnits == 4 || kN == 8 ? 1 : 2;  // of 8 tokens a store of matrices
   constexpr uint32_t kStep = kGroupThreads / kRowUnits;         // tokens a store of rows
   const uint32_t lane = ptx::lane_id(), thread = ptx::thread_id() % kGroupThreads;
@@ -99,7 +99,7 @@ __device__ __forceinline__ void store_transposed(char* buffer, const RowGoal& go
       to += kPass / kStep * goal.step;
       continue;
     }
-    const uint32_t half = token0 / kPass % 2 * kPassBytes;  // nobody reads what the next pass fills
+    const uint32_t half = token0 / kPass % 2 * kBytes;  // nobody reads what the next pass fills
 #pragma unroll
     for (uint32_t t = 0; t < kPass; t += 8 * kBlocks) {
       if (token0 + t >= kN) break;
@@ -155,7 +155,7 @@ __device__ __forceinline__ void store_hidden(const Shared<kTraced>& sh, const Pl
   const SigmoidGate gate(kind);
   if constexpr (kGated) {
     auto gated = [&](const auto& f) {
-      store_transposed<kN, kUnits>(buffer, goal, [&](uint32_t j, uint32_t m) {
+      store_transposed<kN, kUnits, kPassBytes<kTraced>>(buffer, goal, [&](uint32_t j, uint32_t m) {
         const uint32_t at = 4 * j + 2 * m;
         return pack<T>(f(sums[0][at]) * sums[1][at], f(sums[0][at + 1]) * sums[1][at + 1]);
       });
@@ -167,7 +167,7 @@ __device__ __forceinline__ void store_hidden(const Shared<kTraced>& sh, const Pl
     }
   } else {
     auto pair = [&](const auto& f) {
-      store_transposed<kN, kUnits>(buffer, goal, [&](uint32_t j, uint32_t m) {
+      store_transposed<kN, kUnits, kPassBytes<kTraced>>(buffer, goal, [&](uint32_t j, uint32_t m) {
         const uint32_t at = 4 * j + m / 2 * 2;
         return pack<T>(f(sums[m % 2][at]), f(sums[m % 2][at + 1]));
       });
@@ -199,7 +199,7 @@ __device__ __forceinline__ void store_returns(const Shared<kTraced>& sh, const T
     const RowGoal goal{
         path->base + (tile.row0 + of_group / kRowUnits) * row_bytes + column * sizeof(T),
         kGroupThreads / kRowUnits * row_bytes, first, end, column < hidden};
-    store_transposed<kN, kUnits>(buffer, goal, [&](uint32_t j, uint32_t m) {
+    store_transposed<kN, kUnits, kPassBytes<kTraced>>(buffer, goal, [&](uint32_t j, uint32_t m) {
       const uint32_t at = 4 * j + m / 2 * 2;
       return pack<T>(sums[m % 2][at], sums[m % 2][at + 1]);
     });

@@ -18,9 +18,6 @@ ENTRIES = [
     )
 ]
 
-#: Kernels that still spill, each to be taken out when it no longer does: the test then fails.
-SPILLING = {("nvshmem", "moe_bf16_gated_traced"), ("nvshmem", "moe_bf16_plain_traced")}
-
 
 @pytest.fixture(scope="module")
 def kernels() -> dict[tuple[str, str], Kernel]:
@@ -48,17 +45,7 @@ def test_the_report_of_every_kernel_is_kept(kernels: dict[tuple[str, str], Kerne
     assert all(0 < kernels[entry].registers <= 168 for entry in ENTRIES if entry[0] in held)
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [
-        pytest.param(
-            entry,
-            id="-".join(entry),
-            marks=pytest.mark.xfail(strict=True) if entry in SPILLING else (),
-        )
-        for entry in ENTRIES
-    ],
-)
+@pytest.mark.parametrize("entry", ENTRIES, ids="-".join)
 def test_no_register_is_spilled(
     kernels: dict[tuple[str, str], Kernel], entry: tuple[str, str]
 ) -> None:
