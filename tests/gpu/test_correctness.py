@@ -190,7 +190,7 @@ def bits(result: Forward) -> bytes:
     return result.y.view(torch.int16).numpy().tobytes()
 
 
-# CTAs make pairs for the second number of tokens, not for the first.
+# A rank alone has pairs of CTAs for the second number of tokens, not for the first.
 @pytest.mark.parametrize("tokens", [777, 2500])
 @pytest.mark.parametrize("traced", [False, True])
 def test_bits_do_not_depend_on_ranks_runs_or_sms(traced: bool, tokens: int) -> None:
@@ -264,18 +264,18 @@ def test_gates_in_slices(config: MoEConfig, tokens: int) -> None:
 
 def test_rows_on_their_way_are_left_alone() -> None:
     # Long rows to many ranks: a CTA still sends while the other one of its pair multiplies, and
-    # fills the stages of both; or while it multiplies itself.
+    # fills the stages of both.
     config = replace(PRESETS["mixtral"].config, intermediate=512)
     weights, x = inputs(config, 16384)
     seen = set()
-    for ranks in (1, 2, 8):  # 16 CTAs make pairs, 66 do not
+    for ranks in (1, 8):
         engine = engine_for(config, weights, deal(x, ranks))
         seen |= {bits(forward(engine)) for _ in range(3)}
         engine.close()
     assert len(seen) == 1
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 8])
+@pytest.mark.parametrize("ranks", [1, 4])
 def test_many_launches_agree(ranks: int) -> None:
     # What goes wrong once in a thousand launches: a load that comes late, seen as the turn before.
     config = PRESETS["qwen3-30b"].config
