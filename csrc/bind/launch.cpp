@@ -201,7 +201,6 @@ nb::bytes launch_args(const nb::dict& shape, const std::vector<uintptr_t>& heaps
   const HeapLayout layout = heap_layout(s);
   args->layout = apart(layout, signals_at, rows_at.value_or(layout.pool));
   for (size_t r = 0; r < heaps.size(); ++r) args->heaps[r].base = reinterpret_cast<char*>(heaps[r]);
-  uint64_t tokens = 0;
   for (size_t r = 0; r < ranks.size(); ++r) {
     const nb::dict d = nb::cast<nb::dict>(ranks[r]);
     RankArgs& rank = args->ranks[r];
@@ -226,11 +225,9 @@ nb::bytes launch_args(const nb::dict& shape, const std::vector<uintptr_t>& heaps
     rank.gate_box_tokens = nb::cast<uint32_t>(d["gate_box_tokens"]);
     rank.course = course_of(s, rank.rank, rank.tokens, by_units, in_place);
     rank.course.absent = never_starts == rank.rank;
-    tokens += rank.tokens;
+    args->pair_size = pair_size(s, rank);  // of several ranks it is the same
   }
   args->local_ranks = local_ranks;
-  // What other processes' ranks have is not known here: as many, on average.
-  args->pair_size = pair_size(s, tokens * s.world / max_u32(1, local_ranks));
   args->ring_capacity = ring_capacity;
   args->keep_last = keep_last ? 1 : 0;
   args->iteration_base = iteration_base;

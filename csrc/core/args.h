@@ -49,19 +49,18 @@ struct alignas(64) RankArgs {
   Course course;
 };
 
-// Rows of an expert, on average, from which on and up to which a rank has pairs: most experts then have two row tiles.
+// Rows of an expert, on average, from which on and up to which a rank alone has pairs: most experts then have two row
+// tiles.
 inline constexpr uint32_t kPairedFrom = 145, kPairedTo = 511;
-// A rank of fewer CTAs has pairs from kPairedFrom on: so few do not bring each other's weights into L2.
-inline constexpr uint32_t kUnpairedCtas = 64;
 
-// CTAs of a cluster, where all ranks together have `tokens`.  Those of a pair fetch weights that both need once; but
-// neither goes on without the other, so where an expert has one row tile, or so many that others have brought its
-// weights into L2, a CTA alone is faster (docs/performance.md).  A rank with an odd number of CTAs goes without pairs.
-// Ranks of one world may differ in it.
-inline uint32_t pair_size(const Shape& s, uint64_t tokens) {
-  const uint64_t rows = tokens * s.top_k, experts = s.experts;
-  if (s.chunks % 2 != 0 || rows < kPairedFrom * experts) return 1;
-  return rows <= kPairedTo * experts || s.chunks < kUnpairedCtas ? 2 : 1;
+// CTAs of a cluster.  Those of a pair fetch weights that both need once; but neither goes on without the other, so where
+// an expert has one row tile, or so many that others have brought its weights into L2, a CTA alone is faster
+// (docs/performance.md).  A rank with an odd number of CTAs goes without pairs.
+inline uint32_t pair_size(const Shape& s, const RankArgs& rank) {
+  if (s.chunks % 2 != 0) return 1;
+  if (rank.course.gathers == 0) return 2;
+  const uint64_t rows = uint64_t{rank.tokens} * s.top_k, experts = s.experts;
+  return kPairedFrom * experts <= rows && rows <= kPairedTo * experts ? 2 : 1;
 }
 
 struct LaunchArgs {
@@ -72,7 +71,7 @@ struct LaunchArgs {
   Heap heaps[kMaxRanks];  // as this process reaches them
   RankArgs ranks[kMaxRanks];
   uint32_t local_ranks;  // ranks in this launch; CTA b belongs to rank b / shape.chunks
-  uint32_t pair_size;    // pair_size(), also the launch's cluster dimension
+  uint32_t pair_size;    // pair_size() of the ranks, also the launch's cluster dimension
   uint32_t ring_capacity;
   uint32_t keep_last;
   uint32_t iteration_base;  // epoch at which iteration 0 starts, less one
