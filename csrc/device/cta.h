@@ -258,8 +258,10 @@ __device__ __forceinline__ FewBarriers& few_barriers(Shared<kTraced>& sh) {
   return *reinterpret_cast<FewBarriers*>(&sh);
 }
 
-// Arrivals that fill a stage: the loading warp's and those of the comm warps that gather.
-__device__ __forceinline__ uint32_t fills(bool gathers) { return gathers ? 1 + kCommWarps : 1; }
+// Arrivals that fill a stage: the loading lane's and those of all lanes that gather.
+__device__ __forceinline__ uint32_t fills(bool gathers) {
+  return gathers ? 1 + 32 * kCommWarps : 1;
+}
 
 // Whether the launch goes by units; NVSHMEM's flavour has no code for that.
 template <bool kTraced>

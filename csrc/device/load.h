@@ -160,11 +160,10 @@ __device__ inline void gather_tiles(Shared<kTraced>& sh, const Place& place, uin
           FLASHMOE_COPY(1)
 #undef FLASHMOE_COPY
           default:
-            ptx::copies_join(full);
+            break;
         }
       }
-      __syncwarp();  // all lanes' copies count before the warp's only arrival
-      if (leads) ptx::mbarrier_arrive(full);
+      ptx::arrive_with_copies(full);
     }
     if constexpr (kTraced) {
       if (leads && groups != 0) {

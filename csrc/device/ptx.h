@@ -346,9 +346,9 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from, uint32
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
                : "memory");
 }
-// The barrier's present phase also waits for this thread's copies so far.
-__device__ __forceinline__ void copies_join(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.shared.b64 [%0];" ::"r"(shared_address(barrier))
+// An arrival of this thread once its copies so far are there.
+__device__ __forceinline__ void arrive_with_copies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier))
                : "memory");
 }
 
