@@ -111,6 +111,8 @@ def launch_args(shape: dict, heaps: Sequence[int], ranks: list, local_ranks: int
     The bytes of LaunchArgs.  Addresses are ints, 0 for none; `fault` is (lost_signal_rank, lost_signal_expert, never_starts_rank), 0xffffffff for none.  A heap's signals (what lies before the pool) begin at `signals_at` from its address, its rows (the pool and the rest) at `rows_at`: behind the signals where that is None.  `by_units`: few tokens go by units where they may, as units() says.  `in_place`: a rank alone reads its rows where they are, where it may.
     """
 
+SHARED_BYTES: int = 232448
+
 PAIR_SIZE_AT: int = 18372
 
 def record_layout() -> dict:

@@ -325,6 +325,7 @@ void bind_launch(nb::module_& m) {
       "pool and the rest) at `rows_at`: behind the signals where that is None.  `by_units`: "
       "few tokens go by units where they may, as units() says.  `in_place`: a rank alone reads its "
       "rows where they are, where it may.");
+  m.attr("SHARED_BYTES") = kSharedBytes;
   m.attr("PAIR_SIZE_AT") = offsetof(LaunchArgs, pair_size);
   m.def("record_layout", &record_layout,
         "(offset, size) of each field of Record, RingHeader and FlightSlot; under 'structs' their "

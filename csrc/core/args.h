@@ -15,6 +15,7 @@ struct RingHeader;
 
 inline constexpr uint32_t kMaxRanks = 8;
 inline constexpr uint32_t kRowBoxes = 4;
+inline constexpr uint32_t kSharedBytes = 232448;  // of a launch's block: all that sm_90 gives one
 
 // Withholds one rank's signal for one expert, to test the diagnosis on a GPU.
 struct FaultArgs {

@@ -315,7 +315,6 @@ struct StageRelease {
   }
 };
 
-inline constexpr uint32_t kSharedBudget = 232448;
 inline constexpr uint32_t kSharedState = 4096 + 4 * kTableWords;
 #ifndef FLASHMOE_NO_TRACE
 static_assert(sizeof(Shared<true>) <= kSharedState,
@@ -326,8 +325,8 @@ inline constexpr uint32_t kWorkBytes = kMostStages * kStageBytes;
 static_assert(kCommBytes <= kStageBytes, "moved rows take the place of a stage");
 static_assert(kMathGroups * kFewRingBytes <= kWorkBytes,
               "rings of units take the place of all stages");
-inline constexpr uint32_t kSharedBytes = kWorkBytes + kSharedState + 1024;
-static_assert(kSharedBytes <= kSharedBudget, "a block of sm_90 has 232,448 bytes of shared memory");
+static_assert(1024 + kWorkBytes + kSharedState <= kSharedBytes,
+              "stages begin at a multiple of 1,024 bytes");
 
 // The actor whose leader this thread is, or -1.
 __device__ __forceinline__ int led_lane() {

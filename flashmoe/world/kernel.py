@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 LANES = len(schema.Lane)
 THREADS = 384
-SHARED_BYTES = (4 * 54 + 10 + 1) * 1024
-"""Dynamic shared memory of a block, as csrc/device/cta.h sums it up (kSharedBytes)."""
 
 TILE_ROWS = {"bf16": 176, "fp16": 128}
 TILE_ROWS_STEP = {"bf16": 16, "fp16": 64}
@@ -192,7 +190,7 @@ class Kernel:
         name = f"moe_{config.dtype}_{kind}_{how}"
         # NVSHMEM initialises the one module that the engine has loaded.
         telling = name if flavour == "p2p" else ""
-        moe = cls(device, name, SHARED_BYTES, flavour, telling)
+        moe = cls(device, name, extension().SHARED_BYTES, flavour, telling)
         if telling:
             moe.code = code_place(device.index, name)
         return moe
