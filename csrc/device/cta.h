@@ -212,19 +212,19 @@ struct PairTurn {
   PairMessage message;
 };
 
-// Row tiles whose results the scheduler has yet to put: those that end in one turn of its loop, in which it
-// hands over one task.
+// What a scheduler that puts keeps besides.  Row tiles whose results it has yet to put are those that end in one turn of
+// its loop, in which it hands over one task.
 template <bool kPut>
-struct PendingResults : Barriers {};
+struct PutState : Barriers {};
 template <>
-struct PendingResults<true> : Barriers {
+struct PutState<true> : Barriers {
   uint32_t pending[kTasks + 2];  // indices of tiles
   uint32_t pending_tiles;
   PairTurn turn;
 };
 
 template <bool kTraced>
-struct Shared : PendingResults<kPuts> {
+struct Shared : PutState<kPuts> {
   PairMessage messages[kTasks];
   uint64_t other_left;  // first CTA: the second has left before the roles parted
   PieceGoal piece_goals[kCommWarps][kPieces];
@@ -258,7 +258,7 @@ __device__ __forceinline__ FewBarriers& few_barriers(Shared<kTraced>& sh) {
   return *reinterpret_cast<FewBarriers*>(&sh);
 }
 
-// Arrivals that fill a stage: the loading lane's and those of all lanes that gather.
+// Arrivals that fill a stage: the load lane's and those of all threads that gather.
 __device__ __forceinline__ uint32_t fills(bool gathers) {
   return gathers ? 1 + 32 * kCommWarps : 1;
 }

@@ -351,8 +351,7 @@ __device__ inline void schedule_tiles(Shared<kTraced>& sh, const LaunchArgs& arg
     const uint32_t count = !goes_on        ? 0
                            : held == kNone ? min_u32(place.pair_size, tiles - first)
                                            : 1;
-    auto&& turn = turn_of(sh);
-    auto& [one, two, message] = turn;
+    auto&& [one, two, message] = turn_of(sh);
     one = two = {};
 #pragma unroll 1
     for (uint32_t i = 0; i < count; ++i) {
