@@ -67,7 +67,8 @@ def bench(given: dict[str, Any]) -> tuple[dict[str, Any], int]:
     exit_code = EXIT_FAILED if any_failed(report) else 0
     if compared is not None:
         report["comparison"] = compare(report, compared, str(given["compare"]))
-        exit_code = exit_code or _judge(report["comparison"], limit)
+        judged = _judge(report["comparison"], limit)
+        exit_code = exit_code or judged
     save(report)
     return report, exit_code
 
@@ -106,6 +107,8 @@ def _refuse(given: dict[str, Any]) -> None:
     output = output or given["resume"]
     if output is not None and not output.parent.is_dir():
         raise usage(f"no folder {output.parent}", "make it, or choose another place")
+    if output is not None and output.is_dir():
+        raise usage(f"{output} is a folder", "name a file")
 
 
 def shapes_of(given: dict[str, Any]) -> tuple[Shape, ...]:

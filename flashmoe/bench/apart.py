@@ -32,7 +32,11 @@ _END_S = 5.0
 
 
 class Lost(Exception):
-    """A process that ended, or was ended, without a result; the text says how, and at what."""
+    """A process that ended, or was ended, without a result, in the phase ``during``."""
+
+    def __init__(self, what: str, during: str) -> None:
+        super().__init__(f"its process {what} during {during}")
+        self.during = during
 
 
 def apart(work: Work[T], progress: Progress, patience_s: float = PATIENCE_S) -> T:
@@ -59,10 +63,10 @@ def apart(work: Work[T], progress: Progress, patience_s: float = PATIENCE_S) -> 
                 raise value
             phase = value[0]
             progress(*value)
-        raise Lost(f"its process said nothing for {patience_s:.0f} s during {_bare(phase)}")
+        raise Lost(f"said nothing for {patience_s:.0f} s", _bare(phase))
     except EOFError:
         process.join()
-        raise Lost(f"its process {_ended(process.exitcode)} during {_bare(phase)}") from None
+        raise Lost(_ended(process.exitcode), _bare(phase)) from None
     finally:
         # The GPU is the next one's when this returns.
         if answered:

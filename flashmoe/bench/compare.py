@@ -28,7 +28,12 @@ def read_report(path: Path, mode: str) -> dict[str, Any]:
         raise FlashmoeError(
             f"{path} is no JSON: {exc}", "name a file that bench --json wrote", 2
         ) from exc
-    if not isinstance(report, dict) or report.get("verb") != "bench" or "results" not in report:
+    parts = {"environment": dict, "method": dict, "results": list}
+    if (
+        not isinstance(report, dict)
+        or report.get("verb") != "bench"
+        or not all(isinstance(report.get(name), kind) for name, kind in parts.items())
+    ):
         raise FlashmoeError(
             f"{path} is no result of a bench", "name a file that bench --json wrote", 2
         )
@@ -53,7 +58,8 @@ def compare(now: dict[str, Any], before: dict[str, Any], path: str) -> dict[str,
     ``ratio`` is now / before of the medians: above 1 is slower.  ``spread_now`` and
     ``spread_before`` are the quartiles' distances over the medians, ``beyond_spread`` whether the
     two ranges of quartiles lie apart.  ``dense_ratio`` is the same ratio of the dense GEMMs: what
-    the machine itself changed.
+    the machine itself changed.  ``same_gpu``: of one model; ``same_device``: the very same, by its
+    UUID.
     """
     earlier = {shape_key(result): result for result in before["results"]}
     lines = []
@@ -61,12 +67,13 @@ def compare(now: dict[str, Any], before: dict[str, Any], path: str) -> dict[str,
         other = earlier.get(shape_key(result))
         if other is not None and other["ours_ms"]:
             lines.append(_line(result, other))
-    same_gpu = now["environment"].get("gpu") == before["environment"].get("gpu")
+    here, there = now["environment"], before["environment"]
     return {
         "file": path,
-        "gpu": before["environment"].get("gpu"),
-        "same_gpu": same_gpu,
-        "commit": before["environment"].get("commit"),
+        "gpu": there.get("gpu"),
+        "same_gpu": here.get("gpu") == there.get("gpu"),
+        "same_device": here.get("uuid") is not None and here.get("uuid") == there.get("uuid"),
+        "commit": there.get("commit"),
         "results": lines,
     }
 
@@ -116,5 +123,15 @@ def parse_limit(text: str) -> float:
 
 
 def command_words(argv: Sequence[str]) -> list[str]:
-    """The command as a person typed it: ``flashmoe`` for whatever file started it."""
-    return ["flashmoe", *argv[1:]]
+    """The command as a person typed it: ``flashmoe`` for whatever file started it.
+
+    The wheel is named without the folders it lies in: a report is read elsewhere.
+    """
+    words = ["flashmoe", *argv[1:]]
+    flag = "--sglang-wheel"
+    for at, word in enumerate(words):
+        if word == flag and at + 1 < len(words):
+            words[at + 1] = Path(words[at + 1]).name
+        elif word.startswith(f"{flag}="):
+            words[at] = f"{flag}={Path(word.partition('=')[2]).name}"
+    return words

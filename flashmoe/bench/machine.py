@@ -22,9 +22,25 @@ from flashmoe.world.base import EngineOptions, Runner
 class TimedEngine(Runner, Protocol):
     """An engine that can be enqueued without waiting."""
 
+    tiling: dict[str, Any] | None
+    """How its tiles are cut; ``tuned`` in it is None unless a tuning table has a say."""
+
     def enqueue(self) -> None:
         """One forward on torch's current stream, without waiting for it."""
 
+
+class TimedLayer(Protocol):
+    """The layer as a model calls it: ``flashmoe.MoE``."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """One forward of x [T, H], without waiting for it."""
+
+    def check(self) -> None:
+        """Waits for the GPU; raises FlashmoeError if a call failed."""
+
+
+LayerBuilder = Callable[[MoEConfig, MoEWeights, int], TimedLayer]
+"""The layer with its weights, for so many tokens."""
 
 EngineBuilder = Callable[[MoEConfig, MoEWeights, list[int], EngineOptions], TimedEngine]
 Snapshot = Callable[[], dict[str, Any] | None]
@@ -38,6 +54,7 @@ class Machine:
     stopwatch: Stopwatch
     copy_bytes_per_s: float
     build: EngineBuilder
+    layer: LayerBuilder
     snapshot: Snapshot
     environment: dict[str, Any] = field(default_factory=dict)
 
@@ -67,9 +84,14 @@ def gpu_machine(device: int) -> Machine:
     Raises FlashmoeError (exit code 5) where it runs no kernel of ours.
     """
     require_gpu(device)
+    from flashmoe.layer import MoE
     from flashmoe.world.local import LocalEngine
 
     place = torch.device("cuda", device)
+
+    def layer(config: MoEConfig, weights: MoEWeights, tokens: int) -> TimedLayer:
+        return MoE(config, weights, max_tokens=tokens, device=place)
+
     torch.cuda.set_device(place)
     rate = copy_rate(place)
     return Machine(
@@ -77,6 +99,7 @@ def gpu_machine(device: int) -> Machine:
         stopwatch=CudaStopwatch(place),
         copy_bytes_per_s=rate,
         build=LocalEngine,
+        layer=layer,
         snapshot=lambda: gpu.snapshot(device),
         environment=environment(place),
     )
@@ -97,6 +120,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         triton_version = None
     return {
         "gpu": properties.name,
+        "uuid": seen.get("uuid"),
         "sms": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
         "l2_bytes": properties.L2_cache_size,

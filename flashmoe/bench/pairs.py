@@ -79,7 +79,7 @@ def _ranks(shape: Shape, machine: Machine, options: PairOptions, phase: Phases) 
     """
     weights, x = _inputs(shape, machine, options, phase)
     first = Ours.build(machine, shape.config, weights, [x])
-    second = Ours.build(machine, shape.config, weights, list(x.chunk(options.ranks)))
+    second = Ours.build(machine, shape.config, weights, list(x.tensor_split(options.ranks)))
     copying = Ours.build(machine, shape.config, weights, [x], in_place=False)
     rows = torch.bincount(second.ids.flatten().long(), minlength=shape.config.experts)
     of_rank = [
@@ -199,6 +199,7 @@ def _in_turn(
         **over(times[0]),
         **more,
         "graph": [work.graph for work in works],
+        "tiling": second.engine.tiling,
         "of_bound": [v["output"]["max_ratio"] for v in verdicts],
         "clocks": clocks.summary(),
         "error": error,

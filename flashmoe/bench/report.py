@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import shlex
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,7 +16,15 @@ from flashmoe.bench.pairs import PairOptions, bench_pair, failed_pair
 from flashmoe.bench.phases import Progress
 from flashmoe.bench.resume import check_same, take_over
 from flashmoe.bench.shapes import Shape, shape_key
-from flashmoe.bench.speed import PEER_RATIO, DeviceLost, SpeedOptions, bench_shape, failed
+from flashmoe.bench.speed import (
+    PEER_RATIO,
+    DeviceLost,
+    SpeedOptions,
+    bench_shape,
+    failed,
+    no_details,
+    ratios,
+)
 from flashmoe.bench.statistics import CONFIDENCE, RESAMPLES
 from flashmoe.bench.stopwatch import METHOD
 
@@ -52,10 +60,23 @@ class Bench:
             return method | ({"ranks": self.options.ranks} if self.mode == "ranks" else {})
         wheel = self.options.peer_options.sglang_wheel
         return method | {
-            "peers": [peer.name for peer in self.options.peers],
+            "peers": self.peer_order(),
             "peers_may_be_off_by": PEER_RATIO,
             "sglang_wheel": None if wheel is None else wheel.name,
         }
+
+    def peer_order(self) -> list[str]:
+        """The names of the peers to time; none in the other modes."""
+        if isinstance(self.options, PairOptions):
+            return []
+        return [peer.name for peer in self.options.peers]
+
+    def without(self, names: Collection[str]) -> Bench:
+        """The same without some peers."""
+        if isinstance(self.options, PairOptions) or not names:
+            return self
+        left = tuple(peer for peer in self.options.peers if peer.name not in names)
+        return replace(self, options=replace(self.options, peers=left))
 
     def time(self, shape: Shape, machine: Machine, progress: Progress) -> dict[str, Any]:
         """The result of one shape.  Raises DeviceLost."""
@@ -112,13 +133,60 @@ def _time(
     bench: Bench, shape: Shape, open_machine: OpenMachine, progress: Progress
 ) -> dict[str, Any]:
     began = time.monotonic()
-    work = functools.partial(_time_here, bench, shape, open_machine, began)
-    try:
-        result = apart(work, progress)
-    except (Lost, DeviceLost) as exc:
-        result = bench.failed(shape, str(exc))
+    clashing: dict[str, str] = {}
+    while True:
+        try:
+            result = _time_apart(bench.without(clashing), shape, open_machine, progress, began)
+        except (Lost, DeviceLost) as exc:
+            if exc.during in bench.peer_order() and exc.during not in clashing:
+                clashing[exc.during] = str(exc)
+                continue
+            result = bench.failed(shape, str(exc))
+        break
+    for name, why in clashing.items():
+        _add_peer(result, name, why, bench, shape, open_machine, progress)
+    if clashing:
+        result["peers"] = {name: result["peers"][name] for name in bench.peer_order()}
     result["seconds"]["whole"] = time.monotonic() - began
     return result | {"time": _now()}
+
+
+def _time_apart(
+    bench: Bench, shape: Shape, open_machine: OpenMachine, progress: Progress, began: float
+) -> dict[str, Any]:
+    return apart(functools.partial(_time_here, bench, shape, open_machine, began), progress)
+
+
+def _add_peer(
+    result: dict[str, Any],
+    name: str,
+    why: str,
+    bench: Bench,
+    shape: Shape,
+    open_machine: OpenMachine,
+    progress: Progress,
+) -> None:
+    """Adds a peer to a shape's result that was left out there since it broke the process.
+
+    It is timed beside ours and the dense GEMMs in a process of its own; where it breaks that, too,
+    it has failed.
+    """
+    details, ms = {**no_details(), "reason": why}, None
+    result["peer_details"][name], result["peers"][name] = details, ms
+    if result["error"]:
+        return
+    others = [other for other in bench.peer_order() if other != name]
+    try:
+        alone = _time_apart(bench.without(others), shape, open_machine, progress, time.monotonic())
+    except (Lost, DeviceLost) as exc:
+        details["reason"] = str(exc)
+    else:
+        if not alone["error"]:
+            times = {field: alone[field] for field in ("ours_ms", "dense_ms")}
+            details = alone["peer_details"][name] | {"apart": {"why": why, **times}}
+            ms = alone["peers"][name]
+    result["peer_details"][name], result["peers"][name] = details, ms
+    result |= ratios(result)
 
 
 def _time_here(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from flashmoe.bench.ceilings import DensePair, floor_ms, flop
 from flashmoe.bench.gate import Gate, compiled, gate_of
-from flashmoe.bench.machine import Clocks, Machine
+from flashmoe.bench.machine import Clocks, Machine, TimedLayer
 from flashmoe.bench.ours import Ours, ok
 from flashmoe.bench.peers import Case, Peer, PeerOptions, Unavailable
 from flashmoe.bench.phases import Phases, Progress
@@ -39,18 +40,30 @@ class SpeedOptions:
 
 
 class DeviceLost(Exception):
-    """A kernel of somebody's has broken the CUDA context: nothing more can run in this process."""
+    """A kernel of somebody's has broken the CUDA context: nothing more can run in this process.
+
+    ``during`` is the phase in which it did, as progress names it; a peer's is the peer's name.
+    """
+
+    def __init__(self, what: str, during: str) -> None:
+        super().__init__(what, during)  # both, so that it can be pickled
+        self.what, self.during = what, during
+
+    def __str__(self) -> str:
+        return self.what
 
 
 def _empty(shape: Shape, options: SpeedOptions) -> dict[str, Any]:
-    names = ("ours", "dense", "floor", "gate")
+    names = ("ours", "layer", "dense", "floor", "gate")
     ratios = ("dense_over_ours", "floor_over_ours", "over_floor_us", "best_peer_over_ours")
     return {
         **shape.described(),
         **{f"{name}_ms": None for name in names},
         "peers": {peer.name: None for peer in options.peers},
         "error": None,
+        "why_no_layer": None,
         "of_bound": None,
+        "tiling": None,
         **dict.fromkeys(ratios),
         "best_peer": None,
         "gate_not_compiled": None,
@@ -85,7 +98,7 @@ def bench_shape(
         result = failed(shape, options, "the GPU's memory does not hold it")
     except RuntimeError as exc:
         result = failed(shape, options, one_line(exc))
-        _settle(machine, result["error"])
+        _settle(machine, result["error"], "")
     return result
 
 
@@ -101,6 +114,7 @@ def _timed(shape: Shape, machine: Machine, options: SpeedOptions, phase: Phases)
         phase("check")
         verdicts = ours.check(config, weights)
         result["check"], result["of_bound"] = verdicts, verdicts["output"]["max_ratio"]
+        result["tiling"] = ours.engine.tiling
         phase("gate")
         gate, result["gate_not_compiled"] = _gate(config, weights, x)
         phase("graphs")
@@ -109,6 +123,10 @@ def _timed(shape: Shape, machine: Machine, options: SpeedOptions, phase: Phases)
             "dense": machine.stopwatch.prepare(DensePair(config, shape.rows, machine.device)),
             "gate": machine.stopwatch.prepare(lambda: gate(x)),
         }
+        phase("layer")
+        layer, result["why_no_layer"] = _layer(machine, config, weights, x)
+        if layer is not None:
+            works["layer"] = machine.stopwatch.prepare(functools.partial(layer, x))
         case = Case(config, weights, x, gate)
         for peer in options.peers:
             phase(peer.name)
@@ -122,7 +140,9 @@ def _timed(shape: Shape, machine: Machine, options: SpeedOptions, phase: Phases)
         result["clocks"] = clocks.summary()
         _put_times(result, works, times, shape, machine, ours)
         phase("check again")
-        result["error"] = ours.check_again(machine) or (None if ok(verdicts) else "wrong result")
+        wrong = "" if ok(verdicts) else "wrong result"
+        again = ours.check_again(machine)
+        result["error"] = again or wrong or _layer_again(layer, x, ours) or None
         result["seconds"] = phase.seconds()
         return result
     finally:
@@ -140,14 +160,34 @@ def _gate(config: MoEConfig, weights: MoEWeights, x: torch.Tensor) -> tuple[Gate
     return fast, None
 
 
+def _layer(
+    machine: Machine, config: MoEConfig, weights: MoEWeights, x: torch.Tensor
+) -> tuple[TimedLayer | None, str | None]:
+    """The layer as a model calls it; or why it cannot be timed here."""
+    try:
+        return machine.layer(config, weights, len(x)), None
+    except FlashmoeError as exc:  # no memory for a second heap, say
+        return None, exc.message
+
+
+def _layer_again(layer: TimedLayer | None, x: torch.Tensor, ours: Ours) -> str:
+    """Why the layer's calls are not to be trusted; empty where they are."""
+    if layer is None:
+        return ""
+    try:
+        y = layer(x)
+        layer.check()
+    except FlashmoeError as exc:
+        return f"the layer: {exc.message}"
+    same = torch.equal(y.view(torch.int16), ours.y.view(torch.int16))
+    return "" if same else "the layer's result is not the engine's"
+
+
 def _prepared(
     peer: Peer, case: Case, machine: Machine, options: SpeedOptions
 ) -> tuple[dict[str, Any], Prepared | None]:
     """A peer built, warmed up, captured and checked: its details, and the work if it is right."""
-    details: dict[str, Any] = {
-        "state": "failed", "reason": "", "version": None, "note": "", "settings": {},
-        "graph": None, "why_eager": "", "of_bound": None, "relative_rms": None,
-    }  # fmt: skip
+    details = no_details()
     try:
         work = peer.build(case, options.peer_options)
         details |= {"version": work.version, "note": work.note, "settings": work.settings}
@@ -163,16 +203,24 @@ def _prepared(
     except Exception as exc:  # somebody else's code may do anything; it must not end the run
         reason = one_line(exc)
         details |= {"reason": reason}
-    _settle(machine, f"the peer {peer.name} broke the CUDA context: {reason}")
+    _settle(machine, f"the peer {peer.name} broke the CUDA context: {reason}", peer.name)
     return details, None
 
 
-def _settle(machine: Machine, what: str) -> None:
+def no_details() -> dict[str, Any]:
+    """What is said of a peer of which nothing is known; docs/bench.md names the fields."""
+    return {
+        "state": "failed", "reason": "", "version": None, "note": "", "settings": {},
+        "graph": None, "why_eager": "", "of_bound": None, "relative_rms": None, "apart": None,
+    }  # fmt: skip
+
+
+def _settle(machine: Machine, what: str, during: str) -> None:
     """Waits for the device; raises DeviceLost with ``what`` where it no longer answers."""
     try:
         machine.settle()
     except RuntimeError as exc:
-        raise DeviceLost(what) from exc
+        raise DeviceLost(what, during) from exc
 
 
 def checked(
@@ -223,14 +271,21 @@ def _quartiles(spread: Spread) -> dict[str, Any]:
 
 
 def ratios(result: dict[str, Any]) -> dict[str, Any]:
-    """The figures that follow from one shape's medians; above 1 is in our favour."""
+    """The figures that follow from one shape's medians; above 1 is in our favour.
+
+    A peer that was timed apart is set beside our time of its own process.
+    """
     ours, dense, floor = result["ours_ms"], result["dense_ms"], result["floor_ms"]
-    ran = {name: ms for name, ms in result["peers"].items() if ms is not None}
+    ran = {}
+    for name, ms in result["peers"].items():
+        if ms is not None:
+            there = result["peer_details"][name]["apart"]
+            ran[name] = ms / (ours if there is None else there["ours_ms"])
     best = min(ran, key=ran.__getitem__, default=None)
     return {
         "dense_over_ours": dense / ours,
         "floor_over_ours": floor / ours,
         "over_floor_us": (ours - floor) * 1e3,
         "best_peer": best,
-        "best_peer_over_ours": None if best is None else ran[best] / ours,
+        "best_peer_over_ours": None if best is None else ran[best],
     }

@@ -27,11 +27,6 @@ class Spread:
         q1, median, q3 = np.quantile(np.asarray(times, np.float64), [0.25, 0.5, 0.75])
         return cls(float(median), float(q1), float(q3), len(times))
 
-    @property
-    def relative(self) -> float:
-        """Distance of the quartiles as a share of the median."""
-        return (self.q3 - self.q1) / self.median
-
 
 @dataclass(frozen=True)
 class Interval:

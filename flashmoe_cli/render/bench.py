@@ -41,8 +41,19 @@ def _speed(report: dict[str, Any], where: Terminal) -> list[str]:
     results = report["results"]
     bold = "1" if where.colour else ""
     lines = [paint("ms, our gate included", bold, bool(bold))]
-    times = ("shape", "T", "ours", "spread", "dense", "floor", "gate", "best peer", "which")
-    right = (False, True, True, True, True, True, True, True, False)
+    times = (
+        "shape",
+        "T",
+        "ours",
+        "spread",
+        "layer",
+        "dense",
+        "floor",
+        "gate",
+        "best peer",
+        "which",
+    )
+    right = (False, *[True] * 8, False)
     lines += table(times, [_times(result) for result in results], right, where.width, "  ")
     lines += ["", paint("above 1 is in our favour", bold, bool(bold))]
     head = ("shape", "T", "dense/ours", "floor/ours", "peer/ours", "over floor", "of bound")
@@ -51,6 +62,8 @@ def _speed(report: dict[str, Any], where: Terminal) -> list[str]:
     lines += _peers(results, where)
     if reasons := sorted({r["gate_not_compiled"] for r in results if r["gate_not_compiled"]}):
         lines += wrap(f"the peers' gate is not compiled: {'; '.join(reasons)}", where.width)
+    if reasons := sorted({why for r in results if (why := r.get("why_no_layer"))}):
+        lines += wrap(f"the layer of a model is not timed: {'; '.join(reasons)}", where.width)
     lines += _clocks(results, where)
     return lines + _failures(results, where)
 
@@ -74,6 +87,7 @@ def _times(result: dict[str, Any]) -> tuple[str, ...]:
         str(result["T"]),
         _ms(result["ours_ms"]),
         width,
+        _ms(result.get("layer_ms")),
         _ms(result["dense_ms"]),
         _ms(result["floor_ms"]),
         _ms(result["gate_ms"]),
@@ -100,7 +114,7 @@ def _peers(results: list[dict[str, Any]], where: Terminal) -> list[str]:
     ran = [n for n in names if any(result["peers"][n] is not None for result in results)]
     lines: list[str] = []
     if ran:
-        lines += ["", "peers, ms (e: eager, no graph)"]
+        lines += ["", "peers, ms (e: eager, no graph; a: in a process of its own)"]
         rows = [
             (result["preset"], str(result["T"]), *(_peer(result, name) for name in ran))
             for result in results
@@ -115,7 +129,8 @@ def _peer(result: dict[str, Any], name: str) -> str:
     details = result["peer_details"].get(name)
     if result["peers"][name] is None:
         return "failed" if details is None else details["state"]
-    return _ms(result["peers"][name]) + ("" if details and details["graph"] else " e")
+    marks = "" if details and details["graph"] else " e"
+    return _ms(result["peers"][name]) + marks + (" a" if details and details.get("apart") else "")
 
 
 def _missing(results: list[dict[str, Any]], names: list[str], where: Terminal) -> list[str]:
@@ -222,7 +237,9 @@ def _pairs(report: dict[str, Any], where: Terminal) -> list[str]:
 
 
 def _comparison(comparison: dict[str, Any], where: Terminal) -> list[str]:
-    other = "" if comparison["same_gpu"] else f", on another GPU ({comparison['gpu']})"
+    other = "" if comparison["same_device"] else f", on another {comparison['gpu']}"
+    if not comparison["same_gpu"]:
+        other = f", on another GPU ({comparison['gpu']})"
     lines = [f"beside {comparison['file']} (flashmoe {comparison['commit']}{other})"]
     head = ("shape", "T", "before ms", "now ms", "now/before", "spreads", "dense", "")
     rows = []

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -15,6 +15,7 @@ from flashmoe.bench.machine import Machine
 from flashmoe.bench.peers import Case, Peer, PeerOptions, PeerWork, Unavailable
 from flashmoe.bench.stopwatch import Prepared, in_turn
 from flashmoe.config import MoEConfig, MoEWeights
+from flashmoe.errors import FlashmoeError
 from flashmoe.reference import moe, route
 from flashmoe.world.base import EngineOptions, Launch, RankOutput, Status
 
@@ -68,6 +69,7 @@ class TorchEngine:
         self, config: MoEConfig, weights: MoEWeights, tokens: list[int], options: EngineOptions
     ) -> None:
         self.config, self.weights, self.options = config, weights, options
+        self.tiling = None
         self.sms_per_rank = 132 // options.ranks // 2 * 2
         self.launches = 0
         self.closed = False
@@ -106,6 +108,28 @@ class TorchEngine:
         self.closed = True
 
 
+class TorchLayer:
+    """The layer of a model; ``spoil`` makes its result another, or says that a call failed."""
+
+    spoil: str | None = None
+
+    def __init__(self, config: MoEConfig, weights: MoEWeights, tokens: int) -> None:
+        if self.spoil == "no room":
+            raise FlashmoeError("the heap needs more than there is")
+        self.config, self.weights = config, weights
+        self.calls = 0
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        routed = route(x, self.weights, self.config)
+        y = moe(x, self.weights, self.config, routed.ids, routed.weights).to(x.dtype)
+        return y + 1 if self.spoil == "wrong" else y
+
+    def check(self) -> None:
+        if self.spoil == "fails when timed" and self.calls > 1:
+            raise FlashmoeError("a call failed")
+
+
 def seen(sm_clock_mhz: int = 1700, throttle: tuple[str, ...] = ()) -> dict[str, Any]:
     """What NVML might say."""
     return {
@@ -130,7 +154,12 @@ class FakeMachine(Machine):
 class FakePeer(Peer):
     """Behaves as its name says."""
 
+    built: ClassVar[set[str]] = set()  # in this process
+
     def build(self, case: Case, options: PeerOptions) -> PeerWork:
+        if self.name == "bears-no-other" and self.built:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        self.built.add(self.name)
         if self.name == "absent":
             raise Unavailable("not installed")
         if self.name == "breaks-at-build":
@@ -163,6 +192,7 @@ def machine() -> Machine:
         stopwatch=HostStopwatch(),
         copy_bytes_per_s=1e10,
         build=TorchEngine,
+        layer=TorchLayer,
         snapshot=seen,
         environment=dict(ENVIRONMENT),
     )

@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 
-from flashmoe.bench.compare import compare, parse_limit, read_report, regressions
+from flashmoe.bench.compare import (
+    command_words,
+    compare,
+    parse_limit,
+    read_report,
+    regressions,
+)
 from flashmoe.errors import FlashmoeError
 
 
@@ -27,7 +33,8 @@ def report(*results: dict[str, Any], gpu: str = "NVIDIA H200") -> dict[str, Any]
         "schema": 1,
         "verb": "bench",
         "mode": "speed",
-        "environment": {"gpu": gpu, "commit": "abc"},
+        "environment": {"gpu": gpu, "uuid": "GPU-1", "commit": "abc"},
+        "method": {},
         "results": list(results),
     }
 
@@ -69,12 +76,30 @@ def test_another_gpu_is_said() -> None:
     assert not compare(report(result("a", 1.0)), before, "o")["same_gpu"]
 
 
+@pytest.mark.parametrize(("uuid", "same"), [("GPU-1", True), ("GPU-2", False), (None, False)])
+def test_another_one_of_the_same_model_is_told_from_the_same(uuid: str | None, same: bool) -> None:
+    before = report(result("a", 1.0))
+    before["environment"]["uuid"] = uuid
+    found = compare(report(result("a", 1.0)), before, "o")
+    assert found["same_gpu"]
+    assert found["same_device"] is same
+
+
+def test_a_command_names_the_wheel_without_its_folders() -> None:
+    command = ["/usr/bin/flashmoe", "bench", "--sglang-wheel", "here/or/there/a.whl", "-n", "3"]
+    assert command_words(command) == ["flashmoe", "bench", "--sglang-wheel", "a.whl", "-n", "3"]
+    assert command_words(["f", "--sglang-wheel=x/a.whl"]) == ["flashmoe", "--sglang-wheel=a.whl"]
+    assert command_words(["f", "bench", "--sglang-wheel"])[-1] == "--sglang-wheel"
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ("no json", "is no JSON"),
         ("[]", "is no result of a bench"),
         (json.dumps({"schema": 1, "verb": "run"}), "is no result of a bench"),
+        (json.dumps(report() | {"environment": None}), "is no result of a bench"),
+        (json.dumps(report() | {"results": {}}), "is no result of a bench"),
         (json.dumps(report() | {"schema": 2}), "of version 2"),
         (json.dumps(report() | {"mode": "skew"}), "the mode skew"),
     ],

@@ -53,6 +53,21 @@ def test_ranks_are_held_to_one_that_copies_too() -> None:
     assert len(result["graph"]) == len(result["of_bound"]) == 3
 
 
+def test_there_are_as_many_ranks_as_were_asked_for_whatever_the_tokens() -> None:
+    engines: list[TorchEngine] = []
+
+    def build(*args: Any) -> TorchEngine:
+        engines.append(TorchEngine(*args))
+        return engines[-1]
+
+    nine = replace(TINY, tokens=9)
+    result = bench_pair(
+        "ranks", nine, replace(machine(), build=build), PairOptions(1, ranks=4), quiet
+    )
+    assert result["error"] is None
+    assert [len(x) for x in engines[1].x] == [3, 2, 2, 2]
+
+
 def test_the_scale_over_ranks_is_sms_and_the_fullest_rank() -> None:
     result = bench_pair("ranks", TINY, machine(), PairOptions(2, ranks=4), quiet)
     assert (result["sms"], result["sms_used"]) == (132, 128)

@@ -32,10 +32,12 @@ def result(preset: str, tokens: int, **more: Any) -> dict[str, Any]:
     missing = {"state": "unavailable", "graph": None, "reason": "not installed"}
     return {
         "preset": preset, "T": tokens,
-        "ours_ms": 1.0, "dense_ms": 0.9, "floor_ms": 0.25, "gate_ms": 0.05, "of_bound": 0.4,
+        "ours_ms": 1.0, "layer_ms": 1.002, "dense_ms": 0.9, "floor_ms": 0.25, "gate_ms": 0.05,
+        "of_bound": 0.4,
         "peers": {"grouped-mm": 2.5, "vllm-triton": 1.5, "liger": None},
         "peer_details": {
-            "grouped-mm": {**ok, "graph": False}, "vllm-triton": ok, "liger": missing,
+            "grouped-mm": {**ok, "graph": False}, "liger": missing,
+            "vllm-triton": ok | {"apart": {"why": "", "ours_ms": 1.0, "dense_ms": 0.9}},
         },
         "best_peer": "vllm-triton", "best_peer_over_ours": 1.5,
         "dense_over_ours": 0.9, "floor_over_ours": 0.25, "over_floor_us": 750.0,
@@ -67,18 +69,18 @@ NVIDIA H200, driver 580.1, torch 2.11, triton 3.6.0, flashmoe abc
 median of 50 rounds in turn, L2 flushed before each; copies at 4300 GB/s
 
 ms, our gate included
-  shape      T   ours  spread  dense  floor   gate  best peer  which
-  mixtral   64  1.000    2.0%  0.900  0.250  0.050      1.500  vllm-triton
-  paper    128      -       -      -      -      -          -  -
+  shape      T   ours  spread  layer  dense  floor   gate  best peer  which
+  mixtral   64  1.000    2.0%  1.002  0.900  0.250  0.050      1.500  vllm-triton
+  paper    128      -       -      -      -      -      -          -  -
 
 above 1 is in our favour
   shape      T  dense/ours  floor/ours  peer/ours  over floor  of bound
   mixtral   64       0.900       0.250      1.500    750.0 us     0.400
   paper    128           -           -          -           -         -
 
-peers, ms (e: eager, no graph)
+peers, ms (e: eager, no graph; a: in a process of its own)
   shape      T  grouped-mm  vllm-triton
-  mixtral   64     2.500 e        1.500
+  mixtral   64     2.500 e      1.500 a
   paper    128      failed       failed
 
   liger: unavailable: not installed (mixtral 64)
@@ -90,7 +92,16 @@ clocks while timing: SM 1755 to 1755 MHz, up to 690 W, 61 C, held down by softwa
 
 def test_the_tables_of_speed() -> None:
     broken = result("paper", 128) | dict.fromkeys(
-        ("ours_ms", "dense_ms", "floor_ms", "gate_ms", "of_bound", "best_peer", "clocks"),
+        (
+            "ours_ms",
+            "layer_ms",
+            "dense_ms",
+            "floor_ms",
+            "gate_ms",
+            "of_bound",
+            "best_peer",
+            "clocks",
+        ),
     )
     broken |= dict.fromkeys(
         ("dense_over_ours", "floor_over_ours", "best_peer_over_ours", "over_floor_us")
@@ -151,13 +162,25 @@ def test_a_comparison_says_what_is_slower() -> None:
         "spread_before": 0.02, "spread_now": 0.03, "dense_ratio": 1.0, "beyond_spread": True,
     }  # fmt: skip
     comparison = {
-        "file": "old.json", "gpu": "NVIDIA H100", "same_gpu": False, "commit": "old",
+        "file": "old.json", "gpu": "NVIDIA H100", "same_gpu": False, "same_device": False,
+        "commit": "old",
         "results": [line], "limit": 0.05, "regressions": [{"preset": "mixtral", "T": 64}],
     }  # fmt: skip
     text = "\n".join(bench_lines(report(result("mixtral", 64), comparison=comparison), WIDE))
     assert "beside old.json (flashmoe old, on another GPU (NVIDIA H100))" in text
     assert "1.100  2.0%, 3.0%" in text
     assert "slower by more than 5.0%: mixtral 64" in text
+    comparison |= {"gpu": "NVIDIA H200", "same_gpu": True}
+    text = "\n".join(bench_lines(report(result("mixtral", 64), comparison=comparison), WIDE))
+    assert "beside old.json (flashmoe old, on another NVIDIA H200)" in text
+    comparison["same_device"] = True
+    text = "\n".join(bench_lines(report(result("mixtral", 64), comparison=comparison), WIDE))
+    assert "beside old.json (flashmoe old)" in text
+
+
+def test_a_layer_that_was_not_timed_is_said() -> None:
+    lines = bench_lines(report(result("mixtral", 64, layer_ms=None, why_no_layer="no room")), WIDE)
+    assert "the layer of a model is not timed: no room" in lines
 
 
 # -- the command ----------------------------------------------------------------------------------
@@ -221,6 +244,19 @@ def test_a_wrong_result_ends_with_1(here: Path, monkeypatch: pytest.MonkeyPatch)
     assert "what the bench took" in done.stdout
 
 
+def test_a_wrong_result_is_compared_all_the_same(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ("tiny", "-T", "8", "-n", "1", "--peers", "none")
+    use(monkeypatch, opened_gpu)
+    assert run(*args, "-o", "a.json").exit_code == 0
+    use(monkeypatch, spoilt_gpu)
+    done = run(*args, "--compare", "a.json", "--fail-over", "5%")
+    assert done.exit_code == 1
+    assert "FAILED tiny 8: wrong result" in done.stdout
+    assert "beside a.json" in done.stdout
+
+
 def test_a_file_is_gone_on_with(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = ("tiny", "-n", "1", "--peers", "none", "--resume", "a.json")
     use(monkeypatch, dying_gpu)
@@ -255,6 +291,7 @@ def test_a_file_is_gone_on_with(here: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (("tiny", "--resume", "nowhere/a.json"), "no folder nowhere"),
         (("tiny", "--peers", "vllm"), "no peer 'vllm'"),
         (("tiny", "-o", "nowhere/a.json"), "no folder nowhere"),
+        (("tiny", "-f", "-o", "."), ". is a folder"),
     ],
 )
 def test_misuse_ends_with_2_before_anything_runs(

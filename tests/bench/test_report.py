@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -25,7 +26,7 @@ from flashmoe.errors import FlashmoeError
 from flashmoe.presets import PRESETS
 
 from .conftest import ROOT
-from .fakes import dying_gpu, opened, peers, quiet
+from .fakes import dying_gpu, opened, peers, quiet, spoilt_gpu
 
 TINY = PRESETS["tiny"].config
 
@@ -92,12 +93,49 @@ def test_a_shape_that_kills_its_process_costs_itself(mode: str) -> None:
     assert any_failed(report)
 
 
-def test_a_peer_that_breaks_the_context_costs_its_shape() -> None:
+def test_a_peer_that_always_breaks_the_context_costs_nobody_else() -> None:
     report = run_bench(bench(8, 16, names=("breaks-the-context", "good")), opened, quiet)
     for result in report["results"]:
-        assert result["error"] == (
+        assert result["error"] is None
+        assert list(result["peers"]) == ["breaks-the-context", "good"]
+        assert result["peers"]["breaks-the-context"] is None
+        details = result["peer_details"]["breaks-the-context"]
+        assert details["state"] == "failed"
+        assert details["reason"] == (
             "the peer breaks-the-context broke the CUDA context: ValueError: shapes do not fit"
         )
+        assert result["best_peer"] == "good"
+        assert "whole" in result["seconds"]
+
+
+def test_a_peer_that_bears_no_other_is_timed_by_itself() -> None:
+    report = run_bench(bench(8, names=("good", "bears-no-other")), opened, quiet)
+    (result,) = report["results"]
+    assert result["error"] is None
+    assert list(result["peers"]) == ["good", "bears-no-other"]
+    details = result["peer_details"]["bears-no-other"]
+    assert details["state"] == "ok"
+    there = details["apart"]
+    assert there["why"] == "its process was ended by SIGSEGV during bears-no-other"
+    assert there["dense_ms"] > 0
+    assert result["peer_details"]["good"]["apart"] is None
+    ratios = {
+        "good": result["peers"]["good"] / result["ours_ms"],
+        "bears-no-other": result["peers"]["bears-no-other"] / there["ours_ms"],
+    }
+    assert result["best_peer"] == min(ratios, key=ratios.__getitem__)
+    assert result["best_peer_over_ours"] == pytest.approx(min(ratios.values()))
+    json.dumps(report, allow_nan=False)
+
+
+def test_a_peer_is_not_timed_apart_where_ours_is_wrong() -> None:
+    report = run_bench(
+        bench(8, names=("good", "breaks-the-context")), functools.partial(spoilt_gpu, 0), quiet
+    )
+    (result,) = report["results"]
+    assert result["error"] == "wrong result"
+    assert result["peers"]["breaks-the-context"] is None
+    assert result["peer_details"]["breaks-the-context"]["state"] == "failed"
 
 
 def test_a_process_that_says_nothing_is_ended() -> None:

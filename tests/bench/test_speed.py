@@ -21,7 +21,7 @@ from flashmoe.reference import route
 from flashmoe.tokens import random_tokens
 from flashmoe.weights import random_weights
 
-from .fakes import TorchEngine, machine, peers, quiet
+from .fakes import TorchEngine, TorchLayer, machine, peers, quiet
 
 TINY = Shape("tiny", PRESETS["tiny"].config, 24)
 
@@ -33,13 +33,14 @@ def bench(*names: str, shape: Shape = TINY, **more: Any) -> dict[str, Any]:
 def test_a_result_holds_what_its_readers_look_for() -> None:
     result = bench("good")
     assert (result["preset"], result["T"]) == ("tiny", 24)
-    for name in ("ours_ms", "dense_ms", "floor_ms", "gate_ms"):
+    for name in ("ours_ms", "layer_ms", "dense_ms", "floor_ms", "gate_ms"):
         assert result[name] > 0
     assert result["error"] is None
     assert 0 < result["of_bound"] <= 1
     assert result["copy_gb_per_s"] == pytest.approx(10)
     assert list(result["seconds"]) == [
-        "weights", "first launch", "check", "gate", "graphs", "good", "timing", "check again",
+        "weights", "first launch", "check", "gate", "graphs", "layer", "good", "timing",
+        "check again",
     ]  # fmt: skip
     assert sum(result["seconds"].values()) > 0
     assert result["peers"]["good"] > 0
@@ -128,6 +129,29 @@ def test_ours_is_held_to_the_reference_before_and_after(
     monkeypatch.setattr(TorchEngine, "spoil", spoil)
     monkeypatch.setattr(TorchEngine, "spoil_after", after)
     assert bench_shape(TINY, machine(), SpeedOptions(2), quiet)["error"] == says
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        ("wrong", "the layer's result is not the engine's"),
+        ("fails when timed", "the layer: a call failed"),
+    ],
+)
+def test_the_layer_is_held_to_the_engine(
+    monkeypatch: pytest.MonkeyPatch, spoil: str, says: str
+) -> None:
+    monkeypatch.setattr(TorchLayer, "spoil", spoil)
+    assert bench()["error"] == says
+
+
+def test_a_layer_without_room_is_said_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TorchLayer, "spoil", "no room")
+    result = bench()
+    assert result["error"] is None
+    assert result["layer_ms"] is None
+    assert result["why_no_layer"] == "the heap needs more than there is"
+    assert result["ours_ms"] > 0
 
 
 def test_every_round_has_every_work_once_and_orders_differ() -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+import types
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from flashmoe.bench.peers import wheel
-from flashmoe.bench.peers.base import Unavailable
+from flashmoe.bench.peers.base import Case, Unavailable
+from flashmoe.config import MoEConfig
+from flashmoe.weights import random_weights
 
 FOLDER = "sglang/srt/layers/moe/moe_runner/triton_utils/configs"
 H200, H100 = "NVIDIA_H200", "NVIDIA_H100_80GB_HBM3"
@@ -162,6 +166,51 @@ def test_which_configuration_is_chosen(
     experts: int, intermediate: int, devices: tuple[str, ...], triton: str, expected: str | None
 ) -> None:
     assert wheel.choose_config(NAMES, experts, intermediate, devices, triton) == expected
+
+
+def test_the_second_product_may_have_a_file_of_its_own() -> None:
+    assert wheel.choose_config(NAMES, 16, 96, (H200,), "3.6.0", down=True) == NAMES[6]
+    assert wheel.choose_config(NAMES, 8, 96, (H200,), "3.6.0", down=True) is None
+
+
+def case(experts: int, intermediate: int, tokens: int) -> Case:
+    config = MoEConfig(32, intermediate, experts, 2)
+    x = torch.zeros(tokens, config.hidden, dtype=torch.bfloat16)
+    return Case(config, random_weights(config, 0), x, lambda x: (x, x))
+
+
+def test_what_is_shipped_for_both_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.6.0"))
+    from flashmoe.bench.peers.triton_moe import shipped_config
+
+    default = "def get_default_config(*args):\n    return {'BLOCK_SIZE_M': 64, 'args': args}\n"
+    one = {"BLOCK_SIZE_M": 16, "num_warps": 4}
+    other = {"BLOCK_SIZE_M": 128, "num_warps": 8, "USE_TMA": True}
+    path = tmp_path / "configs.zip"
+    with zipfile.ZipFile(path, "w") as made:
+        made.writestr("sglang/fused_moe_triton_config.py", default)
+        made.writestr(config_name("3_6_0", 8, 96, H200), json.dumps({"16": one, "64": other}))
+        made.writestr(config_name("3_6_0", 64, 32, H200), json.dumps({"16": one}))
+        made.writestr(config_name("3_6_0", 64, 32, H200, "_down"), json.dumps({"16": other}))
+    source = wheel.Source(path)
+    up, down, origin = shipped_config(case(8, 96, 20), source)
+    assert up == down == one
+    assert origin == f"triton_3_6_0/E=8,N=96,device_name={H200}.json"
+    up, down, origin = shipped_config(case(64, 32, 20), source)
+    assert up == one
+    assert down == {"BLOCK_SIZE_M": 16, "num_warps": 8}  # rows are sorted once for both
+    assert origin.endswith("_down.json")
+    up, down, origin = shipped_config(case(4, 32, 20), source)
+    assert up == down == {"BLOCK_SIZE_M": 64, "args": (20, 4, 32, 32, 2, None, False)}
+    assert "default" in origin
+
+
+def test_the_best_pair_is_of_one_block_height() -> None:
+    from flashmoe.bench.peers.triton_moe import best_pair
+
+    a, b, c = ({"BLOCK_SIZE_M": m, "name": n} for m, n in ((16, "a"), (64, "b"), (64, "c")))
+    assert best_pair([a, b, c], [1.0, 9.0, 3.0], [9.0, 1.0, 4.0]) == (c, b)
+    assert best_pair([a, b, c], [1.0, 9.0, 3.0], [2.0, 1.0, 4.0]) == (a, a)
 
 
 def test_the_entry_of_the_nearest_number_of_tokens(fake: Path) -> None:

@@ -7,9 +7,9 @@ sort by expert, first product, activation, second product with the routing weigh
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
+import statistics
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +22,7 @@ from flashmoe.bench.gate import compiled
 from flashmoe.bench.peers import wheel
 from flashmoe.bench.peers.base import Case, PeerOptions, PeerWork, Unavailable
 from flashmoe.bench.peers.torch_grouped import activate
+from flashmoe.bench.stopwatch import CudaStopwatch, Prepared, Stopwatch
 
 H200 = "NVIDIA_H200"
 CANDIDATES = 16
@@ -32,7 +33,8 @@ _COMPILERS = 8
 
 NOTE = (
     "rows are sorted by Triton kernels of flashmoe's and activated by a compiled torch function, "
-    "since its own are CUDA code of another package; both within the time"
+    "since its own are CUDA code of another package; both within the time; USE_TMA of a "
+    "configuration is left out"
 )
 
 
@@ -47,27 +49,39 @@ def _kernels(place: Path | None) -> tuple[wheel.Source, ModuleType]:
     return source, wheel.load(source, name, {"is_arch_support_pdl": lambda: capable})
 
 
-def shipped_config(case: Case, source: wheel.Source) -> tuple[dict[str, Any], str]:
-    """The configuration that SGLang would take for the case on this GPU, and where it comes from.
+def shipped_config(case: Case, source: wheel.Source) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """What SGLang would take for the case's two products on this GPU, and where it comes from.
 
-    The file for this GPU, else the H200's, else what its own default says.
+    The file for this GPU, else the H200's, else what its own default says.  Of a file for the
+    second product alone all but the height of blocks holds: rows are sorted once for both.
     """
     import triton
 
     config, tokens = case.config, case.x.shape[0]
-    here = _device_name()
-    found = wheel.choose_config(
-        source.names(), config.experts, config.intermediate, (here, H200), triton.__version__
-    )
-    if found is not None:
-        by_tokens = json.loads(source.read(found))
-        return wheel.nearest(by_tokens, tokens), found.rpartition("configs/")[2]
-    name = source.holding("fused_moe_triton_config.py", "def get_default_config")
-    module = wheel.load(source, name)
-    default = module.get_default_config(
-        tokens, config.experts, config.intermediate, config.hidden, config.top_k, None, False
-    )
-    return dict(default), "its default: no file is published for this layer"
+    devices = (_device_name(), H200)
+    found = [
+        wheel.choose_config(
+            source.names(), config.experts, config.intermediate, devices, triton.__version__, down
+        )
+        for down in (False, True)
+    ]
+    of_file = [
+        None if name is None else wheel.nearest(json.loads(source.read(name)), tokens)
+        for name in found
+    ]
+    up, down = of_file
+    origin = " and ".join(name.rpartition("configs/")[2] for name in found if name is not None)
+    if up is None:
+        name = source.holding("fused_moe_triton_config.py", "def get_default_config")
+        module = wheel.load(source, name)
+        up = dict(
+            module.get_default_config(
+                tokens, config.experts, config.intermediate, config.hidden, config.top_k, None,
+                False,
+            )
+        )  # fmt: skip
+        origin = f"its default: no file is published for this layer{origin and ', but '}{origin}"
+    return up, {**(down or up), "BLOCK_SIZE_M": up["BLOCK_SIZE_M"]}, origin
 
 
 def _device_name() -> str:
@@ -191,84 +205,82 @@ def _layer(case: Case, options: PeerOptions) -> tuple[_Layer, wheel.Source]:
 def shipped(case: Case, options: PeerOptions) -> PeerWork:
     """With the configuration published for the layer, or the package's default."""
     layer, source = _layer(case, options)
-    config, origin = shipped_config(case, source)
-    return _work(layer, source, config, config, origin)
+    return _work(layer, source, *shipped_config(case, source))
 
 
 def tuned(case: Case, options: PeerOptions) -> PeerWork:
     """With the fastest of the shipped configuration and those of the H200's other layers.
 
-    Both products are timed with each, and the best pair of one block height is taken.
+    Both products are timed with each as the bench times everything (in turn, L2 flushed), and the
+    best pair of one block height is taken.
     """
     layer, source = _layer(case, options)
-    first, _ = shipped_config(case, source)
+    first, _, _ = shipped_config(case, source)
     others = [c for c in wheel.published(source, H200, case.x.shape[0]) if c != first]
-    candidates = [first, *others[: CANDIDATES - 1]]
-    up, down = _fastest(layer, candidates)
+    candidates = _that_run(layer, [first, *others[: CANDIDATES - 1]])
+    if not candidates:
+        raise Unavailable("no published configuration runs on this GPU")
+    up_ms, down_ms = _products_ms(layer, candidates, CudaStopwatch(case.x.device))
+    up, down = best_pair(candidates, up_ms, down_ms)
     return _work(layer, source, up, down, f"the best of {len(candidates)} published for the H200")
 
 
-def _fastest(
-    layer: _Layer, candidates: list[dict[str, Any]]
+def best_pair(
+    candidates: list[dict[str, Any]], up_ms: list[float], down_ms: list[float]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The pair of configurations, of one block height, with the least time for both products."""
-    case = layer.case
-    ids, weights = (t.clone() for t in case.gate(case.x))
-    _compile_all(layer, ids, weights, candidates)
-    best: dict[int, list[tuple[float, dict[str, Any]]]] = {}
+    """The configurations of the two products, of one block height, with the least time in all.
+
+    ``up_ms`` and ``down_ms`` are each candidate's times as the one and the other product.
+    """
+    pairs = (
+        (up_ms[i] + down_ms[j], i, j)
+        for i, up in enumerate(candidates)
+        for j, down in enumerate(candidates)
+        if up["BLOCK_SIZE_M"] == down["BLOCK_SIZE_M"]
+    )
+    _, i, j = min(pairs)
+    return candidates[i], candidates[j]
+
+
+def _products_ms(
+    layer: _Layer, candidates: list[dict[str, Any]], stopwatch: Stopwatch
+) -> tuple[list[float], list[float]]:
+    """Medians of both products with each of the candidates."""
+    ids, weights = (t.clone() for t in layer.case.gate(layer.case.x))
+    h = layer.activated()
+    works: list[Callable[[], None]] = []
     for config in candidates:
-        block = config["BLOCK_SIZE_M"]
-        aligned = layer.align(ids, block)
-        try:
-            up = _ms(functools.partial(layer.up, ids, weights, aligned, config))
-            h = layer.activated()
-            down = _ms(functools.partial(layer.down, h, ids, weights, aligned, config))
-        except Exception as exc:  # too much shared memory for these sizes, say
-            if "out of resource" not in str(exc) and "OutOfResources" not in type(exc).__name__:
-                raise
-            continue
-        slot = best.setdefault(block, [(up, config), (down, config)])
-        for at, ms in enumerate((up, down)):
-            if ms < slot[at][0]:
-                slot[at] = (ms, config)
-    if not best:
-        raise Unavailable("no published configuration runs on this GPU")
-    (_, up_config), (_, down_config) = min(best.values(), key=lambda s: s[0][0] + s[1][0])
-    return up_config, down_config
+        aligned = layer.align(ids, config["BLOCK_SIZE_M"])
+        works.append(functools.partial(layer.up, ids, weights, aligned, config))
+        works.append(functools.partial(layer.down, h, ids, weights, aligned, config))
+    times = stopwatch.rounds([Prepared(work, work, None, False) for work in works], _TRIALS)
+    medians = [statistics.median(ms) for ms in times]
+    return medians[::2], medians[1::2]
 
 
-def _compile_all(
-    layer: _Layer, ids: torch.Tensor, weights: torch.Tensor, candidates: list[dict[str, Any]]
-) -> None:
-    """Launches every candidate once from several threads: compiling is all that takes time."""
+def _that_run(layer: _Layer, candidates: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The candidates that this GPU has shared memory for: each is compiled and launched once.
+
+    From several threads, since compiling is all that takes time.
+    """
+    ids, weights = (t.clone() for t in layer.case.gate(layer.case.x))
     aligned = {c["BLOCK_SIZE_M"]: layer.align(ids, c["BLOCK_SIZE_M"]) for c in candidates}
     h = layer.activated()
     torch.cuda.synchronize()
 
-    def once(config: dict[str, Any]) -> None:
+    def runs(config: dict[str, Any]) -> bool:
         torch.cuda.set_device(ids.device)  # each thread has its own
         rows = aligned[config["BLOCK_SIZE_M"]]
-        # What cannot run is found again, and said, when it is timed.
-        with contextlib.suppress(Exception):
+        try:
             layer.up(ids, weights, rows, config)
-        with contextlib.suppress(Exception):
             layer.down(h, ids, weights, rows, config)
+        except Exception as exc:
+            if "out of resource" not in str(exc) and "OutOfResources" not in type(exc).__name__:
+                raise
+            return False
+        return True
 
     with ThreadPoolExecutor(_COMPILERS) as pool:
-        list(pool.map(once, candidates))
+        kept = [c for c, good in zip(candidates, pool.map(runs, candidates), strict=True) if good]
     torch.cuda.synchronize()
-
-
-def _ms(work: Callable[[], None]) -> float:
-    """The least of a few times by device events, after one call that compiles."""
-    work()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(_TRIALS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return min(times)
+    return kept

@@ -108,9 +108,16 @@ def locate(given: Path | None) -> Source:
 
 
 def choose_config(
-    names: Iterable[str], experts: int, intermediate: int, devices: Iterable[str], triton: str
+    names: Iterable[str],
+    experts: int,
+    intermediate: int,
+    devices: Iterable[str],
+    triton: str,
+    down: bool = False,
 ) -> str | None:
     """The configuration file for a layer's GEMMs, or None where none was published.
+
+    With ``down`` the one that is for the second product alone, which few layers have.
 
     ``devices`` are GPU names as files spell them (``NVIDIA_H200``), best first.  Of one device's
     files, that of the running ``triton`` (``3.6.0``) comes first, then the newest: SGLang's order.
@@ -118,7 +125,7 @@ def choose_config(
     found: dict[str, list[tuple[bool, tuple[int, ...], str]]] = {}
     for name in names:
         match = _CONFIG.search(name)
-        if match is None or match["down"]:
+        if match is None or bool(match["down"]) != down:
             continue
         if (int(match["E"]), int(match["N"])) == (experts, intermediate):
             version = (match["triton"] or "0").replace("_", ".")
@@ -133,7 +140,8 @@ def choose_config(
 def nearest(by_tokens: Mapping[str, Any], tokens: int) -> dict[str, Any]:
     """The entry of a configuration file for the number of tokens nearest to ``tokens``.
 
-    Without ``USE_TMA``, which is for products of another dtype than ours.
+    Without ``USE_TMA``: this peer's launches are those without tensor copies (``NOTE`` of
+    triton_moe.py says so with each result).
     """
     key = min(by_tokens, key=lambda text: abs(int(text) - tokens))
     return {name: value for name, value in by_tokens[key].items() if name != "USE_TMA"}
