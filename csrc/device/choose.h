@@ -44,7 +44,8 @@ __device__ __forceinline__ float divisor_of(bool sigmoid, bool renormalize, cons
   return divisor;
 }
 
-// The groups a token may choose from, a bit a group: those with the largest sum of their two best.
+// The groups a token may choose from, a bit a group: those with the largest sum of their two best.  A lane scores one
+// group, so there are at most 32, which the host makes sure of (check_experts() in flashmoe/world/kernel.py).
 __device__ inline uint32_t chosen_groups(const Shape& shape, const float* choice) {
   if (shape.groups <= 1) return 1;
   const uint32_t lane = threadIdx.x % 32, size = shape.experts / shape.groups;

@@ -50,6 +50,9 @@ LINE = 128
 
 MAX_RANKS = 8
 MAX_EXPERTS = 1024
+MAX_GROUPS = 32
+"""Of experts: a lane scores one of them (csrc/device/choose.h)."""
+
 ARCH = "sm_90a"
 TWO_WAVES_BYTES = 140_000_000
 """Of ``h``, expected of a rank's rows: up to so much, a half of it is small enough to stay in L2
@@ -73,11 +76,17 @@ def check(result: tuple[Any, ...], what: str) -> Any:
 
 
 def check_experts(config: MoEConfig) -> None:
-    """Raises FlashmoeError where the kernel does not take as many experts."""
+    """Raises FlashmoeError where the kernel does not take as many experts, or groups of them."""
     if config.experts > MAX_EXPERTS:
         raise FlashmoeError(
             f"{config.experts} experts: the GPU kernel takes {MAX_EXPERTS}",
             f"use --experts {MAX_EXPERTS} or less, or --world host",
+            2,
+        )
+    if config.routing.groups > MAX_GROUPS:
+        raise FlashmoeError(
+            f"{config.routing.groups} groups of experts: the GPU kernel takes {MAX_GROUPS}",
+            f"use a layer with {MAX_GROUPS} groups or fewer, or --world host",
             2,
         )
 
