@@ -8,6 +8,7 @@ place.  Who reads them around launches is ``flashmoe.world.links``.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -119,10 +120,12 @@ def links(device: int = 0) -> list[Link] | None:
 
 @dataclass(frozen=True)
 class Reach:
-    """How one GPU reaches another: by pointer at all, and over NVLink."""
+    """How one GPU reaches another: by pointer at all, over NVLink, and with adds that are atomic
+    there (where NVML does not say, they are taken to be)."""
 
     pointer: bool
     nvlink: bool
+    atomics: bool = True
 
 
 def p2p_matrix() -> list[list[Reach | None]] | None:
@@ -136,11 +139,11 @@ def p2p_matrix() -> list[list[Reach | None]] | None:
         with nvml_session() as nvml:
             handles = visible_handles(nvml)
 
-            def status(a: Any, b: Any, index: Any) -> bool:
+            def status(a: Any, b: Any, index: Any, unknown: bool = False) -> bool:
                 # Some versions of pynvml hold this constant as a tuple of one.
                 index = index[0] if isinstance(index, tuple) else index
                 said = ask(nvml, nvml.nvmlDeviceGetP2PStatus, a, b, index)
-                return bool(said == nvml.NVML_P2P_STATUS_OK)
+                return unknown if said is None else bool(said == nvml.NVML_P2P_STATUS_OK)
 
             return [
                 [
@@ -150,6 +153,7 @@ def p2p_matrix() -> list[list[Reach | None]] | None:
                         status(a, b, nvml.NVML_P2P_CAPS_INDEX_READ)
                         and status(a, b, nvml.NVML_P2P_CAPS_INDEX_WRITE),
                         status(a, b, nvml.NVML_P2P_CAPS_INDEX_NVLINK),
+                        status(a, b, nvml.NVML_P2P_CAPS_INDEX_ATOMICS, unknown=True),
                     )
                     for j, b in enumerate(handles)
                 ]
@@ -164,8 +168,17 @@ def unreached(gpus: int | None = None) -> tuple[int, int] | None:
 
     None where all reach each other, as far as NVML tells.
     """
+    return _first_pair(gpus, lambda reach: not reach.pointer)
+
+
+def without_atomics(gpus: int | None = None) -> tuple[int, int] | None:
+    """As :func:`unreached`, of which one reaches the other, but its adds are not atomic there."""
+    return _first_pair(gpus, lambda reach: reach.pointer and not reach.atomics)
+
+
+def _first_pair(gpus: int | None, wanted: Callable[[Reach], bool]) -> tuple[int, int] | None:
     for i, row in enumerate((p2p_matrix() or [])[:gpus]):
         for j, reach in enumerate(row[:gpus]):
-            if reach is not None and not reach.pointer:
+            if reach is not None and wanted(reach):
                 return i, j
     return None

@@ -18,13 +18,20 @@ def p2p() -> Check | None:
     if matrix is None or len(matrix) < 2:
         return None
     rows = [" ".join(_sign(reach) for reach in row) for row in matrix]
-    found = f"{len(matrix)} GPUs, row to column: {' | '.join(rows)} (N NVLink, P PCIe, - none)"
+    found = f"{len(matrix)} GPUs, row to column: {' | '.join(rows)} (N NVLink, P PCIe, - none"
+    found += "; a: without atomic adds)" if "a" in "".join(rows) else ")"
     reaches = [reach for row in matrix for reach in row if reach is not None]
     if not all(reach.pointer for reach in reaches):
         return Check(
             "P2P", "warn", found,
             "GPUs that no pointer joins use put-with-signal (--transport nvshmem); see whether "
             "IOMMU or ACS is on, and nvidia-smi topo -p2p r",
+        )  # fmt: skip
+    if not all(reach.atomics for reach in reaches):
+        return Check(
+            "P2P", "warn", found,
+            "ranks count rows at each other by atomic adds: GPUs without them use put-with-signal "
+            "(--transport nvshmem); nvidia-smi topo -p2p a",
         )  # fmt: skip
     if not all(reach.nvlink for reach in reaches):
         return Check("P2P", "warn", found, "rates between GPUs on PCIe are those of PCIe")
@@ -34,7 +41,9 @@ def p2p() -> Check | None:
 def _sign(reach: Reach | None) -> str:
     if reach is None:
         return "."
-    return "N" if reach.pointer and reach.nvlink else "P" if reach.pointer else "-"
+    if not reach.pointer:
+        return "-"
+    return ("N" if reach.nvlink else "P") + ("" if reach.atomics else "a")
 
 
 def nvlink(device: int) -> Check | None:

@@ -23,6 +23,7 @@ class FakeNvml:
     NVML_P2P_CAPS_INDEX_READ = (0,)  # as some versions of pynvml hold it
     NVML_P2P_CAPS_INDEX_WRITE = 1
     NVML_P2P_CAPS_INDEX_NVLINK = 2
+    NVML_P2P_CAPS_INDEX_ATOMICS = 3
     NVML_P2P_STATUS_OK = 0
     NVML_COMPUTEMODE_EXCLUSIVE_THREAD = 1
     NVML_COMPUTEMODE_PROHIBITED = 2
@@ -32,7 +33,7 @@ class FakeNvml:
         self.gpus = 2
         self.kib = [dict.fromkeys((138, 139, 140, 141), 0) for _ in range(8)]  # of each GPU
         self.down: set[int] = set()
-        self.p2p: dict[int, int] = {}
+        self.p2p: dict[int, int | None] = {}  # by capability; None: no answer
         self.mode = 0
         self.mig = [0, 0]
 
@@ -64,7 +65,10 @@ class FakeNvml:
 
     def nvmlDeviceGetP2PStatus(self, a: int, b: int, index: int) -> int:
         assert isinstance(index, int)
-        return self.p2p.get(index, 0)
+        status = self.p2p.get(index, 0)
+        if status is None:
+            raise NVMLError("not supported")
+        return status
 
     def nvmlDeviceGetComputeMode(self, handle: int) -> int:
         return self.mode

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -159,6 +160,38 @@ def device_uuid(device: int) -> bytes:
     handle = check(driver.cuDeviceGet(device), "finding the GPU")
     uuid = check(driver.cuDeviceGetUuid(handle), "asking for the GPU's name")
     return ctypes.string_at(uuid.getPtr(), 16)
+
+
+def native_atomics(own: Any, other: Any) -> bool:
+    """Whether adds from the GPU ``own`` to the memory of another one are atomic; both CUdevices.
+
+    Only then may ``own`` count rows at a peer, whose counters others add to as well
+    (csrc/device/dispatch.h).  True where the driver does not say.
+    """
+    from cuda.bindings import driver
+
+    attribute = driver.CUdevice_P2PAttribute.CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED
+    error, able = driver.cuDeviceGetP2PAttribute(attribute, own, other)
+    return int(error) != 0 or bool(able)
+
+
+def atomics_with(device: int, uuids: Sequence[bytes]) -> list[bool]:
+    """Of each GPU by its UUID whether GPU ``device`` and it add to each other's memory atomically.
+
+    True of the same GPU, and of one that is not shown to this process: those of another node are
+    reached by pointer over NVLink alone, which has such adds.
+    """
+    from cuda.bindings import driver
+
+    count = check(driver.cuDeviceGetCount(), "counting the GPUs")
+    shown = {device_uuid(index): index for index in range(count)}
+
+    def both_ways(index: int) -> bool:
+        own = check(driver.cuDeviceGet(device), "finding the GPU")
+        other = check(driver.cuDeviceGet(index), "finding the GPU")
+        return native_atomics(own, other) and native_atomics(other, own)
+
+    return [shown.get(uuid, device) == device or both_ways(shown[uuid]) for uuid in uuids]
 
 
 def require_mps(device: int, ranks: int) -> None:

@@ -10,7 +10,7 @@ import ctypes
 from typing import TYPE_CHECKING, Any
 
 from flashmoe.errors import FlashmoeError
-from flashmoe.nvlink import unreached
+from flashmoe.nvlink import unreached, without_atomics
 from flashmoe.world.rendezvous import JobFailed
 
 if TYPE_CHECKING:
@@ -51,8 +51,12 @@ def refusal(no_pointers: bool, nodes: int, gpus: int) -> FlashmoeError | None:
         return no_pointers_error()
     if nodes > 1:
         return several_nodes_error(nodes)
-    pair = unreached(gpus) if gpus > 1 else None
-    return None if pair is None else unreached_error(*pair)
+    if gpus == 1:
+        return None
+    if (pair := unreached(gpus)) is not None:
+        return unreached_error(*pair)
+    pair = without_atomics(gpus)
+    return None if pair is None else without_atomics_error(*pair)
 
 
 def no_pointers_error() -> FlashmoeError:
@@ -78,6 +82,15 @@ def unreached_error(one: int, other: int) -> FlashmoeError:
     return FlashmoeError(
         f"GPU {one} does not reach GPU {other} by pointers, which the ipc transport needs",
         "flashmoe doctor shows who reaches whom (P2P); --transport nvshmem goes by the network",
+    )
+
+
+def without_atomics_error(one: int, other: int) -> FlashmoeError:
+    """GPUs of this node that P2P joins, as PCIe does, without atomic adds."""
+    return FlashmoeError(
+        f"GPU {one} reaches GPU {other} by pointers, but without atomic adds, by which the ipc "
+        "transport counts rows",
+        "flashmoe doctor shows what joins them (P2P); --transport nvshmem sends such rows by puts",
     )
 
 
@@ -172,8 +185,11 @@ class IpcMemory:
         return bytes(name).split(b"\0")[0]
 
     def _require_reach(self, rank: int, bus_id: bytes) -> None:
-        """Raises FlashmoeError where the driver says that no pointer goes from here to there."""
+        """Raises FlashmoeError where the driver says that no pointer goes from here to there, or no
+        atomic add.  On the own GPU, which other ranks may share, both do."""
         from cuda.bindings import driver
+
+        from flashmoe.world.gpu_pe import native_atomics
 
         if bus_id == self._bus_id():
             return
@@ -184,6 +200,14 @@ class IpcMemory:
         error, able = driver.cuDeviceCanAccessPeer(own, other)
         if int(error) == 0 and not able:
             raise self._unreached(rank, bus_id, "the driver allows no peer access")
+        if not native_atomics(own, other):
+            raise FlashmoeError(
+                f"rank {self.job.rank}, on the GPU at {self._bus_id().decode()}, reaches the heap "
+                f"of rank {rank} on the GPU at {bus_id.decode()} without atomic adds, by which the "
+                "ipc transport counts rows",
+                "NVLink has them, PCIe mostly not (flashmoe doctor, P2P); --transport nvshmem "
+                "sends such rows by puts",
+            )
 
     def _open(self, rank: int, handle: bytes) -> int:
         from cuda.bindings import driver

@@ -201,13 +201,18 @@ class NvshmemMemory:
         return [device_tensor(self._own, nbytes, self.device)]
 
     def peers(self) -> list[int]:
-        """Addresses of all heaps, 0 where no pointer reaches; see HeapMemory."""
+        """Addresses of all heaps, 0 where rows go by puts; see HeapMemory.
+
+        They do where no pointer reaches, and where one does, but without atomic adds, by which the
+        kernel counts the rows that it stores at a peer.
+        """
         from nvshmem import bindings
 
         self.job.barrier("heaps")  # theirs can be written into
         own, rank = self._own, self.job.rank
+        stores = [False] * self.job.world if self.no_pointers else self._counted()
         reached = [
-            own if r == rank else 0 if self.no_pointers else int(bindings.ptr(own, r))
+            own if r == rank else int(bindings.ptr(own, r)) if stores[r] else 0
             for r in range(self.job.world)
         ]
         self._beyond = 0 in reached
@@ -239,6 +244,20 @@ class NvshmemMemory:
 
             nvshmem.core.finalize()
         self._own = 0
+
+    def _counted(self) -> list[bool]:
+        """By rank whether its GPU and this one add to each other's memory atomically; collective.
+
+        Both ranks must hold the same of each other, since who is beyond pointers is awaited in
+        another way: so what one of them denies is so for both.
+        """
+        from flashmoe.world.gpu_pe import atomics_with, device_uuid
+
+        rank = self.job.rank
+        with self._device():
+            uuids = self.job.gather("gpus", device_uuid(self.device.index))
+            said = self.job.gather("atomics", bytes(atomics_with(self.device.index, uuids)))
+        return [bool(said[rank][r] and said[r][rank]) for r in range(self.job.world)]
 
     def _device(self) -> Any:
         import torch

@@ -32,6 +32,16 @@ def test_p2p(nvml: FakeNvml) -> None:
     nvml.p2p = {2: 5}
     check = gpu_checks.p2p()
     assert check is not None and check.state == "warn" and ". P | P ." in check.found
+    for nvml.p2p, row in (({2: 5, 3: 5}, ". Pa | Pa ."), ({3: 2}, ". Na | Na .")):
+        check = gpu_checks.p2p()
+        assert check is not None and check.state == "warn" and row in check.found
+        assert "a: without atomic adds" in check.found and "put-with-signal" in check.remedy
+        assert nvlink.unreached() is None and nvlink.without_atomics() == (0, 1)
+    nvml.p2p = {3: None}  # no answer is no refusal
+    check = gpu_checks.p2p()
+    assert check is not None and check.state == "ok" and nvlink.without_atomics() is None
+    nvml.p2p = {1: 3, 3: 5}
+    assert nvlink.unreached() == (0, 1) and nvlink.without_atomics() is None
     nvml.p2p = {1: 3}
     check = gpu_checks.p2p()
     assert check is not None and ". - | - ." in check.found and "put-with-signal" in check.remedy

@@ -56,11 +56,13 @@ class Driver:
 
     CUipcMemHandle = cuda.CUipcMemHandle
     CUipcMem_flags = cuda.CUipcMem_flags
+    CUdevice_P2PAttribute = cuda.CUdevice_P2PAttribute
 
     def __init__(self, gpu: Gpu, rank: int) -> None:
         self.gpu, self.rank, self.generation = gpu, rank, 0
         self.bus_id = b"0000:01:00.0"
         self.reaches = True
+        self.atomics: int | None = 1  # None: the driver does not say
         self.open_fails: Result | None = None
         self.memory_fails = False
         self._opened: dict[int, bytes] = {}
@@ -120,6 +122,12 @@ class Driver:
 
     def cuDeviceCanAccessPeer(self, own: int, other: int) -> tuple[Result, int]:
         return SUCCESS, int(self.reaches)
+
+    def cuDeviceGetP2PAttribute(self, attribute: Any, own: int, other: int) -> tuple[Result, int]:
+        assert (int(attribute), own, other) == (3, 0, 7)  # native atomics; from here to there
+        if self.atomics is None:
+            return Result(1, "CUDA_ERROR_INVALID_VALUE"), 0
+        return SUCCESS, self.atomics
 
 
 class Memory(ipc.IpcMemory):
@@ -225,6 +233,45 @@ def test_gpus_without_peer_access_are_named() -> None:
     assert "on the GPU at 0000:0" in error.message
     assert "does not reach the heap of rank" in error.message
     assert "P2P" in error.hint
+
+
+def on_two_gpus(atomics: int | None) -> tuple[Gpu, list[Any]]:
+    def prepare(driver: Driver) -> None:
+        driver.bus_id = b"0000:0%d:00.0" % driver.rank
+        driver.atomics = atomics
+
+    def act(memory: Memory) -> Any:
+        memory.allocate(4096)
+        return memory.peers()
+
+    return on_each(2, act, prepare)
+
+
+def test_gpus_that_do_not_add_atomically_are_named_before_a_heap_is_mapped() -> None:
+    gpu, out = on_two_gpus(0)
+    assert not any(gpu.mapped.values())
+    error = next(e for e in out if isinstance(e, FlashmoeError) and not isinstance(e, JobFailed))
+    assert "on the GPU at 0000:0" in error.message and "without atomic adds" in error.message
+    assert "--transport nvshmem" in error.hint
+
+
+@pytest.mark.parametrize("atomics", [1, None])
+def test_gpus_that_add_atomically_as_far_as_the_driver_says_are_joined(atomics: int | None) -> None:
+    gpu, out = on_two_gpus(atomics)
+    assert [len(users) for users in gpu.mapped.values()] == [1, 1]
+    assert all(isinstance(table, list) for table in out)
+
+
+def test_ranks_on_one_gpu_are_not_asked_how_it_reaches_itself() -> None:
+    def act(memory: Memory) -> Any:
+        memory.allocate(4096)
+        return memory.peers()
+
+    def prepare(driver: Driver) -> None:
+        driver.reaches, driver.atomics = False, 0  # what a driver says of a GPU and itself
+
+    gpu, out = on_each(2, act, prepare)
+    assert [len(users) for users in gpu.mapped.values()] == [1, 1] and all(out)
 
 
 def test_a_handle_that_does_not_open_says_what_the_driver_says() -> None:

@@ -106,10 +106,13 @@ def test_a_build_without_its_kernel_says_why(packages: dict[str, str]) -> None:
 
 def test_which_transport_and_why(packages: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = {(0, 1): True, (1, 0): True}
+    atomics = True
 
     def matrix() -> list[list[Reach | None]]:
         cells = [[(i, j) for j in range(2)] for i in range(2)]
-        return [[Reach(pairs[c], False) if c in pairs else None for c in row] for row in cells]
+        return [
+            [Reach(pairs[c], False, atomics) if c in pairs else None for c in row] for row in cells
+        ]
 
     monkeypatch.setattr(nvlink, "p2p_matrix", matrix)
     assert choose_transport("auto", "local", gpus=2) == ("ipc", "all ranks are on one node")
@@ -124,6 +127,12 @@ def test_which_transport_and_why(packages: dict[str, str], monkeypatch: pytest.M
     with pytest.raises(FlashmoeError, match="GPU 1 does not reach GPU 0"):
         choose_transport("ipc", "local", gpus=2)
     # Both ranks on one GPU: the other one is nobody's.
+    assert choose_transport("auto", "local", gpus=1)[0] == "ipc"
+    pairs[1, 0], atomics = True, False
+    name, why = choose_transport("auto", "local", gpus=2)
+    assert name == "nvshmem" and "GPU 0 reaches GPU 1" in why and "without atomic adds" in why
+    with pytest.raises(FlashmoeError, match="without atomic adds"):
+        choose_transport("ipc", "local", gpus=2)
     assert choose_transport("auto", "local", gpus=1)[0] == "ipc"
 
 
@@ -191,6 +200,7 @@ class Library:
         self.ids: dict[int, bytes] = {}
         self.out_of_reach: set[int] = set()
         self.no_memory: set[int] = set()
+        self.without_atomics: set[tuple[int, int]] = set()  # who says so, of whom
         self.version = "3.4.5"
 
     def note(self, what: str) -> None:
@@ -285,6 +295,12 @@ def on_each(
     ) -> tuple[Library, list[Any]]:
         library = Library(ranks)
         prepare(library)
+
+        def atomics_with(device: int, uuids: list[bytes]) -> list[bool]:
+            return [(library.here.rank, uuid[0]) not in library.without_atomics for uuid in uuids]
+
+        monkeypatch.setattr(gpu_pe, "device_uuid", lambda device: bytes([library.here.rank] * 16))
+        monkeypatch.setattr(gpu_pe, "atomics_with", atomics_with)
         for name, module in library.modules().items():
             monkeypatch.setitem(sys.modules, name, module)
 
@@ -329,6 +345,60 @@ def test_who_is_beyond_pointers_has_no_address(on_each: Any) -> None:
     assert [out[0], out[2]] == [([own, near[1], 0], 1), ([near[0], near[1], own], 0)]
     _, out = on_each(3, act, no_pointers=True)
     assert out[1] == ([0, own, 0], 1)
+
+
+def test_who_is_reached_without_atomic_adds_is_beyond_pointers_for_both(on_each: Any) -> None:
+    def act(memory: Memory) -> Any:
+        memory.allocate(4096)
+        table = memory.peers()
+        memory.barrier()
+        return table, memory.quiets
+
+    own, near = 1 << 40, [(1 << 40) + (pe + 1 << 20) for pe in range(3)]
+    # One of the two says so: rank 0 must not store what rank 2 awaits by put.
+    _, out = on_each(3, act, prepare=lambda made: made.without_atomics.add((2, 0)))
+    assert out == [([own, near[1], 0], 1), ([near[0], own, near[2]], 0), ([0, near[1], own], 1)]
+
+
+class Driver:
+    """``cuda.bindings.driver`` on a machine of three GPUs, of which this process is shown two."""
+
+    CUdevice_P2PAttribute = SimpleNamespace(CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED=3)
+
+    def __init__(self) -> None:
+        self.atomics = {(10, 11): 1, (11, 10): 1}  # by CUdevice, from and to
+        self.asked: list[tuple[int, int]] = []
+
+    def cuDeviceGetCount(self) -> tuple[int, int]:
+        return 0, 2
+
+    def cuDeviceGet(self, index: int) -> tuple[int, int]:
+        return 0, 10 + index
+
+    def cuDeviceGetUuid(self, device: int) -> tuple[int, Any]:
+        self.buffer = ctypes.create_string_buffer(bytes([device] * 16), 16)
+        return 0, SimpleNamespace(getPtr=lambda: ctypes.addressof(self.buffer))
+
+    def cuDeviceGetP2PAttribute(self, attribute: int, own: int, other: int) -> tuple[int, int]:
+        assert attribute == 3
+        self.asked.append((own, other))
+        return 0, self.atomics[own, other]
+
+
+def test_whose_adds_are_atomic_is_asked_both_ways_and_of_no_gpu_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("cuda.bindings.driver")
+    driver = Driver()
+    monkeypatch.setattr("cuda.bindings.driver", driver)
+    own, near, not_shown = (bytes([name] * 16) for name in (10, 11, 12))
+    ranks = [own, near, not_shown, own]
+    assert gpu_pe.atomics_with(0, ranks) == [True] * 4
+    assert driver.asked == [(10, 11), (11, 10)]
+    for way in ((10, 11), (11, 10)):
+        driver.atomics = {(10, 11): 1, (11, 10): 1, way: 0}
+        assert gpu_pe.atomics_with(0, ranks) == [True, False, True, True]
+        assert gpu_pe.atomics_with(1, [own, near]) == [False, True]
 
 
 def test_heaps_are_freed_together_and_another_takes_their_place(on_each: Any) -> None:
