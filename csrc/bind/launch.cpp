@@ -77,6 +77,7 @@ std::optional<nb::dict> units_of(const nb::dict& shape, uint32_t tokens) {
   if (!may_go_by_units(s, tokens)) return std::nullopt;
   const Shape units = shape_by_units(s);
   nb::dict d;
+  d["tile_step"] = units.tile_step;
   d["tile_n1"] = units.tile_n1;
   d["tile_n2"] = units.tile_n2;
   d["wave_experts"] = units.wave_experts;

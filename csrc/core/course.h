@@ -78,8 +78,10 @@ inline uint32_t dispatch_group(const Shape& s, uint32_t chunk_tokens) {
       std::min<uint64_t>(std::max<uint64_t>(ceil_div(s.wave_experts, kOfWave), least), owned));
 }
 
-// The same shape with units for tiles: all of GEMM1 before all of GEMM2, expert by expert.
+// The same shape with units for tiles: all of GEMM1 before all of GEMM2, expert by expert.  Their products are of
+// kFewTokens rows in either dtype: computed_rows() of half a step.
 inline Shape shape_by_units(Shape s) {
+  s.tile_step = 2 * kFewTokens;
   s.tile_n1 = is_gated(s.activation) ? kFewWidth / 2 : kFewWidth;
   s.tile_n2 = kFewWidth;
   s.wave_experts = s.experts;

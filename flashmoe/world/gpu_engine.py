@@ -31,13 +31,13 @@ from flashmoe.world.gpu_abort import AbortWords
 from flashmoe.world.gpu_clock import GpuClock, measure_clock
 from flashmoe.world.kernel import (
     ARCH,
-    FAMILY,
     LANES,
     UNIT_FAMILY,
     Kernel,
     check_experts,
     even_share,
     launch_shape,
+    tile_family,
     tiling,
     untuned,
 )
@@ -452,7 +452,7 @@ class GpuEngine:
     @property
     def family(self) -> str:
         """The name of the tile family that launches use."""
-        return UNIT_FAMILY if self._by_units else FAMILY
+        return UNIT_FAMILY if self._by_units else tile_family(self.config.dtype)
 
     def outputs(self) -> list[RankOutput]:
         """Results of the last launch, one a rank, on the CPU."""

@@ -29,10 +29,9 @@ compiled for (csrc/device/tile.h)."""
 
 TILE_WEIGHT_ROWS = 256
 TILE_DEPTH = 64
-FAMILY = "sm90-256w-176t"
-"""256 weight rows by up to 176 rows of tokens."""
 UNIT_FAMILY = "sm90-128w-8t"
-"""That of few tokens of a rank alone: 128 weight rows by up to 8 rows (csrc/core/course.h)."""
+"""The tile family of few tokens of a rank alone: 128 weight rows by up to 8 rows of tokens
+(csrc/core/course.h)."""
 
 UNIT_BOX_ROWS = 64
 UNIT_BOX_ATOM = 8
@@ -57,6 +56,11 @@ ARCH = "sm_90a"
 TWO_WAVES_BYTES = 140_000_000
 """Of ``h``, expected of a rank's rows: up to so much, a half of it is small enough to stay in L2
 until GEMM2 reads it, and two waves are faster than four (docs/performance.md)."""
+
+
+def tile_family(dtype: str) -> str:
+    """The name of the tile family: weight rows by up to so many rows of tokens."""
+    return f"sm90-{TILE_WEIGHT_ROWS}w-{TILE_ROWS[dtype]}t"
 
 
 def even_share(sms: int) -> int:

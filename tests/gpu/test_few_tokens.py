@@ -13,7 +13,7 @@ from flashmoe.config import MoEConfig, Routing
 from flashmoe.presets import PRESETS
 from flashmoe.trace import schema
 from flashmoe.world.base import EngineOptions, Fault, Status
-from flashmoe.world.kernel import FAMILY, UNIT_FAMILY
+from flashmoe.world.kernel import UNIT_FAMILY, tile_family
 
 from .layers import by_activation, deal, engine_for, forward, hold_to_reference, inputs
 
@@ -55,7 +55,7 @@ def test_bits_are_those_of_tiles(layer: str) -> None:
         for ranks in (2, 1):
             options = EngineOptions(ranks=ranks, deadline_s=5.0, in_place=False)
             tiles = engine_for(config, weights, deal(x[:tokens], ranks), options)
-            assert tiles.family == FAMILY
+            assert tiles.family == tile_family(config.dtype)
             assert torch.equal(forward(tiles).y.view(torch.int16), few.y.view(torch.int16))
             tiles.close()
 
@@ -123,6 +123,6 @@ def test_a_fault_that_units_do_not_know_goes_by_tiles() -> None:
         deadline_s=0.2, first_deadline_s=0.2, faults=(Fault("lost-signal", 0, expert=expert),)
     )
     engine = engine_for(SMALL, weights, [x], options)
-    assert engine.family == FAMILY
+    assert engine.family == tile_family(SMALL.dtype)
     assert engine.launch().status is Status.HANG
     engine.close()

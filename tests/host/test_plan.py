@@ -179,13 +179,14 @@ def test_plan_is_the_order_of_waves(shape: dict[str, Any], seed: int) -> None:
     ("step", "heights"),
     [
         (16, {1: 8, 8: 8, 9: 16, 16: 16, 17: 32, 100: 112, 176: 176}),  # the GPU kernel's products
+        (64, {1: 32, 32: 32, 33: 64, 64: 64, 65: 128, 128: 128}),  # the same in fp16
         (1, {1: 1, 7: 7, 16: 16, 100: 100}),  # the host engine's
     ],
 )
 def test_a_tile_computes_its_rows_and_what_rounds_them_up(
     step: int, heights: dict[int, int]
 ) -> None:
-    shape = shape_of(world=1, experts=1, top_k=1, tile_m=176, tile_step=step)
+    shape = shape_of(world=1, experts=1, top_k=1, tile_m=max(heights), tile_step=step)
     for rows, height in heights.items():
         tiles = tile_plan(shape, np.full((1, 1, 1), rows, np.uint32), "")
         assert (set(tiles["rows"]), set(tiles["height"])) == ({rows}, {height})
@@ -338,10 +339,13 @@ def test_what_does_not_go_by_units(tokens: int, changes: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize(("activation", "width"), [("swiglu", 64), ("relu", 128)])
-def test_the_plan_by_units_is_all_of_gemm1_then_all_of_gemm2(activation: str, width: int) -> None:
-    shape = shape_of(**FEW, activation=activation)
+@pytest.mark.parametrize("cut", [{}, {"tile_m": 128, "tile_step": 64}], ids=["bf16", "fp16"])
+def test_the_plan_by_units_is_all_of_gemm1_then_all_of_gemm2(
+    activation: str, width: int, cut: dict[str, Any]
+) -> None:
+    shape = shape_of(**FEW | cut, activation=activation)
     units = _host.units(shape, 8)
-    assert units == {"tile_n1": width, "tile_n2": 128, "wave_experts": 16}
+    assert units == {"tile_step": 16, "tile_n1": width, "tile_n2": 128, "wave_experts": 16}
     counts = np.zeros((1, 132, 16), np.uint32)
     counts[0, :8] = np.random.default_rng(0).permuted(
         np.tile(np.arange(16) < 4, (8, 1)).astype(np.uint32), axis=1
