@@ -111,7 +111,40 @@ def launch_args(shape: dict, heaps: Sequence[int], ranks: list, local_ranks: int
     The bytes of LaunchArgs.  Addresses are ints, 0 for none; `fault` is (lost_signal_rank, lost_signal_expert, never_starts_rank), 0xffffffff for none.  A heap's signals (what lies before the pool) begin at `signals_at` from its address, its rows (the pool and the rest) at `rows_at`: behind the signals where that is None.  `by_units`: few tokens go by units where they may, as units() says.  `in_place`: a rank alone reads its rows where they are, where it may.
     """
 
+THREADS: int = 384
+
 SHARED_BYTES: int = 232448
+
+MAX_EXPERTS: int = 1024
+
+MAX_GROUPS: int = 32
+
+TILE_WEIGHT_ROWS: int = 256
+
+TILE_DEPTH: int = 64
+
+TILE_ROWS: dict = {'bf16' : 176, 'fp16' : 128}
+
+TILE_ROWS_STEP: dict = {'bf16' : 16, 'fp16' : 64}
+
+ROW_BOXES: tuple = (16, 32, 64, 128)
+
+UNIT_WEIGHT_ROWS: int = 128
+
+UNIT_ROWS: int = 8
+
+UNIT_BOX_ROWS: int = 64
+
+UNIT_BOX_ATOM: int = 8
+
+SLICE_ROWS: int = 8
+
+SLICE_BLOCKS: int = 32
+
+def gate_columns(experts: int) -> int:
+    """
+    Columns of the gate's product; the box of the gate's tensor map has half as many rows.
+    """
 
 PAIR_SIZE_AT: int = 18372
 

@@ -31,7 +31,8 @@ def tune(given: dict[str, Any]) -> dict[str, Any]:
     from flashmoe.bench.tune import TuneOptions
     from flashmoe.build_info import require_runner
     from flashmoe.errors import FlashmoeError
-    from flashmoe.world.kernel import ARCH, TILE_ROWS_STEP, untuned
+    from flashmoe.world.kernel import ARCH, untuned
+    from flashmoe.world.tiles import extension
     from flashmoe_cli.progress import Progress
 
     layers = [shape(name, {}) for name in given["presets"]]
@@ -49,7 +50,7 @@ def tune(given: dict[str, Any]) -> dict[str, Any]:
         for label, config, _ in layers:
             options = TuneOptions(
                 untuned(config, max(tokens)),
-                TILE_ROWS_STEP[config.dtype],
+                extension().TILE_ROWS_STEP[config.dtype],
                 given["pairs"],
                 given["seed"],
             )

@@ -22,6 +22,7 @@
 #include "core/heap.h"
 #include "core/plan.h"
 #include "core/records.h"
+#include "core/sizes.h"
 #include "host/team.h"
 
 namespace nb = nanobind;
@@ -326,7 +327,30 @@ void bind_launch(nb::module_& m) {
       "pool and the rest) at `rows_at`: behind the signals where that is None.  `by_units`: "
       "few tokens go by units where they may, as units() says.  `in_place`: a rank alone reads its "
       "rows where they are, where it may.");
+  m.attr("THREADS") = kThreads;
   m.attr("SHARED_BYTES") = kSharedBytes;
+  m.attr("MAX_EXPERTS") = kMaxExperts;
+  m.attr("MAX_GROUPS") = kMaxGroups;
+  m.attr("TILE_WEIGHT_ROWS") = kTileWeights;
+  m.attr("TILE_DEPTH") = kTileK;
+  nb::dict most, step;  // by dtype
+  most["bf16"] = kTileRows;
+  most["fp16"] = kHalfTileRows;
+  step["bf16"] = kTileRowsStep;
+  step["fp16"] = kHalfTileRowsStep;
+  m.attr("TILE_ROWS") = most;
+  m.attr("TILE_ROWS_STEP") = step;
+  nb::list boxes;
+  for (uint32_t box = 0; box < kRowBoxes; ++box) boxes.append(box_rows(box));
+  m.attr("ROW_BOXES") = nb::tuple(boxes);
+  m.attr("UNIT_WEIGHT_ROWS") = kFewWidth;
+  m.attr("UNIT_ROWS") = kFewTokens;
+  m.attr("UNIT_BOX_ROWS") = kUnitBoxRows;
+  m.attr("UNIT_BOX_ATOM") = kUnitBoxAtom;
+  m.attr("SLICE_ROWS") = kSliceTokens;
+  m.attr("SLICE_BLOCKS") = kSliceBlocks;
+  m.def("gate_columns", &gate_columns, nb::arg("experts"),
+        "Columns of the gate's product; the box of the gate's tensor map has half as many rows.");
   m.attr("PAIR_SIZE_AT") = offsetof(LaunchArgs, pair_size);
   m.def("record_layout", &record_layout,
         "(offset, size) of each field of Record, RingHeader and FlightSlot; under 'structs' their "

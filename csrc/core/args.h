@@ -7,15 +7,12 @@
 #include "core/flight.h"
 #include "core/heap.h"
 #include "core/shape.h"
+#include "core/sizes.h"
 
 namespace flashmoe {
 
 struct Record;
 struct RingHeader;
-
-inline constexpr uint32_t kMaxRanks = 8;
-inline constexpr uint32_t kRowBoxes = 4;
-inline constexpr uint32_t kSharedBytes = 232448;  // of a launch's block: all that sm_90 gives one
 
 // Withholds one rank's signal for one expert, to test the diagnosis on a GPU.
 struct FaultArgs {
@@ -25,17 +22,17 @@ struct FaultArgs {
 
 // One rank of this launch.
 struct alignas(64) RankArgs {
-  // CUtensorMaps.  Rows of a tile are fetched in boxes of 16, 32, 64 and 128 rows of 64 columns.
+  // CUtensorMaps, of boxes that are 64 columns wide (core/sizes.h).
   uint8_t map_pool[kRowBoxes][128];  // pool [pool_rows][H]
   uint8_t map_h[kRowBoxes][128];     // h [pool_rows][I]
   uint8_t map_up[128];    // gated: [experts owned][2][I][H]; plain: [experts owned][I][H]
   uint8_t map_down[128];  // [experts owned][H][I]
-  // Boxes of 64 weight rows.  Gated: 8 of gate and the 8 of up for the same columns in turn.
+  // Boxes of kUnitBoxRows.
   uint8_t map_up_unit[128];
   uint8_t map_down_unit[128];
   uint8_t map_x[128];     // x [tokens][H], box 64 x gate_box_tokens
   uint8_t map_gate[128];  // gate [E][H], box 64 x gate_columns(E) / 2
-  // The same by blocks of 64 columns, [H / 64][rows][64], box min(H / 64, 32) x 8 x 64: a gate in slices.
+  // The same by blocks of 64 columns, [H / 64][rows][64], box min(H / 64, kSliceBlocks) x 8 x 64: a gate in slices.
   uint8_t map_x_slice[128];
   uint8_t map_gate_slice[128];
   const void* x;         // [tokens][H] dtype

@@ -20,26 +20,26 @@ __device__ __forceinline__ uint32_t warp_choice(uint32_t key, uint32_t id) {
   return __reduce_min_sync(0xffffffffu, key == best ? id : 0xffffffffu);
 }
 
-// The sum over each kLanes lanes, in all of them.
-template <uint32_t kLanes>
+// The sum over each kWidth lanes, in all of them.
+template <uint32_t kWidth>
 __device__ __forceinline__ float lanes_sum(float v) {
 #pragma unroll
-  for (int d = kLanes / 2; d > 0; d /= 2) v += __shfl_xor_sync(0xffffffffu, v, d);
+  for (int d = kWidth / 2; d > 0; d /= 2) v += __shfl_xor_sync(0xffffffffu, v, d);
   return v;
 }
 
 __device__ __forceinline__ float score_of(float logit) { return 1.0f / (1.0f + expf(-logit)); }
 
-// What a token's weights are divided by, `sum` being theirs and `top` the largest logit of its `row`; kLanes lanes a token.
-template <uint32_t kLanes>
+// What a token's weights are divided by, `sum` being theirs and `top` the largest logit of its `row`; kWidth lanes a token.
+template <uint32_t kWidth>
 __device__ __forceinline__ float divisor_of(bool sigmoid, bool renormalize, const float* row,
                                             uint32_t experts, float top, float sum) {
   // 1e-20 keeps a token whose scores are all zero finite, as DeepSeek-V3 does.
   float divisor = sigmoid ? (renormalize ? sum + 1e-20f : 1.0f) : sum;
   if (!sigmoid && !renormalize) {
     float all = 0.0f;
-    for (uint32_t e = threadIdx.x % kLanes; e < experts; e += kLanes) all += expf(row[e] - top);
-    divisor = lanes_sum<kLanes>(all);
+    for (uint32_t e = threadIdx.x % kWidth; e < experts; e += kWidth) all += expf(row[e] - top);
+    divisor = lanes_sum<kWidth>(all);
   }
   return divisor;
 }

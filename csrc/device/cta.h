@@ -10,6 +10,7 @@
 #include "core/heap.h"
 #include "core/plan.h"
 #include "core/shape.h"
+#include "core/sizes.h"
 #include "device/sync.h"
 #include "device/transport.h"
 
@@ -24,13 +25,8 @@ inline constexpr uint32_t kMathGroups = 2;
 inline constexpr uint32_t kGroupThreads = 128;
 inline constexpr uint32_t kTeamWarps = kGroupThreads / 32;
 
-// The tile family: 256 weight rows (M of the product) times up to 176 rows of tokens (its N, in steps
-// of 16, or 8), 64 of K a stage.  Of 192 rows the sums would leave the other warps too few registers.
-inline constexpr uint32_t kTileWeights = 256;
-inline constexpr uint32_t kTileRows = 176;
-inline constexpr uint32_t kTileK = 64;
+// Stages of a tile (core/sizes.h), kTileK of its depth each.
 inline constexpr uint32_t kRowBytes = kTileK * 2;  // of a stage
-inline constexpr uint32_t kBoxRows = 16;           // the least that is fetched of a tile's rows
 inline constexpr uint32_t kStageBytesWeights = kTileWeights * kRowBytes;
 inline constexpr uint32_t kStages = 3;
 inline constexpr uint32_t kStageBytes = kStageBytesWeights + kTileRows * kRowBytes;
@@ -71,14 +67,12 @@ inline constexpr uint32_t kTableWords = 1536;
 // is handed over.
 inline constexpr uint32_t kTasks = kTasksAhead + 1;
 
-// The gate keeps one warp's share of the experts in a 32-bit mask a lane.
-inline constexpr uint32_t kMaxExperts = 1024;
-
 // By units (few.h) each math group has a ring of its own in the stages: weights, then 8 rows.
-inline constexpr uint32_t kFewWeightBytes = 64 * kRowBytes;  // of a product
+inline constexpr uint32_t kFewWeightBytes = kUnitBoxRows * kRowBytes;  // of a product
 inline constexpr uint32_t kFewStageBytes = kFewProducts * kFewWeightBytes + kFewTokens * kRowBytes;
 inline constexpr uint32_t kFewRingBytes = 2 * kStageBytes;
 inline constexpr uint32_t kFewStages = kFewRingBytes / kFewStageBytes;
+static_assert(kFewProducts * kUnitBoxRows == kFewWidth, "a product has the rows of a box");
 static_assert(kFewStreams == kMathGroups && kFewTokens == 8 && kFewStageBytes % 1024 == 0,
               "a stream is a math group, and swizzled rows lie in whole atoms");
 

@@ -66,10 +66,10 @@ struct DispatchUnit {
 // no first tile, or all of them where the chunk has few rows, each of which would cost a comm warp a round trip.
 template <bool kTraced>
 __device__ __forceinline__ uint32_t first_groups(const Shared<kTraced>& sh, const Place& place) {
-  constexpr uint32_t kFewRows = 8 * kWarps;
+  constexpr uint32_t kOneRound = 8 * kWarps;
   const Shape& shape = sh.shape;
   const uint32_t all = sh.groups, group = sh.group;
-  if (sh.tables.chunk_order[shape.experts] <= kFewRows) return all;
+  if (sh.tables.chunk_order[shape.experts] <= kOneRound) return all;
   uint32_t groups = 1;
   // As long as they are of the first wave, segments are GEMM1's of one expert each.
   while (groups < all && groups * group < shape.wave_experts &&

@@ -24,11 +24,11 @@ namespace flashmoe {
 // barriers' turn.
 struct FewCursor {
   uint32_t stage = 0;
-  uint32_t turns = 0;
-  __device__ __forceinline__ uint32_t turn() const { return turns >> stage & 1; }
+  uint32_t parities = 0;
+  __device__ __forceinline__ uint32_t turn() const { return parities >> stage & 1; }
   __device__ __forceinline__ uint32_t offset() const { return stage * kFewStageBytes; }
   __device__ __forceinline__ void next() {
-    turns ^= 1u << stage;
+    parities ^= 1u << stage;
     if (++stage == kFewStages) stage = 0;
   }
 };
@@ -54,6 +54,7 @@ __device__ __forceinline__ void bring_weights(Shared<kTraced>& sh, const Place& 
   const void* map = up ? args.map_up_unit : args.map_down_unit;
   const int32_t expert = static_cast<int32_t>(unit.expert);
   const int32_t product = static_cast<int32_t>(unit.column * kFewProducts);
+  constexpr int32_t kRows = kUnitBoxRows, kAtoms = kRows / (2 * kUnitBoxAtom);
 #pragma unroll 1
   for (uint32_t i = 0; i < unit.blocks; ++i, cursor.next()) {
     if (!leads) continue;
@@ -63,10 +64,10 @@ __device__ __forceinline__ void bring_weights(Shared<kTraced>& sh, const Place& 
     const int32_t k = static_cast<int32_t>(i * kTileK);
 #pragma unroll
     for (int32_t p = 0; p < static_cast<int32_t>(kFewProducts); ++p) {
-      // 64 rows; of both of a gated layer's matrices four atoms of 8 each.
+      // Of a gated layer's two matrices kAtoms atoms of rows each.
       ptx::tma_load_5d(ring + cursor.offset() + p * kFewWeightBytes, map, full, k,
-                       paired ? 0 : (product + p) * 64, paired ? 0 : expert,
-                       paired ? (product + p) * 4 : 0, paired ? expert : 0, policy);
+                       paired ? 0 : (product + p) * kRows, paired ? 0 : expert,
+                       paired ? (product + p) * kAtoms : 0, paired ? expert : 0, policy);
     }
   }
   if constexpr (kTraced) {

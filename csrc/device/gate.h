@@ -14,9 +14,8 @@
 
 namespace flashmoe {
 
-inline constexpr uint32_t kGateRows = 64;      // of a product: tokens
-inline constexpr uint32_t kGateTokens = 128;   // two products, the most that one pass takes
-inline constexpr uint32_t kGateExperts = 128;  // columns of the widest product
+inline constexpr uint32_t kGateRows = 64;     // of a product: tokens
+inline constexpr uint32_t kGateTokens = 128;  // two products, the most that one pass takes
 inline constexpr uint32_t kGateRingBytes = 144 * 1024;
 inline constexpr uint32_t kGateLoaders = 2;  // warps, the first ones
 
@@ -47,11 +46,6 @@ static_assert(sizeof(GateScratch) <= kWorkBytes,
 __device__ __forceinline__ uint32_t gate_pass(uint32_t experts) {
   const uint32_t room = kGateLogits / gate_stride(experts);
   return room >= kGateTokens ? kGateTokens : min_u32(room, kGateRows);
-}
-
-// Columns of a product for E experts; the box of the gate's tensor map has half as many rows.
-__host__ __device__ constexpr uint32_t gate_columns(uint32_t experts) {
-  return experts <= 16 ? 16 : experts <= 64 ? 64 : kGateExperts;
 }
 
 // The tokens of a chunk from its `skip`-th, `most` at most.

@@ -14,8 +14,7 @@
 
 namespace flashmoe {
 
-// What is fetched at once, of tokens and of experts: so many blocks of 64 columns of 8 rows each.
-inline constexpr uint32_t kSliceBlocks = 32;
+// What is fetched at once, of tokens and of experts: kSliceBlocks blocks of 64 columns of 8 rows each.
 inline constexpr uint32_t kSliceBlockBytes = kSliceTokens * kRowBytes;
 inline constexpr uint32_t kSliceHalfBytes = kSliceBlocks * kSliceBlockBytes;
 inline constexpr uint32_t kSliceParts = 2;  // fetched ahead

@@ -11,15 +11,15 @@ namespace flashmoe {
 struct StageCursor {
   uint32_t stages = kStages;  // Task::stages
   uint32_t stage = 0;
-  uint32_t turns = 0;
-  __device__ __forceinline__ uint32_t turn() const { return turns >> stage & 1; }
+  uint32_t parities = 0;
+  __device__ __forceinline__ uint32_t turn() const { return parities >> stage & 1; }
   // From the first stage to this one, in bytes.
   __device__ __forceinline__ uint32_t offset() const { return offset(stage); }
   __device__ __forceinline__ uint32_t offset(uint32_t of_stage) const {
     return of_stage * kStageBytes;
   }
   __device__ __forceinline__ void next() {
-    turns ^= 1u << stage;
+    parities ^= 1u << stage;
     if (++stage == stages) stage = 0;
   }
 };
@@ -200,7 +200,7 @@ __device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char*
     if (!gathered) ptx::fence_proxy_async();
     const int32_t row = static_cast<int32_t>(task.tile.pool_row0);
     const WeightBox box = WeightBox::of<kGated>(args, task.tile, expert0);
-    // A bit a box of 16 << bit rows.
+    // A bit a box of box_rows(bit) rows.
     const uint32_t boxes = gathered ? 0 : ceil_div(task.tile.rows, kBoxRows);
     const uint32_t bytes = kStageBytesWeights + boxes * kBoxRows * kRowBytes;
     // Where gathering is over, this lane arrives for those who gathered too.
@@ -236,8 +236,8 @@ __device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char*
       for (uint32_t bit = 0; bit < kRowBoxes; ++bit) {
         if (boxes >> bit & 1) {
           ptx::tma_load_2d(rows, up ? args.map_pool[bit] : args.map_h[bit], full, k, from);
-          rows += (kBoxRows << bit) * kRowBytes;
-          from += kBoxRows << bit;
+          rows += box_rows(bit) * kRowBytes;
+          from += box_rows(bit);
         }
       }
       ptx::mbarrier_arrive_many(full, arrivals);

@@ -5,11 +5,11 @@
 #include <type_traits>
 
 #include "core/actor.h"
+#include "core/sizes.h"
 #include "device/ptx.h"
 
 namespace flashmoe {
 
-inline constexpr uint32_t kThreads = 384;
 inline constexpr uint32_t kWarps = kThreads / 32;
 
 struct Record;

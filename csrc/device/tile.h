@@ -172,15 +172,17 @@ __device__ __forceinline__ void multiply_tile(Shared<kTraced>& sh, const Place& 
   if (rows == 0) {  // no tile, but the other CTA has one
     pass_turns(sh, cursor, task.turns, release);
   } else if constexpr (std::is_same_v<T, __half>) {
+    static_assert(kHalfTileRowsStep == 2 * 32 && kHalfTileRows == 2 * kHalfTileRowsStep);
     switch (ceil_div(rows, 32)) {
       case 1:
         FLASHMOE_TILE(32)
       case 2:
         FLASHMOE_TILE(64)
       default:
-        FLASHMOE_TILE(128)
+        FLASHMOE_TILE(kHalfTileRows)
     }
   } else {
+    static_assert(kTileRowsStep == 16 && kTileRows == 11 * kTileRowsStep);
     switch (rows <= 8 ? 0 : ceil_div(rows, 16)) {
       case 0:
         FLASHMOE_TILE(8)
@@ -205,7 +207,7 @@ __device__ __forceinline__ void multiply_tile(Shared<kTraced>& sh, const Place& 
       case 10:
         FLASHMOE_TILE(160)
       default:
-        FLASHMOE_TILE(176)
+        FLASHMOE_TILE(kTileRows)
     }
   }
 #undef FLASHMOE_TILE

@@ -8,15 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flashmoe.errors import FlashmoeError
-from flashmoe.world.kernel import (
-    ROW_BOXES,
-    SLICE_BLOCKS,
-    SLICE_ROWS,
-    TILE_DEPTH,
-    TILE_WEIGHT_ROWS,
-    UNIT_BOX_ATOM,
-    UNIT_BOX_ROWS,
-)
 from flashmoe.world.tensor_maps import TENSOR_MAP_BYTES, encode_tensor_map
 from flashmoe.world.tiles import extension
 
@@ -53,10 +44,12 @@ def fault_args(faults: Sequence[Fault]) -> tuple[int, int, int]:
 def row_maps(config: MoEConfig, pool: int, h: int, rows: int) -> Mapping[str, bytes]:
     """The maps of a pool of ``rows`` rows at address ``pool`` and of its h at ``h``."""
 
+    depth: int = extension().TILE_DEPTH
+
     def boxes(address: int, width: int) -> bytes:
         return b"".join(
-            encode_tensor_map(address, [width, rows], [TILE_DEPTH, box], [width * 2], config.dtype)
-            for box in ROW_BOXES
+            encode_tensor_map(address, [width, rows], [depth, box], [width * 2], config.dtype)
+            for box in extension().ROW_BOXES
         )
 
     return {"map_pool": boxes(pool, config.hidden), "map_h": boxes(h, config.intermediate)}
@@ -70,6 +63,8 @@ def weight_maps(
 
     ``up`` and ``down`` are the addresses of all experts' matrices.
     """
+    host = extension()
+    depth, box, atom = host.TILE_DEPTH, host.UNIT_BOX_ROWS, host.UNIT_BOX_ATOM
     hidden, inter = config.hidden, config.intermediate
     first = rank * config.experts // ranks
     owned = (rank + 1) * config.experts // ranks - first
@@ -88,33 +83,33 @@ def weight_maps(
         return encode(
             address,
             [width, matrix_rows, owned, 1, 1],
-            [TILE_DEPTH, box_rows, 1, 1, 1],
+            [depth, box_rows, 1, 1, 1],
             [width * 2, size, owned * size, owned * size],
         )
 
-    tile = TILE_WEIGHT_ROWS // 2
+    tile = host.TILE_WEIGHT_ROWS // 2
     if config.gated:
-        size, atom = inter * hidden * 2, UNIT_BOX_ATOM
+        size = inter * hidden * 2
         map_up = encode(
             up,
             [hidden, inter, 2, owned, 1],
-            [TILE_DEPTH, tile, 1, 1, 1],
+            [depth, tile, 1, 1, 1],
             [hidden * 2, size, 2 * size, 2 * size * owned],
         )
         map_up_unit = encode(
             up,
             [hidden, atom, 2, inter // atom, owned],
-            [TILE_DEPTH, atom, 2, UNIT_BOX_ROWS // (2 * atom), 1],
+            [depth, atom, 2, box // (2 * atom), 1],
             [hidden * 2, size, atom * hidden * 2, 2 * size],
         )
     else:
         map_up = matrices(up, inter, hidden, tile)
-        map_up_unit = matrices(up, inter, hidden, UNIT_BOX_ROWS)
+        map_up_unit = matrices(up, inter, hidden, box)
     return {
         "map_up": map_up,
         "map_down": matrices(down, hidden, inter, tile),
         "map_up_unit": map_up_unit,
-        "map_down_unit": matrices(down, hidden, inter, UNIT_BOX_ROWS),
+        "map_down_unit": matrices(down, hidden, inter, box),
     }
 
 
@@ -127,21 +122,22 @@ def gate_maps(config: MoEConfig, gate: int, x: int, tokens: int, chunks: int) ->
         names = ("map_x", "map_gate", "map_x_slice", "map_gate_slice")
         return {**dict.fromkeys(names, none), "gate_box_tokens": 8}
     box = 8 if -(-tokens // chunks) <= 8 else 32
-    columns = 16 if experts <= 16 else 64 if experts <= 64 else 128
+    host = extension()
+    depth, columns = host.TILE_DEPTH, host.gate_columns(experts)
 
     def encode(address: int, rows: int, box_rows: int) -> bytes:
         dims, strides = [hidden, rows], [hidden * 2]
-        return encode_tensor_map(address, dims, [TILE_DEPTH, box_rows], strides, config.dtype)
+        return encode_tensor_map(address, dims, [depth, box_rows], strides, config.dtype)
 
     def encode_slice(address: int, rows: int) -> bytes:
-        blocks = hidden // TILE_DEPTH
-        if hidden % TILE_DEPTH != 0:  # the last block would go on in the next row
+        blocks = hidden // depth
+        if hidden % depth != 0:  # the last block would go on in the next row
             return bytes(TENSOR_MAP_BYTES)
         return encode_tensor_map(
             address,
-            [TILE_DEPTH, rows, blocks],
-            [TILE_DEPTH, SLICE_ROWS, min(blocks, SLICE_BLOCKS)],
-            [hidden * 2, TILE_DEPTH * 2],
+            [depth, rows, blocks],
+            [depth, host.SLICE_ROWS, min(blocks, host.SLICE_BLOCKS)],
+            [hidden * 2, depth * 2],
             config.dtype,
         )
 

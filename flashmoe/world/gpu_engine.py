@@ -32,13 +32,13 @@ from flashmoe.world.gpu_clock import GpuClock, measure_clock
 from flashmoe.world.kernel import (
     ARCH,
     LANES,
-    UNIT_FAMILY,
     Kernel,
     check_experts,
     even_share,
     launch_shape,
     tile_family,
     tiling,
+    unit_family,
     untuned,
 )
 from flashmoe.world.tiles import extension, tile_plan
@@ -452,7 +452,7 @@ class GpuEngine:
     @property
     def family(self) -> str:
         """The name of the tile family that launches use."""
-        return UNIT_FAMILY if self._by_units else tile_family(self.config.dtype)
+        return unit_family() if self._by_units else tile_family(self.config.dtype)
 
     def outputs(self) -> list[RankOutput]:
         """Results of the last launch, one a rank, on the CPU."""

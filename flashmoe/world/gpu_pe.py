@@ -20,7 +20,8 @@ import torch
 from flashmoe.errors import EXIT_NO_GPU, FlashmoeError
 from flashmoe.world.base import EngineOptions, WorldKind
 from flashmoe.world.gpu_engine import GpuEngine, HeapMemory
-from flashmoe.world.kernel import MAX_RANKS, check
+from flashmoe.world.kernel import check
+from flashmoe.world.tiles import extension
 
 if TYPE_CHECKING:
     from flashmoe.config import MoEConfig, MoEWeights
@@ -48,10 +49,11 @@ class GpuPeEngine(GpuEngine):
         memory: HeapMemory,
         world: WorldKind,
     ) -> None:
-        if not 1 <= options.ranks <= MAX_RANKS or len(tokens) != options.ranks:
+        most = extension().MAX_RANKS
+        if not 1 <= options.ranks <= most or len(tokens) != options.ranks:
             raise FlashmoeError(
-                f"{options.ranks} ranks: the GPU kernel joins 1 to {MAX_RANKS}",
-                f"use 1 to {MAX_RANKS} ranks",
+                f"{options.ranks} ranks: the GPU kernel joins 1 to {most}",
+                f"use 1 to {most} ranks",
                 2,
             )
         self.world = world

@@ -20,37 +20,8 @@ if TYPE_CHECKING:
     from flashmoe.config import MoEConfig
 
 LANES = len(schema.Lane)
-THREADS = 384
-
-TILE_ROWS = {"bf16": 176, "fp16": 128}
-TILE_ROWS_STEP = {"bf16": 16, "fp16": 64}
-"""The most rows that a tile may have, and what heights are multiples of: what the kernel is
-compiled for (csrc/device/tile.h)."""
-
-TILE_WEIGHT_ROWS = 256
-TILE_DEPTH = 64
-UNIT_FAMILY = "sm90-128w-8t"
-"""The tile family of few tokens of a rank alone: 128 weight rows by up to 8 rows of tokens
-(csrc/core/course.h)."""
-
-UNIT_BOX_ROWS = 64
-UNIT_BOX_ATOM = 8
-"""Weight rows of a unit's boxes; in a gated GEMM1 so many of gate and of up in turn."""
-
-ROW_BOXES = (16, 32, 64, 128)
-"""Rows of the boxes that a tile's tokens are fetched in (csrc/core/args.h)."""
-
-SLICE_ROWS = 8
-SLICE_BLOCKS = 32
-"""Rows of the boxes of a gate in slices, and their blocks of TILE_DEPTH columns, at most."""
-
 LINE = 128
 """Bytes of a line of L2."""
-
-MAX_RANKS = 8
-MAX_EXPERTS = 1024
-MAX_GROUPS = 32
-"""Of experts: a lane scores one of them (csrc/device/choose.h)."""
 
 ARCH = "sm_90a"
 TWO_WAVES_BYTES = 140_000_000
@@ -58,9 +29,20 @@ TWO_WAVES_BYTES = 140_000_000
 until GEMM2 reads it, and two waves are faster than four (docs/performance.md)."""
 
 
+# The kernel's sizes are the extension's to say (csrc/core/sizes.h), and asked for where they are
+# needed: an installation without it can import this.
+
+
 def tile_family(dtype: str) -> str:
     """The name of the tile family: weight rows by up to so many rows of tokens."""
-    return f"sm90-{TILE_WEIGHT_ROWS}w-{TILE_ROWS[dtype]}t"
+    host = extension()
+    return f"sm90-{host.TILE_WEIGHT_ROWS}w-{host.TILE_ROWS[dtype]}t"
+
+
+def unit_family() -> str:
+    """The same of few tokens of a rank alone, by units (csrc/core/course.h)."""
+    host = extension()
+    return f"sm90-{host.UNIT_WEIGHT_ROWS}w-{host.UNIT_ROWS}t"
 
 
 def even_share(sms: int) -> int:
@@ -81,16 +63,17 @@ def check(result: tuple[Any, ...], what: str) -> Any:
 
 def check_experts(config: MoEConfig) -> None:
     """Raises FlashmoeError where the kernel does not take as many experts, or groups of them."""
-    if config.experts > MAX_EXPERTS:
+    experts, groups = extension().MAX_EXPERTS, extension().MAX_GROUPS
+    if config.experts > experts:
         raise FlashmoeError(
-            f"{config.experts} experts: the GPU kernel takes {MAX_EXPERTS}",
-            f"use --experts {MAX_EXPERTS} or less, or --world host",
+            f"{config.experts} experts: the GPU kernel takes {experts}",
+            f"use --experts {experts} or less, or --world host",
             2,
         )
-    if config.routing.groups > MAX_GROUPS:
+    if config.routing.groups > groups:
         raise FlashmoeError(
-            f"{config.routing.groups} groups of experts: the GPU kernel takes {MAX_GROUPS}",
-            f"use a layer with {MAX_GROUPS} groups or fewer, or --world host",
+            f"{config.routing.groups} groups of experts: the GPU kernel takes {groups}",
+            f"use a layer with {groups} groups or fewer, or --world host",
             2,
         )
 
@@ -98,7 +81,8 @@ def check_experts(config: MoEConfig) -> None:
 def untuned(config: MoEConfig, tokens: int) -> Tiling:
     """The cut of tiles for up to ``tokens`` tokens of a rank, where no tuning says otherwise."""
     h_bytes = tokens * config.top_k * config.intermediate * 2
-    return Tiling(TILE_ROWS[config.dtype], waves=2 if h_bytes <= TWO_WAVES_BYTES else 4)
+    most = extension().TILE_ROWS[config.dtype]
+    return Tiling(most, waves=2 if h_bytes <= TWO_WAVES_BYTES else 4)
 
 
 def tiling(config: MoEConfig, tokens: int) -> Tiling:
@@ -106,7 +90,8 @@ def tiling(config: MoEConfig, tokens: int) -> Tiling:
 
     Raises FlashmoeError where the tuning table is damaged.
     """
-    return tiling_of(config, ARCH, untuned(config, tokens), TILE_ROWS_STEP[config.dtype])
+    step = extension().TILE_ROWS_STEP[config.dtype]
+    return tiling_of(config, ARCH, untuned(config, tokens), step)
 
 
 def launch_shape(
@@ -118,6 +103,7 @@ def launch_shape(
     """
     routing = config.routing
     owned = -(-config.experts // ranks)
+    weight_rows: int = extension().TILE_WEIGHT_ROWS
     return {
         "world": ranks,
         "experts": config.experts,
@@ -128,9 +114,9 @@ def launch_shape(
         "pool_rows": 0,
         "chunks": chunks,
         "tile_m": cut.tile_rows,
-        "tile_step": TILE_ROWS_STEP[config.dtype],
-        "tile_n1": TILE_WEIGHT_ROWS // 2 if config.gated else TILE_WEIGHT_ROWS,
-        "tile_n2": TILE_WEIGHT_ROWS,
+        "tile_step": extension().TILE_ROWS_STEP[config.dtype],
+        "tile_n1": weight_rows // 2 if config.gated else weight_rows,
+        "tile_n2": weight_rows,
         "wave_experts": -(-owned // cut.waves),
         "activation": config.activation,
         "routing": routing.kind,
@@ -218,7 +204,7 @@ class Kernel:
         config = driver.CUlaunchConfig()
         config.gridDimX = ranks * chunks
         config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
-        config.blockDimX = THREADS
+        config.blockDimX = extension().THREADS
         config.sharedMemBytes = self.shared_bytes
         config.hStream = torch.cuda.current_stream(self.device).cuda_stream
         # Cooperative: the driver refuses a grid that is not resident as a whole.

@@ -9,7 +9,7 @@ import torch
 from flashmoe.errors import FlashmoeError
 from flashmoe.world.base import EngineOptions, WorldKind
 from flashmoe.world.gpu_engine import GpuEngine
-from flashmoe.world.kernel import MAX_RANKS
+from flashmoe.world.tiles import extension
 
 if TYPE_CHECKING:
     from flashmoe.config import MoEConfig, MoEWeights
@@ -34,10 +34,11 @@ class LocalEngine(GpuEngine):
         options: EngineOptions,
         pool_rows: int | None = None,
     ) -> None:
-        if not 1 <= options.ranks <= MAX_RANKS or len(tokens) != options.ranks:
+        most = extension().MAX_RANKS
+        if not 1 <= options.ranks <= most or len(tokens) != options.ranks:
             raise FlashmoeError(
-                f"{options.ranks} virtual ranks: one GPU takes 1 to {MAX_RANKS}",
-                f"use --ranks 1 to {MAX_RANKS}",
+                f"{options.ranks} virtual ranks: one GPU takes 1 to {most}",
+                f"use --ranks 1 to {most}",
                 2,
             )
         memory = LocalMemory(torch.device("cuda", options.device), options.ranks)

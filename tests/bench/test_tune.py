@@ -15,22 +15,15 @@ from flashmoe.config import MoEConfig
 from flashmoe.errors import FlashmoeError
 from flashmoe.presets import PRESETS
 from flashmoe.tuning import Tiling, described, put, tiling_of
-from flashmoe.world.kernel import (
-    ARCH,
-    TILE_ROWS,
-    TILE_ROWS_STEP,
-    TWO_WAVES_BYTES,
-    launch_shape,
-    tiling,
-    untuned,
-)
+from flashmoe.world.kernel import ARCH, TWO_WAVES_BYTES, launch_shape, tiling, untuned
+from flashmoe.world.tiles import extension
 
 from . import fakes
 from .fakes import HostStopwatch, TorchEngine, machine, opened_gpu, quiet
 
 TINY = PRESETS["tiny"].config
 CUT = Tiling(160, 2)
-MOST_ROWS = TILE_ROWS[TINY.dtype]
+MOST_ROWS = extension().TILE_ROWS[TINY.dtype]
 UNTUNED = Tiling(MOST_ROWS, 4)
 
 
@@ -124,7 +117,7 @@ def test_the_default_place_is_the_users(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_candidates_are_what_the_kernel_is_compiled_for() -> None:
-    step, first = TILE_ROWS_STEP[TINY.dtype], untuned(TINY, 64)
+    step, first = extension().TILE_ROWS_STEP[TINY.dtype], untuned(TINY, 64)
     rows, waves = candidates(TuneOptions(first, step, 1))
     assert rows
     assert all(tuning.takes(cut, first, step) for cut in rows)

@@ -13,7 +13,7 @@ from flashmoe.config import MoEConfig, Routing
 from flashmoe.presets import PRESETS
 from flashmoe.trace import schema
 from flashmoe.world.base import EngineOptions, Fault, Status
-from flashmoe.world.kernel import UNIT_FAMILY, tile_family
+from flashmoe.world.kernel import tile_family, unit_family
 
 from .layers import by_activation, deal, engine_for, forward, hold_to_reference, inputs
 
@@ -45,7 +45,7 @@ def test_bits_are_those_of_tiles(layer: str) -> None:
     whole = forward(engine_for(config, weights, [x]))
     for tokens in sorted({1, 2, most(config) - 1, most(config)}):
         engine = engine_for(config, weights, [x[:tokens]])
-        assert engine.family == UNIT_FAMILY
+        assert engine.family == unit_family()
         few = forward(engine)
         output, routing = hold_to_reference(few, x[:tokens], weights, config)
         assert output.ok and routing is not None and routing.ok, (output, routing)
@@ -89,7 +89,7 @@ def test_the_trace_holds_every_unit_once(preset: str) -> None:
     engine = engine_for(config, weights, [x], EngineOptions(traced=True, deadline_s=5.0))
     result = forward(engine)
     dump, plan = engine.rings(), engine.routing().tiles
-    assert set(plan["family"]) == {UNIT_FAMILY}
+    assert set(plan["family"]) == {unit_family()}
     assert int(plan["rows"][(plan["gemm"] == 1) & (plan["col_tile"] == 0)].sum()) == (
         result.ids.numel()
     )

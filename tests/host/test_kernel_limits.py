@@ -12,8 +12,11 @@ from flashmoe.config import MoEConfig, Routing
 from flashmoe.errors import FlashmoeError
 from flashmoe.world.base import EngineOptions
 from flashmoe.world.gpu_engine import GpuEngine
-from flashmoe.world.kernel import MAX_EXPERTS, MAX_GROUPS, check_experts
+from flashmoe.world.kernel import check_experts
 from flashmoe.world.shared_heap import SharedHeap
+from flashmoe.world.tiles import extension
+
+MAX_EXPERTS, MAX_GROUPS = extension().MAX_EXPERTS, extension().MAX_GROUPS
 
 
 def grouped(groups: int) -> MoEConfig:
