@@ -47,8 +47,8 @@ struct alignas(64) RankArgs {
   Course course;
 };
 
-// Rows of an expert, on average, from which on and up to which a rank alone has pairs: most experts then have two row
-// tiles.
+// Rows of an expert, on average, from which on and up to which a rank alone has pairs.  Both ends were measured, in bf16
+// with tiles of up to 176 rows (docs/performance.md, "What was tried").
 inline constexpr uint32_t kPairedFrom = 145, kPairedTo = 511;
 
 // CTAs of a cluster.  Those of a pair fetch weights that both need once; but neither goes on without the other, so where

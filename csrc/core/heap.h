@@ -1,8 +1,9 @@
 // The heap of one rank: every section's offset, the same on all ranks, and who writes it.
 //
 // A rank's peers reach only the sections marked "peers".  Signal words are 64 bits.  Sections marked
-// [2] alternate by the epoch's parity: during launch n the owner clears the set of launch n + 1; no
-// peer can add to it before it has this rank's counts of launch n + 1.
+// [2] alternate by the epoch's parity.  Of those that are counters the owner clears, during launch n,
+// the set of launch n + 1; no peer can add to it before it has this rank's counts of launch n + 1.
+// Words that hold an epoch are never cleared, nor are counters that are not marked.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +30,8 @@ struct HeapLayout {
   uint64_t arrived;     // peers: [W][E] (epoch << 32 | rows), row s by a source s beyond pointers
   uint64_t staged;      // [2][E] counter: rows staged for an expert whose owner is beyond pointers
   uint64_t logits;      // [most_sliced_tokens][E] (epoch << 32 | float), of a gate in slices
-  uint64_t choices;  // [2][64] (epoch << 32 | expert, then float), of few tokens: by token, then k
+  // of few tokens, by token, then k: [64] (epoch << 32 | expert), then [64] (epoch << 32 | float)
+  uint64_t choices;
   uint64_t columns_ready;  // [2][H / 128] counter: of few tokens, experts whose results are stored
   // rows
   uint64_t pool;  // peers: [pool_rows][H] dtype, rows for this rank's experts
@@ -44,8 +46,8 @@ struct HeapLayout {
   uint64_t
       origin;  // [pool_rows] u32, of one rank alone: the token of each row, which is then not copied
   uint64_t histogram;  // [chunks][E] u32, rows of each chunk for each expert
-  // [chunks][E] u32, rows of earlier chunks; an expert's column is written by who sends its count,
-  // before that, so whoever has the rank's own counts has these too
+  // [chunks][E] u32, rows of earlier chunks, of the host engine alone: an expert's column is written by who sends its
+  // count, before that, so whoever has the rank's own counts has these too
   uint64_t chunk_rows;
   uint64_t tables;  // [chunks] PlanTables, each CTA its own copy
   uint64_t bytes;   // of the whole heap

@@ -254,7 +254,8 @@ FLASHMOE_HD void build_plan(Team& team, const PlanTables& p, const Shape& s, con
 }
 
 // Fills chunk_prefix and chunk_order from the rank's [chunks][E]: rows of each chunk, and of all the
-// chunks before it.  build_plan() then sums chunk_order.
+// chunks before it.  build_plan() then sums chunk_order.  The host engine's alone: on a GPU each CTA has both from the
+// gate and the histograms (gate.h, own_counts() in kernel.h).
 template <class Team>
 FLASHMOE_HD void build_chunk_tables(Team& team, const PlanTables& p, const Shape& s,
                                     const uint32_t* histogram, const uint32_t* chunk_rows,

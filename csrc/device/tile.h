@@ -47,6 +47,8 @@ __device__ __forceinline__ uint32_t multiply(Shared<kTraced>& sh, uint32_t stage
   };
   // Issues the products of the cursor's stage; `first` is a compile-time constant.
   auto issue = [&](auto first) {
+    // What follows the answer holds an `.aligned` wait, so it must be the whole warp's: one test_wait, executed by a
+    // converged warp, answers all its lanes alike.
     if (!ptx::mbarrier_test(&sh.full[cursor.stage], cursor.turn())) {
       // A stage that is late is no reason to keep the one before from being filled.
       if constexpr (!decltype(first)::value) give_back();

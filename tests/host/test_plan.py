@@ -267,10 +267,10 @@ def test_launch_args_hold_what_they_were_given() -> None:
     ("size", "tokens", "in_place", "changes"),
     [
         (1, 0, True, {}),
-        (1, 289, True, {}),  # 144.5 rows an expert: most have one row tile
+        (1, 289, True, {}),  # 144.5 rows an expert
         (2, 290, True, {}),
         (2, 1022, True, {}),
-        (1, 1023, True, {}),  # 511.5: most have three
+        (1, 1023, True, {}),  # 511.5
         (1, 290, True, {"chunks": 131}),
         (2, 7, False, {}),
         (2, 7, True, {"world": 2}),
