@@ -22,7 +22,6 @@ from flashmoe.session import (
     EXIT_HANG,
     EXIT_STOPPED,
     EXIT_WRONG,
-    FIRST_DEADLINE,
     Progress,
     Request,
     describe_device,
@@ -96,12 +95,11 @@ class Pe:
         self, engine: PeEngine, report: dict[str, Any], arrays: dict[str, np.ndarray]
     ) -> None:
         options, readable = engine.options, not (self.exit_code and engine.lost)
-        first = options.first_deadline_s or FIRST_DEADLINE * options.deadline_s
         report["engine"] = {
             "world": engine.world,
             "sms_per_rank": engine.sms_per_rank,
             "deadline_s": options.deadline_s,
-            "first_deadline_s": first,
+            "first_deadline_s": options.first_s,
             "shape": engine.shape,
             "family": engine.family,
             "tiling": engine.tiling,
@@ -193,7 +191,6 @@ def _run(pe: Pe, board: Board, progress: Progress, transport: str) -> None:
         sms_per_rank=request.sms_per_rank,
         traced=request.traced,
         deadline_s=request.deadline_s or DEADLINE_S,
-        first_deadline_s=FIRST_DEADLINE * (request.deadline_s or DEADLINE_S),
         ring_capacity=request.ring_capacity,
         ring_mode=request.ring_mode,
         device=gpu,

@@ -32,8 +32,6 @@ Say = Callable[[str], None]
 DEADLINE_S = 10.0
 #: On the host engine, more arithmetic than this a launch is worth a word beforehand.
 MUCH_FLOP = 10**11
-#: The first launch may take longer: a peer may still be loading.
-FIRST_DEADLINE = 4
 
 EXIT_WRONG = 1
 EXIT_HANG = 124
@@ -192,13 +190,11 @@ def flop(inputs: Inputs) -> int:
 
 def build_engine(world: str, request: Request, inputs: Inputs) -> Engine:
     """The engine of ``world``, with weights loaded; raises FlashmoeError where it does not fit."""
-    deadline_s = request.deadline_s or DEADLINE_S
     options = EngineOptions(
         ranks=request.ranks,
         sms_per_rank=request.sms_per_rank,
         traced=request.traced,
-        deadline_s=deadline_s,
-        first_deadline_s=FIRST_DEADLINE * deadline_s,
+        deadline_s=request.deadline_s or DEADLINE_S,
         ring_capacity=request.ring_capacity,
         ring_mode=request.ring_mode,
         device=request.device,

@@ -137,7 +137,7 @@ def diagnose_hang(engine: Engine, slots: np.ndarray) -> HangReport:
     options = engine.options
     deadline_s = options.deadline_s
     if int(slots["epoch"].max(initial=0)) <= 1:
-        deadline_s = options.first_deadline_s or 4 * options.deadline_s
+        deadline_s = options.first_s
     # The host engine stamps by CLOCK_MONOTONIC; a GPU's clock cannot be read from here, and the
     # launch has just ended, so that its last change of state is now.
     on_host = engine.world == "host"

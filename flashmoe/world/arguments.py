@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flashmoe.errors import FlashmoeError
+from flashmoe.world.base import FIRST_DEADLINE
 from flashmoe.world.tensor_maps import TENSOR_MAP_BYTES, encode_tensor_map
 from flashmoe.world.tiles import extension
 
@@ -212,13 +213,14 @@ def pack(
     by_units: bool = False,
     in_place: bool = True,
 ) -> ctypes.Array[ctypes.c_char]:
-    """A LaunchArgs.  Addresses: 0 for none.  ``first_deadline_s`` None: 4 times ``deadline_s``.
+    """A LaunchArgs.  Addresses: 0 for none.  ``first_deadline_s`` None: FIRST_DEADLINE times
+    ``deadline_s``.
 
     ``signals_at`` and ``rows_at`` say where a heap's signals and its rows begin, from its address;
     ``rows_at`` None: behind the signals.  ``by_units``: few tokens go by units where they may
     (:func:`units`).  ``in_place``: a rank alone reads its rows where they are, where it may.
     """
-    first = first_deadline_s or 4 * deadline_s
+    first = first_deadline_s or FIRST_DEADLINE * deadline_s
     args = extension().launch_args(
         shape,
         heaps,

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from flashmoe.config import MoEConfig
     from flashmoe.tuning import Tiling
 
+FIRST_DEADLINE = 4
+"""A launch's first deadline, where none is given, over the others: a peer may still be loading."""
+
 RingMode = Literal["keep-first", "keep-last"]
 WorldKind = Literal["host", "local", "ipc", "nvshmem"]
 
@@ -66,12 +69,12 @@ class EngineOptions:
     """How to run, as opposed to what.
 
     ``sms_per_rank`` None: all of the device's SMs shared evenly (GPU), 2 (host).  ``deadline_s``
-    bounds every wait; ``first_deadline_s`` replaces it in the first launch (None: 4 times the
-    former).  ``ring_capacity`` is in records an actor; None derives it from the plan's worst case.
-    With ``no_pointers`` every other rank counts as beyond the reach of pointers: rows and signals
-    go by put-with-signal (host engine).  Without ``in_place`` a rank alone copies its rows to its
-    pool as several do, to be compared with these (GPU).  ``tiling`` None: as the tuning table has
-    it, or untuned (GPU).
+    bounds every wait; ``first_deadline_s`` replaces it in the first launch (None: FIRST_DEADLINE
+    times the former).  ``ring_capacity`` is in records an actor; None derives it from the plan's
+    worst case.  With ``no_pointers`` every other rank counts as beyond the reach of pointers: rows
+    and signals go by put-with-signal (host engine).  Without ``in_place`` a rank alone copies its
+    rows to its pool as several do, to be compared with these (GPU).  ``tiling`` None: as the tuning
+    table has it, or untuned (GPU).
     """
 
     ranks: int = 1
@@ -86,6 +89,11 @@ class EngineOptions:
     in_place: bool = True
     faults: tuple[Fault, ...] = ()
     tiling: Tiling | None = None
+
+    @property
+    def first_s(self) -> float:
+        """The deadline that holds in the first launch."""
+        return self.first_deadline_s or FIRST_DEADLINE * self.deadline_s
 
 
 @dataclass
@@ -200,7 +208,7 @@ class Engine(Runner, Protocol):
     def counts_seen(self) -> np.ndarray:
         """Counts of the last launch as each rank holds them, uint32 [W, W, E].
 
-        Indices are [holder, source, expert]; 0 where a word has not arrived.
+        Indices are [holder, source, expert]; 0xffffffff where a word has not arrived.
         """
 
     def clock(self) -> ClockInfo:

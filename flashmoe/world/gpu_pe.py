@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from flashmoe.world.peers import Peers
 
 _PAGE = 4096
-_FIRST_DEADLINE = 4  # of csrc/core: as often as the other deadline, where none is given
 
 
 class GpuPeEngine(GpuEngine):
@@ -102,8 +101,7 @@ class GpuPeEngine(GpuEngine):
         options = self.options
         if not any(f.kind == "never-starts" and f.rank in self.local for f in options.faults):
             return
-        first = options.first_deadline_s or _FIRST_DEADLINE * options.deadline_s
-        until = time.monotonic() + 2 * max(first, options.deadline_s)
+        until = time.monotonic() + 2 * max(options.first_s, options.deadline_s)
         while self._word(0, "abort_word") == 0 and time.monotonic() < until:
             time.sleep(0.001)
 

@@ -42,8 +42,6 @@ RING_LAUNCHES = 8
 RING_MEMORY = 256 << 20
 """Bytes that all rings of the default capacity take at most, and are touched only as they fill."""
 
-FIRST_DEADLINE_FACTOR = 4
-
 SLOWEST_FLOPS = 1e9
 """Floating-point operations per second that even a crowded machine sustains; two idle cores were
 seen to reach 30 to 60 times as many."""
@@ -235,13 +233,10 @@ class HostEngine:
     def _with_time_for_arithmetic(self) -> EngineOptions:
         """The options with the deadlines that hold, which is what a diagnosis must know."""
         options, arithmetic = self.options, self._flops() / SLOWEST_FLOPS
-        first = options.first_deadline_s
-        if first is None:
-            first = FIRST_DEADLINE_FACTOR * options.deadline_s
         return replace(
             options,
             deadline_s=options.deadline_s + arithmetic,
-            first_deadline_s=first + arithmetic,
+            first_deadline_s=options.first_s + arithmetic,
         )
 
     def _settings(self) -> Any:

@@ -15,7 +15,7 @@ import torch
 from flashmoe.config import MoEConfig, MoEWeights
 from flashmoe.inputs import Inputs
 from flashmoe.reference import moe, route
-from flashmoe.session import DEADLINE_S, FIRST_DEADLINE, Request
+from flashmoe.session import DEADLINE_S, Request
 from flashmoe.trace import schema
 from flashmoe.verdict import experts_of_rank
 from flashmoe.world.base import (
@@ -65,7 +65,6 @@ class TorchEngine:
             ranks=request.ranks,
             traced=request.traced,
             deadline_s=request.deadline_s or DEADLINE_S,
-            first_deadline_s=FIRST_DEADLINE * (request.deadline_s or DEADLINE_S),
         )
         return cls(inputs.config, inputs.weights, list(inputs.tokens), options)
 
