@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from flashmoe.config import MoEConfig, Routing
 from flashmoe.errors import FlashmoeError
 from flashmoe.world.base import EngineOptions
 from flashmoe.world.gpu_engine import GpuEngine
-from flashmoe.world.kernel import check_experts
+from flashmoe.world.kernel import LINE, check_experts
 from flashmoe.world.shared_heap import SharedHeap
 from flashmoe.world.tiles import extension
 
@@ -48,3 +50,9 @@ def test_more_than_the_kernel_counts_is_refused_and_the_host_engine_named(what: 
 def test_as_much_as_the_kernel_counts_is_taken() -> None:
     check_experts(MoEConfig(64, 64, experts=MAX_EXPERTS, top_k=2))
     check_experts(grouped(MAX_GROUPS))
+
+
+def test_lines_of_code_are_as_long_as_the_kernel_takes_them_to_be() -> None:
+    header = Path(__file__).resolve().parents[2] / "csrc" / "device" / "cta.h"
+    line = re.search(r"constexpr uint32_t kLine = (\d+);", header.read_text())
+    assert line is not None and int(line[1]) == LINE
