@@ -91,9 +91,9 @@ class Engine:
 
     def chunk_counts(self) -> object: ...
 
-def heap_layout(shape: dict) -> dict:
+def heap_layout(shape: dict, in_place: bool = False) -> dict:
     """
-    Offsets in bytes of every section of a rank's heap, and what they are sized by.
+    Offsets in bytes of every section of a rank's heap, and what they are sized by.  `in_place`: as launch_args() says; a rank alone then has no pool.
     """
 
 def plan(shape: dict, chunk_counts: Annotated[NDArray[numpy.uint32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)]) -> dict:
@@ -146,7 +146,7 @@ def gate_columns(experts: int) -> int:
     Columns of the gate's product; the box of the gate's tensor map has half as many rows.
     """
 
-PAIR_SIZE_AT: int = 18372
+PAIR_SIZE_AT: int = 18368
 
 def record_layout() -> dict:
     """

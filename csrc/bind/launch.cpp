@@ -30,9 +30,9 @@ using namespace flashmoe;
 
 namespace {
 
-nb::dict heap_layout_dict(const nb::dict& shape) {
+nb::dict heap_layout_dict(const nb::dict& shape, bool in_place) {
   const Shape s = shape_from_dict(shape);
-  const HeapLayout l = heap_layout(s);
+  const HeapLayout l = heap_layout(s, in_place);
   nb::dict d;
 #define FLASHMOE_OFFSET(name) d[#name] = l.name
   FLASHMOE_OFFSET(abort_word);
@@ -200,7 +200,7 @@ nb::bytes launch_args(const nb::dict& shape, const std::vector<uintptr_t>& heaps
   auto args = std::make_unique<LaunchArgs>();
   std::memset(static_cast<void*>(args.get()), 0, sizeof(LaunchArgs));
   args->shape = s;
-  const HeapLayout layout = heap_layout(s);
+  const HeapLayout layout = heap_layout(s, in_place);
   args->layout = apart(layout, signals_at, rows_at.value_or(layout.pool));
   for (size_t r = 0; r < heaps.size(); ++r) args->heaps[r].base = reinterpret_cast<char*>(heaps[r]);
   for (size_t r = 0; r < ranks.size(); ++r) {
@@ -217,7 +217,6 @@ nb::bytes launch_args(const nb::dict& shape, const std::vector<uintptr_t>& heaps
     copy_maps(rank.map_x_slice, d["map_x_slice"]);
     copy_maps(rank.map_gate_slice, d["map_gate_slice"]);
     rank.x = pointer<const void>(d["x"]);
-    rank.gate = pointer<const void>(d["gate"]);
     rank.bias = pointer<const float>(d["bias"]);
     rank.y = pointer<void>(d["y"]);
     rank.ids = pointer<const int32_t>(d["ids"]);
@@ -229,7 +228,6 @@ nb::bytes launch_args(const nb::dict& shape, const std::vector<uintptr_t>& heaps
     rank.course.absent = never_starts == rank.rank;
     args->pair_size = pair_size(s, rank);  // of several ranks it is the same
   }
-  args->local_ranks = local_ranks;
   args->ring_capacity = ring_capacity;
   args->keep_last = keep_last ? 1 : 0;
   args->iteration_base = iteration_base;
@@ -307,8 +305,9 @@ nb::dict record_layout() {
 }  // namespace
 
 void bind_launch(nb::module_& m) {
-  m.def("heap_layout", &heap_layout_dict, nb::arg("shape"),
-        "Offsets in bytes of every section of a rank's heap, and what they are sized by.");
+  m.def("heap_layout", &heap_layout_dict, nb::arg("shape"), nb::arg("in_place") = false,
+        "Offsets in bytes of every section of a rank's heap, and what they are sized by.  "
+        "`in_place`: as launch_args() says; a rank alone then has no pool.");
   m.def("plan", &plan_dict, nb::arg("shape"), nb::arg("chunk_counts"),
         "The tiles of all ranks in order, one uint32 array a column, from rows [W, chunks, E].");
   m.def("units", &units_of, nb::arg("shape"), nb::arg("tokens"),

@@ -36,7 +36,6 @@ struct alignas(64) RankArgs {
   uint8_t map_x_slice[128];
   uint8_t map_gate_slice[128];
   const void* x;         // [tokens][H] dtype
-  const void* gate;      // [E][H] dtype
   const float* bias;     // [E], or null
   void* y;               // [tokens][H] dtype
   const int32_t* ids;    // external routing: [tokens][k], or null
@@ -66,18 +65,17 @@ struct LaunchArgs {
   uint64_t code_bytes;  // a multiple of 128
   Shape shape;
   HeapLayout layout;
-  Heap heaps[kMaxRanks];  // as this process reaches them
-  RankArgs ranks[kMaxRanks];
-  uint32_t local_ranks;  // ranks in this launch; CTA b belongs to rank b / shape.chunks
-  uint32_t pair_size;    // pair_size() of the ranks, also the launch's cluster dimension
+  Heap heaps[kMaxRanks];      // as this process reaches them
+  RankArgs ranks[kMaxRanks];  // of this launch: CTA b belongs to rank b / shape.chunks of these
+  uint32_t pair_size;         // pair_size() of the ranks, also the launch's cluster dimension
   uint32_t ring_capacity;
   uint32_t keep_last;
   uint32_t iteration_base;  // epoch at which iteration 0 starts, less one
   uint64_t deadline_ns;
   uint64_t first_deadline_ns;
-  FlightSlot* slots;  // [local_ranks][chunks][lanes], pinned host memory
-  RingHeader* rings;  // [local_ranks][chunks][lanes], or null
-  Record* records;    // [local_ranks][chunks][lanes][ring_capacity]
+  FlightSlot* slots;  // [ranks of the launch][chunks][lanes], pinned host memory
+  RingHeader* rings;  // the same, or null
+  Record* records;    // the same, [ring_capacity] each
   FaultArgs fault;
 };
 static_assert(sizeof(LaunchArgs) <= 32764, "a kernel's parameters hold at most 32,764 bytes");

@@ -49,12 +49,6 @@ struct Course {
   FewCourse by_unit;
 };
 
-// Whether GEMM1 reads its rows out of x, instead of copies in the pool: where there is one rank.  What is not copied to
-// the pool is not written and not read.
-inline bool gathers_rows(const Shape& s, uint32_t tokens) {
-  return s.world == 1 && tokens <= 0x7fffffff / s.hidden;  // rows are found by 32 bits from x
-}
-
 inline bool gate_in_slices(const Shape& s, uint32_t tokens) {
   return s.routing != RoutingKind::kExternal && s.hidden % kSliceDepth == 0 && tokens != 0 &&
          tokens <= most_sliced_tokens(s);

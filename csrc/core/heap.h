@@ -34,9 +34,10 @@ struct HeapLayout {
   uint64_t choices;
   uint64_t columns_ready;  // [2][H / 128] counter: of few tokens, experts whose results are stored
   // rows
-  uint64_t pool;  // peers: [pool_rows][H] dtype, rows for this rank's experts
-  uint64_t ret;   // peers: [max_tokens * k][H] dtype, result rows in send order
-  uint64_t h;     // [pool_rows][I] dtype
+  // peers: [pool_rows][H] dtype, rows for this rank's experts; empty where no launch copies rows
+  uint64_t pool;
+  uint64_t ret;  // peers: [max_tokens * k][H] dtype, result rows in send order
+  uint64_t h;    // [pool_rows][I] dtype
   // of this rank as a source
   uint64_t ids;      // [max_tokens][k] u32, experts chosen
   uint64_t weights;  // [max_tokens][k] f32
@@ -95,7 +96,14 @@ FLASHMOE_HD uint64_t worst_pool_rows(const Shape& s) {
   return static_cast<uint64_t>(s.world) * s.max_tokens * min_u32(s.top_k, max_owned_experts(s));
 }
 
-inline HeapLayout heap_layout(const Shape& s) {
+// Whether GEMM1 reads its rows out of x, instead of copies in the pool: where there is one rank.  What is not copied to
+// the pool is not written and not read.
+inline bool gathers_rows(const Shape& s, uint32_t tokens) {
+  return s.world == 1 && tokens <= 0x7fffffff / s.hidden;  // rows are found by 32 bits from x
+}
+
+// `in_place`: whether launches let rows stay in x where they may.
+inline HeapLayout heap_layout(const Shape& s, bool in_place = false) {
   constexpr uint64_t kElement = 2;  // bf16 and fp16
   HeapLayout l{};
   uint64_t at = 0;
@@ -122,7 +130,9 @@ inline HeapLayout heap_layout(const Shape& s) {
   l.logits = take(8ull * most_sliced_tokens(s) * s.experts, kSectionAlign);
   l.choices = take(16ull * kMostChoices, kSectionAlign);
   l.columns_ready = take(16ull * result_columns(s), kSectionAlign);
-  l.pool = take(kElement * s.pool_rows * s.hidden, kSectionAlign);
+  // Whoever has fewer tokens gathers as well.
+  const bool copies = !in_place || !gathers_rows(s, s.max_tokens);
+  l.pool = take(copies ? kElement * s.pool_rows * s.hidden : 0, kSectionAlign);
   l.ret = take(kElement * rows_sent * s.hidden, kSectionAlign);
   l.h = take(kElement * s.pool_rows * s.inter, kSectionAlign);
   l.ids = take(4 * rows_sent, kSectionAlign);

@@ -38,9 +38,9 @@ __device__ __forceinline__ void add_rows(const uint4* ret, uint32_t units, uint3
 // y of one token, the rank's at-th in combining order: its k result rows times their weights, summed in
 // float32 in the order of k; a lane fetches kColumns pieces of kRows rows at once, and knows one of 32
 // results in turn.
-template <class T, uint32_t kRows, uint32_t kColumns, bool kTraced>
+template <class T, uint32_t kColumns, bool kTraced>
 __device__ inline void combine_token(const Shared<kTraced>& sh, const Place& place, uint32_t at) {
-  static_assert(kRows == 8, "the rest is added by halves");
+  constexpr uint32_t kRows = 8;  // the rest is added by halves
   const Shape& shape = sh.shape;
   const uint32_t lane = threadIdx.x % 32, k = shape.top_k;
   const Result* results = place.heap.at<Result>(sh.layout.results) + static_cast<uint64_t>(at) * k;
@@ -63,17 +63,13 @@ __device__ inline void combine_token(const Shared<kTraced>& sh, const Place& pla
       add_rows<T, kRows>(ret, units, base, row, weight, j, sum);
     }
     fetch(j);
-    if constexpr (kRows > 4) {
-      if (k - j >= 4) {
-        add_rows<T, 4>(ret, units, base, row, weight, j, sum);
-        j += 4;
-      }
+    if (k - j >= 4) {
+      add_rows<T, 4>(ret, units, base, row, weight, j, sum);
+      j += 4;
     }
-    if constexpr (kRows > 2) {
-      if (k - j >= 2) {
-        add_rows<T, 2>(ret, units, base, row, weight, j, sum);
-        j += 2;
-      }
+    if (k - j >= 2) {
+      add_rows<T, 2>(ret, units, base, row, weight, j, sum);
+      j += 2;
     }
     if (j < k) add_rows<T, 1>(ret, units, base, row, weight, j, sum);
 #pragma unroll
@@ -376,7 +372,7 @@ __device__ inline Status combine_in_step(Shared<kTraced>& sh, const Place& place
       actor.doing(EventKind::k_combine, kNoPeer, kNoExpert, place.chunk);
       actor.skip();
     }
-    if (warp < batch.tokens) combine_token<T, 8, 4>(sh, place, begin + batch.from + warp);
+    if (warp < batch.tokens) combine_token<T, 4>(sh, place, begin + batch.from + warp);
   }
 }
 

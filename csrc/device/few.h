@@ -245,7 +245,7 @@ __device__ __forceinline__ void store_unit(const Shared<kTraced>& sh, const Plac
   const uint32_t width = up ? shape.inter : shape.hidden;
   T* to = place.heap.at<T>(up ? sh.layout.h : sh.layout.ret) +
           static_cast<uint64_t>(unit.first) * width;
-  const SigmoidGate gate(shape.activation);
+  const Activation kind = shape.activation;
 #pragma unroll
   for (uint32_t p = 0; p < kFewProducts; ++p) {
     const uint32_t product = unit.column * kFewProducts + p;
@@ -255,11 +255,12 @@ __device__ __forceinline__ void store_unit(const Shared<kTraced>& sh, const Plac
       float value = sums[p][v];
       if (paired) {
         if (v >= 2) break;
-        value = gate(value) * sums[p][v + 2];
+        value = (kind == Activation::kGeglu ? TanhGeluGate{}(value) : SiluGate{}(value)) *
+                sums[p][v + 2];
       } else if (up && !kGated) {
-        value = shape.activation == Activation::kRelu   ? fmaxf(value, 0.0f)
-                : shape.activation == Activation::kGelu ? gelu(value)
-                                                        : gate(value);
+        value = kind == Activation::kRelu   ? ptx::relu(value)
+                : kind == Activation::kGelu ? gelu(value)
+                                            : SiluGate{}(value);
       }
       const uint32_t row = q + v % 2;
       if (row < rows && column < width) {

@@ -2,7 +2,7 @@
 //
 // One cubin holds every variant; nothing is compiled per shape.  Entry points are named
 // moe_<dtype>_<expert kind>_<traced>, take one LaunchArgs by value (so that a captured graph holds its
-// own), and are launched with local_ranks * chunks blocks of 384 threads, all resident at once.
+// own), and are launched with ranks * chunks blocks of 384 threads, all resident at once.
 #include "device/kernel.h"
 
 FLASHMOE_KERNEL(moe_bf16_gated_untraced, __nv_bfloat16, true, false)
@@ -59,20 +59,34 @@ extern "C" __global__ void flashmoe_now(volatile uint64_t* answer, uint64_t numb
   answer[1] = number;
 }
 
+// Epochs are 32 bits, and tags of the launch before must never be this one's.
+inline constexpr uint64_t kLastEpoch = 1ull << 31;
+
 // Runs behind a forward of one rank: leaves in `workspace` how that ended (the heap's status word) and,
 // unless it ended well, tells the host by `failed` (pinned) and fills y, of a multiple of 16 bytes, with
-// ones, which are NaNs in both dtypes.  Any grid.
-extern "C" __global__ void flashmoe_poison(const uint64_t* status_word, const uint64_t* abort_word,
-                                           uint4* y, uint64_t bytes, uint64_t* workspace,
-                                           volatile uint64_t* failed) {
-  // Where no CTA got as far as leaving, only the abort word tells.
+// ones, which are NaNs in both dtypes.  Once in kLastEpoch launches it begins the signals, `signal_bytes` of zeros at
+// the heap's beginning, anew.  Any grid.
+extern "C" __global__ void flashmoe_poison(uint64_t* signals, uint64_t signal_bytes,
+                                           const uint64_t* status_word, const uint64_t* abort_word,
+                                           const uint64_t* epoch_word, uint4* y, uint64_t bytes,
+                                           uint64_t* workspace, volatile uint64_t* failed) {
+  // Where no CTA got as far as leaving, only the abort word tells.  Words that become zero meanwhile say the same.
   const uint64_t ended = *status_word != 0 ? *status_word : *abort_word;
   const uint64_t index = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (index == 0) {
     *workspace = ended;
     if (ended != 0) *failed = ended;
   }
-  if (ended == 0) return;
+  if (ended == 0) {
+    if (blockIdx.x != 0) return;
+    const bool over = *epoch_word >= kLastEpoch;
+    __syncthreads();  // each thread has seen the word that one of them clears
+    if (!over) return;
+    for (uint64_t i = threadIdx.x; i < signal_bytes / sizeof(uint64_t); i += blockDim.x) {
+      signals[i] = 0;
+    }
+    return;
+  }
   const uint64_t threads = static_cast<uint64_t>(gridDim.x) * blockDim.x;
   for (uint64_t i = index; i < bytes / sizeof(uint4); i += threads) {
     y[i] = make_uint4(~0u, ~0u, ~0u, ~0u);

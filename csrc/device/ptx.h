@@ -62,6 +62,13 @@ __device__ __forceinline__ float tanh_approximate(float x) {
   return y;
 }
 
+// The greater of x and 0; fmaxf() would make 0 of a NaN.
+__device__ __forceinline__ float relu(float x) {
+  float y;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // ---- words that other CTAs or ranks read ------------------------------------------------------
 
 __device__ __forceinline__ uint64_t load_acquire_sys(const uint64_t* p) {

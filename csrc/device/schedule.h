@@ -150,8 +150,12 @@ __device__ inline void tell_left(Shared<kTraced>& sh, const Place& place) {
     none.has = kNoWork;
     send_message(sh, place, 0, none);
   } else {
+    ptx::mbarrier_expect(&sh.pair_full[0], kMessageBytes<kTraced>);
     ptx::store_cluster(ptx::shared_address(&sh.other_left) + place.to_other, 1);
     ptx::mbarrier_arrive_cluster(ptx::shared_address(&sh.pair_empty[0]) + place.to_other);
+    // The other one says once that there is no work, from here or as a scheduler that finds this CTA gone.  Only the
+    // message's own barrier tells that it has come, and it must not come to a CTA that has left.
+    ptx::mbarrier_wait(&sh.pair_full[0], 0);
   }
 }
 

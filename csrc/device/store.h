@@ -10,7 +10,7 @@ namespace flashmoe {
 // sigmoid(2 u) = (1 + tanh u) / 2, since `tanh` is one instruction of the unit for functions where `ex2` and `rcp`
 // are two.  Of PTX it is promised to err by 2^-11; an H200's errs by less than 2^-16 (docs/numbers.md).
 
-// SiLU, v sigmoid(v).  By itself, since what stands in the code for each of a tile's sums takes its time to come.
+// SiLU, v sigmoid(v).
 struct SiluGate {
   __device__ __forceinline__ float operator()(float v) const {
     const float half = 0.5f * v;
@@ -18,20 +18,12 @@ struct SiluGate {
   }
 };
 
-// v sigmoid(2 v (a + b v^2)).  SiLU has a = 1/2, b = 0.  GELU by tanh is 0.5 v (1 + tanh u) with
-// u = sqrt(2 / pi) (v + 0.044715 v^3).  The choice lies in two numbers, for the same reason; where b is 0, v may
-// have a square that float has not.
-struct SigmoidGate {
-  float a;
-  float b;
-  __device__ __forceinline__ explicit SigmoidGate(Activation kind) {
-    constexpr float kRoot = 0.7978845608028654f;  // sqrt(2 / pi)
-    a = kind == Activation::kGeglu ? kRoot : 0.5f;
-    b = kind == Activation::kGeglu ? kRoot * 0.044715f : 0.0f;
-  }
+// GELU by tanh, 0.5 v (1 + tanh u) with u = sqrt(2 / pi) (v + 0.044715 v^3).
+struct TanhGeluGate {
   __device__ __forceinline__ float operator()(float v) const {
+    constexpr float kRoot = 0.7978845608028654f;  // sqrt(2 / pi)
     const float half = 0.5f * v;
-    return fmaf(half, ptx::tanh_approximate(v * fmaf(b * v, v, a)), half);
+    return fmaf(half, ptx::tanh_approximate(v * fmaf(kRoot * 0.044715f * v, v, kRoot)), half);
   }
 };
 
@@ -152,7 +144,6 @@ __device__ __forceinline__ void store_hidden(const Shared<kTraced>& sh, const Pl
   const RowGoal goal{place.heap.at<char>(sh.layout.h) +
                          (tile.pool_row0 + of_group / kRowUnits) * row_bytes + column * sizeof(T),
                      kGroupThreads / kRowUnits * row_bytes, 0, tile.rows, column < inter};
-  const SigmoidGate gate(kind);
   if constexpr (kGated) {
     auto gated = [&](const auto& f) {
       store_transposed<kN, kUnits, kPassBytes<kTraced>>(buffer, goal, [&](uint32_t j, uint32_t m) {
@@ -163,7 +154,7 @@ __device__ __forceinline__ void store_hidden(const Shared<kTraced>& sh, const Pl
     if (kind == Activation::kSwiglu) {
       gated(SiluGate{});
     } else {
-      gated(gate);
+      gated(TanhGeluGate{});
     }
   } else {
     auto pair = [&](const auto& f) {
@@ -173,10 +164,10 @@ __device__ __forceinline__ void store_hidden(const Shared<kTraced>& sh, const Pl
       });
     };
     if (kind == Activation::kRelu) {
-      pair([](float v) { return fmaxf(v, 0.0f); });
+      pair([](float v) { return ptx::relu(v); });
     } else {
       const bool erf = kind == Activation::kGelu;
-      pair([&](float v) { return erf ? gelu(v) : gate(v); });
+      pair([&](float v) { return erf ? gelu(v) : SiluGate{}(v); });
     }
   }
 }

@@ -170,7 +170,6 @@ def rank_args(
     return {
         **maps,
         "x": address(x),
-        "gate": address(weights.gate),
         "bias": address(weights.bias),
         "y": address(y),
         "ids": address(ids),

@@ -127,7 +127,7 @@ class GpuEngine:
         self._fixed_pool = pool_rows is not None
         total = torch.cuda.get_device_properties(self.device).total_memory
         self._shape = self._make_shape(pool_rows, total)
-        self._layout = extension().heap_layout(self._shape)
+        self._layout = self._heap_layout(self._shape)
         self.ring_capacity = options.ring_capacity or self._default_ring_capacity()
         self._check_memory(weights)
         self._weights = self._place_weights(weights)
@@ -169,8 +169,8 @@ class GpuEngine:
         if pool_rows is None:
             # The worst case while the arenas then take less than a quarter of the memory, else
             # twice the mean; launch() grows the pools should that overflow.
-            pool_rows = extension().heap_layout(shape)["worst_pool_rows"]
-            arenas = extension().heap_layout({**shape, "pool_rows": pool_rows})["bytes"]
+            pool_rows = self._heap_layout(shape)["worst_pool_rows"]
+            arenas = self._heap_layout({**shape, "pool_rows": pool_rows})["bytes"]
             if arenas * self.on_gpu > memory // 4:
                 mean = sum(self.tokens) * self.config.top_k // self.options.ranks
                 pool_rows = min(pool_rows, 2 * mean)
@@ -180,6 +180,10 @@ class GpuEngine:
             units = arguments.units(shape, self.tokens[0], self.flavour, self.options.faults)
         self._by_units = units is not None
         return {**shape, **(units or {})}
+
+    def _heap_layout(self, shape: dict[str, Any]) -> dict[str, int]:
+        layout: dict[str, int] = extension().heap_layout(shape, self.options.in_place)
+        return layout
 
     def _default_ring_capacity(self) -> int:
         """Records an actor may write in LAUNCHES_PER_RING launches, were all rows of one rank."""
@@ -355,7 +359,7 @@ class GpuEngine:
         """Makes room for ``rows`` rows a pool.  The epoch goes back to 0; iterations go on."""
         self._shape = {**self._shape, "pool_rows": rows}
         self._heaps = []
-        self._layout = extension().heap_layout(self._shape)
+        self._layout = self._heap_layout(self._shape)
         self._memory.free()
         free, _ = torch.cuda.mem_get_info(self.device)
         needed = self._layout["bytes"] * len(self.local)

@@ -40,8 +40,11 @@ EXIT_HANG = 124
 
 _POISON_THREADS = 256
 _POISON_TYPES = (
+    ctypes.c_void_p,  # signals
+    ctypes.c_uint64,  # signal_bytes
     ctypes.c_void_p,  # status_word
     ctypes.c_void_p,  # abort_word
+    ctypes.c_void_p,  # epoch_word
     ctypes.c_void_p,  # y
     ctypes.c_uint64,  # bytes
     ctypes.c_void_p,  # workspace
@@ -128,7 +131,7 @@ class SharedHeap:
         with self._lock:
             place = self._places.get((config, max_tokens))
             shape = place.shape if place else self._worst_shape(config, max_tokens)
-            layout = extension().heap_layout(shape)
+            layout = extension().heap_layout(shape, in_place=True)
             rows = layout["bytes"] - layout["pool"]
             grown = rows if rows > self._rows.numel() else 0
             signals = 0 if place else layout["pool"]
@@ -225,9 +228,13 @@ class SharedHeap:
         if x.shape[0] == 0:
             return
         address = place.signals.data_ptr()
-        status, abort = (address + place.layout[word] for word in ("status_word", "abort_word"))
+        words = [
+            address + place.layout[word] for word in ("status_word", "abort_word", "epoch_word")
+        ]
         size = y.numel() * y.element_size()
-        poison = (status, abort, y.data_ptr(), size, workspace.data_ptr(), self._failed.data_ptr())
+        signals = (address, place.signals.numel())
+        told = (workspace.data_ptr(), self._failed.data_ptr())
+        poison = (*signals, *words, y.data_ptr(), size, *told)
         blocks = min(self.chunks, -(-size // (16 * _POISON_THREADS)))
         with self._lock, torch.cuda.device(self.device), self._in_order():
             args = self._pack(place, config, weights, x, y, ids, routing_weights)

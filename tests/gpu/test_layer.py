@@ -385,6 +385,33 @@ def test_a_hang_gives_nan_and_raises(heap: SharedHeap) -> None:
     assert torch.equal(layer(x), good)
 
 
+def test_epochs_begin_anew_before_32_bits_are_over(heap: SharedHeap) -> None:
+    config = replace(SMALL, hidden=512)  # signals of its own
+    layer, x = made(config), tokens(200, config)
+    first = layer(x)
+    layer.check()
+    (place,) = [p for (c, _), p in heap._places.items() if c == config]
+    words = place.signals.view(torch.int64)
+
+    def word(name: str) -> int:
+        return int(words[place.layout[name] // 8])
+
+    chunks = place.shape["chunks"]
+    assert (word("epoch_word"), word("exits")) == (1, chunks)
+    last = 2**31 - 1  # odd, as 1 is: sets alternate by it
+    for name, value in (("epoch_word", last), ("exits", last * chunks), ("barrier", last * chunks)):
+        words[place.layout[name] // 8] = value
+    assert torch.equal(layer(x), first)
+    layer.check()
+    assert not words.any()
+    graph, y = captured(lambda: layer(x))
+    for epoch in (2, 3):
+        graph.replay()
+        layer.check()
+        assert word("epoch_word") == epoch
+        assert torch.equal(y, first)
+
+
 def test_inference_only() -> None:
     layer, x = made(), tokens(5).requires_grad_()
     with pytest.raises(FlashmoeError, match="requires grad"):

@@ -99,6 +99,20 @@ def test_sections_of_the_heap_follow_each_other(shape: dict[str, Any]) -> None:
     assert layout["signal_bytes"] == layout["pool"]
 
 
+@pytest.mark.parametrize(("world", "tokens"), [(1, 64), (2, 64), (1, 1 << 26)])
+def test_a_rank_alone_whose_rows_stay_in_x_has_no_pool(world: int, tokens: int) -> None:
+    shape = shape_of(world=world, max_tokens=tokens)
+    whole, placed = _host.heap_layout(shape), _host.heap_layout(shape, in_place=True)
+    gathers = world == 1 and tokens <= 0x7FFFFFFF // shape["hidden"]
+    assert gathers == (tokens == 64 and world == 1)
+    pool = whole["ret"] - whole["pool"]
+    assert pool >= 2 * shape["pool_rows"] * shape["hidden"]
+    saved = pool if gathers else 0
+    assert placed["signal_bytes"] == whole["signal_bytes"]
+    assert whole["bytes"] - placed["bytes"] == saved
+    assert whole["h"] - placed["h"] == saved
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
 def test_tables_of_128_experts_fit_shared_memory(world: int) -> None:
     """A scheduler asks them a dozen times a tile, and out of the heap each answer comes from L2."""
@@ -221,7 +235,7 @@ RANK_ARGS = {
     "map_up_unit": b"v" * 128, "map_down_unit": b"e" * 128,
     "map_x": b"x" * 128, "map_gate": b"g" * 128,
     "map_x_slice": b"X" * 128, "map_gate_slice": b"G" * 128,
-    "x": 0x1111, "gate": 0x2222, "bias": 0, "y": 0x4444, "ids": 0, "weights": 0,
+    "x": 0x1111, "bias": 0, "y": 0x4444, "ids": 0, "weights": 0,
     "rank": 1, "tokens": 7, "gate_box_tokens": 8,
 }  # fmt: skip
 
@@ -249,16 +263,18 @@ def test_launch_args_hold_what_they_were_given() -> None:
     maps = b"p" * 512 + b"h" * 512 + b"".join(one * 128 for one in ones)
     assert whole[at : at + len(maps)] == maps
     at += len(maps)
-    fields = np.frombuffer(whole[at : at + 48], np.uint64).tolist()
-    assert fields == [0x1111, 0x2222, 0, 0x4444, 0, 0]
-    assert np.frombuffer(whole[at + 48 : at + 60], np.uint32).tolist() == [1, 7, 8]
+    fields = np.frombuffer(whole[at : at + 40], np.uint64).tolist()
+    assert fields == [0x1111, 0, 0x4444, 0, 0]
+    assert np.frombuffer(whole[at + 40 : at + 52], np.uint32).tolist() == [1, 7, 8]
     for address in (0x100000, 0x200000, 0x5555, 0x6666, 0x7777):
         assert address.to_bytes(8, "little") in whole
     assert pack(tokens=8) != whole
     # Only a rank alone can leave its rows where they are.
     assert pack(in_place=False) == whole
     alone, copying = pack(1, rank=0, tokens=700), pack(1, False, rank=0, tokens=700)
-    assert sum(a != b for a, b in zip(alone, copying, strict=True)) == 1
+    # Behind the layout, in which the one has no pool.
+    assert alone[:at] != copying[:at]
+    assert sum(a != b for a, b in zip(alone[at:], copying[at:], strict=True)) == 1
     with pytest.raises(ValueError, match="128 bytes"):
         pack(map_h=b"short")
 
