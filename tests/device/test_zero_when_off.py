@@ -12,29 +12,31 @@ from typing import Any
 import pytest
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-ENTRY = "moe_bf16_gated_untraced"
 
 # An entry as in csrc/device/moe_p2p_sm90a.cu, alone: all of them take minutes.
-SOURCE = f"""
+SOURCE = """
 #include "device/kernel.h"
-extern "C" __global__ void __launch_bounds__(flashmoe::kThreads, 1)
-    {ENTRY}(const __grid_constant__ flashmoe::LaunchArgs args) {{
-  flashmoe::moe_forward<__nv_bfloat16, true, {{traced}}>(args);
-}}
+FLASHMOE_KERNEL(entry, TYPE, GATED, TRACED)
 """
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
 
 
 def compiled(
-    folder: Path, *flags: str, traced: bool = False
+    folder: Path,
+    *flags: str,
+    dtype: str = "__nv_bfloat16",
+    gated: bool = True,
+    traced: bool = False,
 ) -> tuple[subprocess.CompletedProcess[str], Path]:
     """What nvcc said of one entry, and the cubin, with CUBIN.d beside it."""
     folder.mkdir()
     source, cubin = folder / "one.cu", folder / "one.cubin"
-    source.write_text(SOURCE.replace("{traced}", str(traced).lower()))
+    source.write_text(SOURCE)
+    named = {"TYPE": dtype, "GATED": str(gated).lower(), "TRACED": str(traced).lower()}
     done = subprocess.run(
         ["nvcc", "-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-cubin", *flags,
+         *(f"-D{name}={value}" for name, value in named.items()),
          f"-I{CSRC}", "-MD", "-MF", f"{cubin}.d", "-o", str(cubin), str(source)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -46,8 +48,8 @@ def code(cubin: Path) -> dict[str, Any]:
     elffile = pytest.importorskip("elftools.elf.elffile", reason="pyelftools is not installed")
     with cubin.open("rb") as file:
         elf = elffile.ELFFile(file)
-        text = elf.get_section_by_name(f".text.{ENTRY}")
-        info = elf.get_section_by_name(f".nv.info.{ENTRY}")
+        text = elf.get_section_by_name(".text.entry")
+        info = elf.get_section_by_name(".nv.info.entry")
         return {
             "bytes": text["sh_size"],
             "instructions": hashlib.sha256(text.data()).hexdigest(),
@@ -57,10 +59,16 @@ def code(cubin: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_untraced_code_is_that_of_a_build_without_traces(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("dtype", ["__nv_bfloat16", "__half"])
+def test_untraced_code_is_that_of_a_build_without_traces(
+    tmp_path: Path, dtype: str, gated: bool
+) -> None:
     with ThreadPoolExecutor(2) as pool:
         runs = pool.map(
-            lambda flags: compiled(tmp_path / (flags[0] if flags else "as-it-is"), *flags),
+            lambda flags: compiled(
+                tmp_path / (flags[0] if flags else "as-it-is"), *flags, dtype=dtype, gated=gated
+            ),
             [(), ("-DFLASHMOE_NO_TRACE",)],
         )
         (one, ours), (other, without) = runs
