@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import os
 import shlex
 import signal
@@ -10,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +30,42 @@ from flashmoe_cli.progress import Progress
 
 def default_run_path(name: str) -> Path:
     """NAME-DATE-TIME.fmoe in the runs folder, with a number where that one is taken."""
-    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    path = runs_folder() / f"{stem}{SUFFIX}"
-    number = 2
-    while path.exists():
-        path = runs_folder() / f"{stem}-{number}{SUFFIX}"
-        number += 1
-    return path
+    path = runs_folder() / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}{SUFFIX}"
+    return next(p for p in _numbered(path) if not p.exists())
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    """``path``, then the same with -2, -3, ... before its suffix."""
+    yield path
+    for number in itertools.count(2):
+        yield path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+@contextmanager
+def _own_name(request: Request) -> Iterator[Request]:
+    """The request, its default name changed where a trace that began in the same second has it.
+
+    A hidden file beside it, made by whoever comes first, holds a name until its run is written.
+    Only then is it looked whether the run is there: a name that became free was used.
+    """
+    if request.out is None or request.out != request.hang_out:
+        yield request
+        return
+    for path in _numbered(request.out):
+        held = path.with_name(f".{path.name}.held")
+        try:
+            os.close(os.open(held, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        except FileExistsError:
+            continue
+        except OSError:  # a folder that cannot be written: the writer says so better
+            yield request
+            return
+        try:
+            if not path.exists():
+                yield dataclasses.replace(request, out=path, hang_out=path)
+                return
+        finally:
+            held.unlink(missing_ok=True)
 
 
 def make_request(options: dict[str, Any], *, traced: bool, place: Place | None = None) -> Request:
@@ -116,8 +147,16 @@ def record(options: dict[str, Any], *, traced: bool) -> Result:
 
         emit(dry_run_lines(request, sys.argv[1:]))
         raise typer.Exit(0)
-    if place is not None:
-        return _join(request, place, options)
+    with ExitStack() as held:
+        if place is None or place.rank == 0:
+            request = held.enter_context(_own_name(request))
+        if place is not None:
+            return _join(request, place, options)
+        return _run(request, options)
+
+
+def _run(request: Request, options: dict[str, Any]) -> Result:
+    """The run, by this process or by those that it starts."""
     before = _saved(request)
     with Progress(quiet=options["quiet"] or options["as_json"]) as progress, _stopped_by_sigterm():
         try:

@@ -81,11 +81,7 @@ def refuse_existing(path: Path, force: bool) -> None:
     if not path.exists() and not path.is_symlink():
         return
     if not force:
-        raise FlashmoeError(
-            f"{path} exists already; nothing is overwritten",
-            "choose another name with -o, or replace it with -f",
-            2,
-        )
+        raise _exists(path)
     ours = path.is_dir() and ((path / "run.json").exists() or not any(path.iterdir()))
     if not ours or path.is_symlink():
         raise FlashmoeError(
@@ -95,6 +91,14 @@ def refuse_existing(path: Path, force: bool) -> None:
         )
 
 
+def _exists(path: Path) -> FlashmoeError:
+    return FlashmoeError(
+        f"{path} exists already; nothing is overwritten",
+        "choose another name with -o, or replace it with -f",
+        2,
+    )
+
+
 class RunWriter:
     """Writes a run directory; use it as a context manager.
 
@@ -102,7 +106,8 @@ class RunWriter:
     are added here.  Everything goes into a sibling with a temporary name that takes its place at
     the end, so a directory called NAME.fmoe is always whole.  After an exception inside the block
     what was added so far is written, with ``status`` set if the caller had not, and the exception
-    goes on.  Raises FlashmoeError (exit code 2) where ``path`` exists and ``force`` is not set.
+    goes on.  Raises FlashmoeError (exit code 2) where ``path`` exists and ``force`` is not set, at
+    the beginning and, for what came there meanwhile, at the end.
     """
 
     def __init__(self, path: str | os.PathLike[str], force: bool = False) -> None:
@@ -184,13 +189,16 @@ class RunWriter:
 
     def _take_place(self, temporary: Path) -> None:
         old = self.path.with_name(f".{self.path.name}.{os.getpid()}.old")
-        if self.path.exists():
+        # Without force nothing makes way: the rename itself fails where another has been quicker.
+        if self.force and self.path.exists():
             self.path.rename(old)
         try:
             temporary.rename(self.path)
-        except OSError:
+        except OSError as error:
             if old.exists():
                 old.rename(self.path)
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise _exists(self.path) from error
             raise
         shutil.rmtree(old, ignore_errors=True)
 

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from flashmoe_cli import recording
+
 HOST = ("--world", "host")
 
 
@@ -50,6 +52,32 @@ def test_trace_saves_shows_and_names_the_next_commands(
     assert "running" in done.stderr
     assert (runs / "latest").resolve() == saved
     assert cli("timeline").exit_code == 0
+
+
+def test_traces_of_one_second_take_names_of_their_own(
+    runs: Path, cli: Any, torch_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording.time, "strftime", lambda form: "20260102-030405")
+    whole, inner = recording.run, []
+
+    def another_begins_meanwhile(*given: Any) -> Any:
+        if not inner:
+            inner.append(None)
+            inner[0] = cli("trace", "tiny", "--seed", "2", *HOST)
+        return whole(*given)
+
+    monkeypatch.setattr(recording, "run", another_begins_meanwhile)
+    done = cli("trace", "tiny", "--seed", "1", *HOST)
+    assert done.exit_code == inner[0].exit_code == 0, done.output
+    third = cli("trace", "tiny", "--seed", "3", *HOST)
+    assert third.exit_code == 0, third.output
+    stem = "tiny-20260102-030405"
+    seeds = {
+        name: json.loads(Path(name, "run.json").read_text())["config"]["seed"]
+        for name in (f"{stem}.fmoe", f"{stem}-2.fmoe", f"{stem}-3.fmoe")
+    }
+    assert list(seeds.values()) == [1, 2, 3]
+    assert {p.name for p in runs.iterdir()} == {*seeds, "latest"}
 
 
 def test_the_saved_run_tells_what_it_was(runs: Path, cli: Any, torch_engine: Any) -> None:

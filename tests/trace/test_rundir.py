@@ -94,6 +94,17 @@ def test_nothing_is_overwritten_without_force(tmp_path: Path) -> None:
     assert files(tmp_path) == {"a.fmoe", "latest"}
 
 
+def test_a_run_that_came_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "a.fmoe"
+    with pytest.raises(FlashmoeError, match="exists already") as found, RunWriter(path) as late:
+        late.meta["command"] = "late"
+        with RunWriter(path) as early:
+            early.meta["command"] = "early"
+    assert found.value.exit_code == 2
+    assert open_run(path).meta["command"] == "early"
+    assert files(tmp_path) == {"a.fmoe", "latest"}
+
+
 def test_force_replaces_only_runs(tmp_path: Path) -> None:
     precious = tmp_path / "thesis"
     precious.mkdir()
