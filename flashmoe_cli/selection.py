@@ -7,6 +7,8 @@ import re
 from flashmoe.errors import FlashmoeError
 
 _UNITS = {"ns": 1.0, "us": 1e3, "µs": 1e3, "ms": 1e6, "s": 1e9}
+#: No run has an SM above it; what a list may ask for is bounded, since it is expanded.
+_LAST_SM = 0xFFFF
 _TIME = re.compile(r"([0-9]*\.?[0-9]+)\s*(ns|us|µs|ms|s)?")
 
 
@@ -16,11 +18,13 @@ def parse_sms(text: str | None) -> list[int] | None:
         return None
     sms: set[int] = set()
     for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d+)\s*(?:(?:-|\.\.)\s*(\d+))?\s*", part)
+        found = re.fullmatch(r"\s*([0-9]+)\s*(?:(?:-|\.\.)\s*([0-9]+))?\s*", part)
         if found is None:
             raise _usage(
                 f"--sm {text} is not a list of SMs", "write --sm 3, --sm 17-31 or --sm 0,4-7"
             )
+        if any(len(n.lstrip("0")) > 5 or int(n) > _LAST_SM for n in found.groups() if n):
+            raise _usage(f"--sm {text} goes beyond any GPU", f"SMs are numbered 0 to {_LAST_SM}")
         first = int(found[1])
         last = int(found[2]) if found[2] else first
         if last < first:
