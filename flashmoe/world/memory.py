@@ -7,17 +7,48 @@ from pathlib import Path
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 
+#: Where a cgroup says its limit and what it uses, and the name in memory.stat of the page cache
+#: that it would give up: version 2, then version 1.
+_LIMITS = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
+
 
 def available_bytes() -> int | None:
-    """Bytes that can be allocated before the machine or its container is full; None: unknown."""
+    """Bytes that can be allocated before the machine or its container is full; None: unknown.
+
+    Page cache that would be given up counts as available, as it does in MemAvailable.
+    """
     limits = []
-    for line in _read(_MEMINFO).splitlines():
-        if line.startswith("MemAvailable:"):
-            limits.append(int(line.split()[1]) * 1024)
-    limit, used = _read(_CGROUP / "memory.max").strip(), _read(_CGROUP / "memory.current").strip()
-    if limit.isdigit() and used.isdigit():
-        limits.append(max(0, int(limit) - int(used)))
+    kib = _named(_MEMINFO, "MemAvailable:")
+    if kib is not None:
+        limits.append(kib * 1024)
+    for most, current, stat, cache in _LIMITS:
+        limit, used = _number(_read(_CGROUP / most)), _number(_read(_CGROUP / current))
+        if limit is not None and used is not None:
+            used -= min(_named(_CGROUP / stat, cache) or 0, used)
+            limits.append(max(0, limit - used))
     return min(limits) if limits else None
+
+
+def _named(path: Path, name: str) -> int | None:
+    """The number behind ``name`` in a file of one name and number a line."""
+    for line in _read(path).splitlines():
+        words = line.split()
+        if len(words) > 1 and words[0] == name:
+            return _number(words[1])
+    return None
+
+
+def _number(text: str) -> int | None:
+    text = text.strip()
+    return int(text) if text.isascii() and text.isdecimal() else None
 
 
 def _read(path: Path) -> str:
