@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from flashmoe.errors import FlashmoeError
 from flashmoe_cli.commands import (
     bench,
     doctor,
@@ -64,6 +65,14 @@ def root(
 
         emit(version_json() if as_json else version_lines(verbose))
         raise typer.Exit(0)
+    for flag, given in (("--json", as_json), ("-v", verbose)):
+        if given:
+            verb = ctx.invoked_subcommand or "VERB"
+            raise FlashmoeError(
+                f"{flag} before the verb is for --version alone",
+                f"put it behind the verb: flashmoe {verb} {flag}",
+                exit_code=2,
+            )
     if ctx.invoked_subcommand is None:
         emit(ctx.get_help())
         raise typer.Exit(0)

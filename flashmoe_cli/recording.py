@@ -143,9 +143,11 @@ def record(options: dict[str, Any], *, traced: bool) -> Result:
     place = find_place(os.environ)
     request = make_request(options, traced=traced, place=place)
     if options.get("dry_run"):
-        from flashmoe_cli.render.dry_run import dry_run_lines
+        from flashmoe_cli.render.dry_run import dry_run_json, dry_run_lines
 
-        emit(dry_run_lines(request, sys.argv[1:]))
+        verb, argv = "trace" if traced else "run", sys.argv[1:]
+        as_json = options["as_json"]
+        emit(dry_run_json(verb, request, argv) if as_json else dry_run_lines(request, argv))
         raise typer.Exit(0)
     with ExitStack() as held:
         if place is None or place.rank == 0:

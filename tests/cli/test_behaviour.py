@@ -42,6 +42,7 @@ PLACE = {"PYTHONPATH": str(Path(flashmoe_cli.__file__).parents[1])}
         (("run", "--force", "--ring-mode", "x"), "no such option --ring-mode", "flashmoe trace"),
         (("run", "tiny", "extra"), "extra", "flashmoe run --help"),
         (("run", "--hidden"), "--hidden", "flashmoe run --help"),
+        (("-v", "presets"), "-v before the verb", "behind the verb: flashmoe presets -v"),
         (("run", "tiny", "--hidden", "63"), "hidden size 63", "--hidden 56 or 64"),
     ],
 )
@@ -106,6 +107,14 @@ def test_versions(cli: Any) -> None:
     assert "host engine:" in more
     assert "GPU kernels:" in more
     assert json.loads(cli("--version", "--json").stdout)["build"]["version"] == __version__
+
+
+@pytest.mark.parametrize("args", [("--json", "presets"), ("--json",)])
+def test_json_before_the_verb_is_refused_in_json(cli: Any, args: tuple[str, ...]) -> None:
+    done = cli(*args)
+    assert done.exit_code == 2
+    assert "flashmoe" in json.loads(done.stdout)["error"]["hint"]
+    assert done.stderr == ""
 
 
 def test_no_verb_shows_the_help(cli: Any) -> None:

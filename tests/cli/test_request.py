@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +136,15 @@ def test_a_dry_run_leaves_to_each_launcher_what_is_its_own(
     assert "--nproc-per-node=3" in torchrun and "-m flashmoe_cli" in torchrun
     assert "--ranks" not in srun and "--processes" not in torchrun
     assert not list(runs.iterdir())
+
+
+def test_a_dry_run_is_json_where_that_is_asked_for(
+    cli: Any, runs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ("run", "tiny", "--world", "host", "--ranks", "4", "--dry-run", "--json")
+    monkeypatch.setattr("sys.argv", ["flashmoe", *args])
+    said = json.loads(cli(*args).stdout)
+    assert (said["schema"], said["verb"]) == (1, "run")
+    assert [c["launcher"] for c in said["commands"]] == ["flashmoe", "srun", "torchrun"]
+    assert said["commands"][0]["command"] == "flashmoe run tiny --world host --ranks 4"
+    assert not any("--json" in c["command"] for c in said["commands"])

@@ -1,4 +1,4 @@
-"""What may still be allocated: the machine's word, a cgroup's limit of either version, the cache."""
+"""What may still be allocated: what the machine says, a cgroup's limit, and its page cache."""
 
 from __future__ import annotations
 
