@@ -133,6 +133,8 @@ def read_rings(path: Path, whole: bool = True) -> Rings:
             f"{header['header_bytes']}, not {RECORD.itemsize} and {RING_HEADER.itemsize}",
             "the file is damaged; trace again",
         )
+    if int(header["n_rings"]) * RING_HEADER.itemsize > size - FILE_HEADER.itemsize:
+        raise _truncated(path)  # before so many are allocated
     headers = np.zeros(int(header["n_rings"]), RING_HEADER)
     stored = []
     at = FILE_HEADER.itemsize

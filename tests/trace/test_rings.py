@@ -147,6 +147,17 @@ def test_a_truncated_file_is_refused(tmp_path: Path, keep: int) -> None:
     assert found.value.hint
 
 
+def test_more_rings_than_the_file_can_hold_are_not_allocated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rings.bin"
+    data = written(path)
+    path.write_bytes(data[:20] + b"\xff\xff\xff\xff" + data[24:])
+    monkeypatch.setattr(np, "zeros", lambda *shape: pytest.fail("allocated"))
+    with pytest.raises(FlashmoeError, match="truncated"):
+        read_rings(path)
+
+
 def test_a_foreign_and_a_newer_file_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "rings.bin"
     data = written(path)
