@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from flashmoe.config import Activation, DType, MoEConfig, MoEWeights, Routing
+from flashmoe.errors import FlashmoeError
 from flashmoe.tensor_files import ROUNDABLE, TensorFiles, unsupported, wrong
 from flashmoe.weights import TORCH_DTYPES
 
@@ -81,25 +83,70 @@ class _Settings:
         found = [self.values[k] for k in keys if self.values.get(k) is not None]
         return found[0] if found else default
 
-    def size(self, *keys: str) -> int:
+    def size(self, *keys: str, default: int | None = None) -> int:
         """A whole number from 0 up under the first of ``keys``; raises FlashmoeError."""
-        value = self.get(*keys)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise wrong(
-                f"{self.file}: '{keys[0]}' is {json.dumps(value)}, not a size",
-                "the folder may be of another model or incomplete; download it again",
-            )
+        value = self.get(*keys, default=default)
+        if not _is_size(value):
+            raise self.wrong(keys[0], "a size")
+        return int(value)
+
+    def every(self, key: str) -> int:
+        """Each how manyth layer ``key`` means, 1 where it is not there; raises FlashmoeError."""
+        if not self.size(key, default=1):
+            raise self.wrong(key, "a number of layers from 1 up")
+        return self.size(key, default=1)
+
+    def number(self, key: str, default: float) -> float:
+        """A finite number; raises FlashmoeError."""
+        value = self.get(key, default=default)
+        known = isinstance(value, int | float) and not isinstance(value, bool)
+        if not known or not abs(value) <= sys.float_info.max:
+            raise self.wrong(key, "a number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """A truth value; raises FlashmoeError."""
+        value = self.get(key, default=default)
+        if not isinstance(value, bool):
+            raise self.wrong(key, "true or false")
         return value
+
+    def text(self, key: str, default: str) -> str:
+        """A name; raises FlashmoeError."""
+        value = self.get(key, default=default)
+        if not isinstance(value, str):
+            raise self.wrong(key, "a name")
+        return value
+
+    def wrong(self, key: str, what: str) -> FlashmoeError:
+        """That the value of ``key`` is not ``what`` it should be."""
+        return wrong(
+            f"{self.file}: '{key}' is {json.dumps(self.get(key))[:60]}, not {what}",
+            "the folder may be of another model or incomplete; download it again",
+        )
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _deepseek_dense(settings: _Settings, layer: int) -> bool:
-    every = settings.get("moe_layer_freq", default=1)
-    return bool(layer < settings.get("first_k_dense_replace", default=0) or layer % every)
+    if layer < settings.size("first_k_dense_replace", default=0):
+        return True
+    listed = settings.get("moe_layer_freq", default=1)
+    if not isinstance(listed, list):
+        return layer % settings.every("moe_layer_freq") > 0
+    # Models that derive from DeepSeek's list each layer: 1 with experts, 0 dense.
+    if len(listed) != settings.size("num_hidden_layers") or any(n not in (0, 1) for n in listed):
+        raise settings.wrong("moe_layer_freq", "a list of 0 or 1 for each layer")
+    return not listed[layer]
 
 
 def _qwen_dense(settings: _Settings, layer: int) -> bool:
-    every = settings.get("decoder_sparse_step", default=1)
-    return layer in settings.get("mlp_only_layers", default=[]) or bool((layer + 1) % every)
+    dense = settings.get("mlp_only_layers", default=[])
+    if not isinstance(dense, list) or not all(map(_is_size, dense)):
+        raise settings.wrong("mlp_only_layers", "a list of layers")
+    return layer in dense or (layer + 1) % settings.every("decoder_sparse_step") > 0
 
 
 def _deepseek_routing(settings: _Settings) -> Routing:
@@ -111,15 +158,15 @@ def _deepseek_routing(settings: _Settings) -> Routing:
         )
     return Routing(
         "sigmoid",
-        renormalize=bool(settings.get("norm_topk_prob", default=True)),
-        scale=float(settings.get("routed_scaling_factor", default=1.0)),
-        groups=settings.size("n_group") if settings.get("n_group") else 1,
-        top_groups=settings.size("topk_group") if settings.get("topk_group") else 1,
+        renormalize=settings.flag("norm_topk_prob", default=True),
+        scale=settings.number("routed_scaling_factor", default=1.0),
+        groups=settings.size("n_group", default=1) or 1,
+        top_groups=settings.size("topk_group", default=1) or 1,
     )
 
 
 def _softmax_routing(settings: _Settings) -> Routing:
-    return Routing(renormalize=bool(settings.get("norm_topk_prob", default=False)))
+    return Routing(renormalize=settings.flag("norm_topk_prob", default=False))
 
 
 _FAMILIES: dict[str, _Family] = {
@@ -194,7 +241,7 @@ class _Layer:
         self.config = self._config()
 
     def _family(self) -> _Family:
-        model_type = self.settings.get("model_type", default="")
+        model_type = self.settings.text("model_type", default="")
         if model_type not in _FAMILIES:
             raise wrong(
                 f"{self.settings.file}: model type '{model_type}' is not known",
@@ -246,7 +293,7 @@ class _Layer:
 
     def _config(self) -> MoEConfig:
         settings = self.settings
-        name = settings.get("hidden_act", default="silu")
+        name = settings.text("hidden_act", default="silu")
         if name not in _ACTIVATIONS:
             raise wrong(
                 f"{settings.file}: activation '{name}' is not known",
@@ -291,7 +338,7 @@ class _Layer:
                 tensors.read_into(f"{of}.{down}.weight", weights.down[expert])
 
         shared = None
-        if self.settings.get("n_shared_experts"):
+        if self.settings.size("n_shared_experts", default=0):
             j = i * self.settings.size("n_shared_experts")
             shared = SharedExpert(gate=empty(j, h), up=empty(j, h), down=empty(h, j))
             for name in ("gate", "up", "down"):

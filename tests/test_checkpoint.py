@@ -300,6 +300,41 @@ def test_configurations_that_do_not_serve(
     _refused(mixtral, LAYER, says)
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "says"),
+    [
+        ("mixtral", {"model_type": ["mixtral"]}, "'model_type'"),
+        ("mixtral", {"hidden_act": ["silu"]}, "'hidden_act'"),
+        ("qwen3", {"decoder_sparse_step": 0}, "'decoder_sparse_step'"),
+        ("qwen3", {"decoder_sparse_step": "1"}, "'decoder_sparse_step'"),
+        ("qwen3", {"mlp_only_layers": 0}, "'mlp_only_layers'"),
+        ("qwen3", {"norm_topk_prob": "yes"}, "'norm_topk_prob'"),
+        ("deepseek", {"first_k_dense_replace": "1"}, "'first_k_dense_replace'"),
+        ("deepseek", {"moe_layer_freq": 0}, "'moe_layer_freq'"),
+        ("deepseek", {"moe_layer_freq": [0, 1]}, "'moe_layer_freq'"),
+        ("deepseek", {"moe_layer_freq": [0, 1, 2]}, "'moe_layer_freq'"),
+        ("deepseek", {"routed_scaling_factor": "2"}, "'routed_scaling_factor'"),
+        ("deepseek", {"routed_scaling_factor": float("nan")}, "'routed_scaling_factor'"),
+        ("deepseek", {"n_group": [4]}, "'n_group'"),
+        ("deepseek", {"n_shared_experts": "2"}, "'n_shared_experts'"),
+    ],
+)
+def test_values_of_another_type_are_named(
+    name: str, changes: dict[str, Any], says: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(checkpoints[name], tmp_path / name))
+    _edit_config(folder, **changes)
+    _refused(folder, LAYER, says)
+
+
+def test_moe_layers_may_be_listed(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoints["deepseek"], tmp_path / "listed"))
+    before = layer_config(folder, LAYER)
+    _edit_config(folder, moe_layer_freq=[0, 1, 0])
+    assert layer_config(folder, LAYER) == before
+    assert _refused(folder, 2, "layer 2 is dense").hint == "layers with experts: 1"
+
+
 def test_folders_of_another_kind(tmp_path: Path, mixtral: Path) -> None:
     _refused(tmp_path / "nowhere", 0, "is no folder")
     (tmp_path / "empty").mkdir()
