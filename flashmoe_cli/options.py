@@ -10,6 +10,9 @@ import typer
 
 from flashmoe_cli.completion import complete_presets, complete_runs
 
+#: The longest deadline: the engines keep it as 64 bits of ns, four times over in the first launch.
+MOST_SECONDS = 1e6
+
 SHAPE = "Shape"
 INPUT = "Input"
 WHERE = "Where and how"
@@ -151,6 +154,7 @@ Skew = Annotated[
         help="Zipf exponent of the routing of random tokens; 0 is even (0).",
         panel=INPUT,
         min=0.0,
+        max=100.0,  # above it logits overflow, and nothing is left to check
     ),
 ]
 
@@ -250,6 +254,7 @@ Deadline = Annotated[
         "much arithmetic on the host engine); four times that in the first launch.",
         panel=WHERE,
         min=0.001,
+        max=MOST_SECONDS,
     ),
 ]
 NoCheck = Annotated[
