@@ -62,7 +62,7 @@ def handle_of(nvml: Any, device: int) -> Any:
         if device >= len(names):
             return None
         name = names[device]
-    if name.isdigit():
+    if name.isascii() and name.isdecimal():
         return ask(nvml, nvml.nvmlDeviceGetHandleByIndex, int(name))
     return ask(nvml, nvml.nvmlDeviceGetHandleByUUID, name)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashmoe_cli.request import shape, usage
+from flashmoe_cli.request import shape, usage, whole_number
 
 if TYPE_CHECKING:
     from flashmoe.bench.shapes import Shape
@@ -142,10 +142,11 @@ def tokens_of(text: str | None, default: int) -> list[int]:
     """The numbers of ``-T``, or ``default`` alone.  Raises FlashmoeError (2) for anything else."""
     if text is None:
         return [default]
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
+    found = [whole_number(part) for part in text.split(",")]
+    numbers = [n for n in found if n]
+    if len(numbers) < len(found):
         raise usage(f"-T {text} is not a number of tokens", "use -T 4096, or -T 4096,8192 for both")
-    return [int(part) for part in parts]
+    return numbers
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:

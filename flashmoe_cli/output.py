@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,8 @@ from typing import Any, TextIO
 
 #: Version of every object that ``--json`` prints.
 SCHEMA = 1
+#: What $COLUMNS may be; anything else counts as not set.
+_COLUMNS = re.compile(r"[0-9]{1,5}")
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ def terminal(stream: TextIO | None = None) -> Terminal:
         colour = False
     columns = os.environ.get("COLUMNS", "")
     size = shutil.get_terminal_size((100, 24))
-    width = int(columns) if columns.isdigit() and int(columns) > 0 else size.columns if tty else 100
+    asked = int(columns) if _COLUMNS.fullmatch(columns) else 0
+    width = asked or (size.columns if tty else 100)
     encoding = (getattr(stream, "encoding", None) or "ascii").lower().replace("-", "")
     height = size.lines if tty else 0
     return Terminal(max(width, 20), colour, encoding.startswith("utf"), height)

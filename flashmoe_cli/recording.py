@@ -125,10 +125,19 @@ def make_request(options: dict[str, Any], *, traced: bool, place: Place | None =
         out=_named(get("output")) or (default if traced else None),
         hang_out=default,
         force=options["force"],
-        faults=parse.faults(get("fault"), ranks, processes["processes"]),
+        faults=parse.faults(get("fault"), ranks, processes["processes"], _experts(options, config)),
         command=shlex.join(["flashmoe", *sys.argv[1:]]),
         **processes,
     )
+
+
+def _experts(options: dict[str, Any], config: MoEConfig | None) -> int | None:
+    """How many experts the layer has, where a fault may name one; a checkpoint is asked."""
+    if config is None and options.get("fault"):
+        from flashmoe.checkpoint import layer_config
+
+        config = layer_config(options["checkpoint"], options["layer"], "bf16")
+    return None if config is None else config.experts
 
 
 def _named(output: Path | None) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,15 @@ DEFAULT_PRESET = "tiny"
 def usage(message: str, hint: str) -> FlashmoeError:
     """A misuse of the command line, as an error with exit code 2."""
     return FlashmoeError(message, hint, exit_code=2)
+
+
+def whole_number(text: str) -> int | None:
+    """The number that ``text`` writes in digits, spaces around it aside; None where it is none.
+
+    Digits beyond ASCII count as none, and so do more than 64 bits hold.
+    """
+    text = text.strip()
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else None
 
 
 def shape(name: str | None, overrides: dict[str, Any]) -> tuple[str, MoEConfig, int]:
@@ -48,10 +58,10 @@ def tokens_per_rank(text: str | None, ranks: int, default: int) -> tuple[int, ..
     """``-T`` for each rank: one number for all, or a list with one number a rank."""
     if text is None:
         return (default,) * ranks
-    parts = text.split(",")
-    if not all(p.strip().isdigit() for p in parts):
+    found = [whole_number(part) for part in text.split(",")]
+    numbers = tuple(n for n in found if n is not None)
+    if len(numbers) < len(found):
         raise usage(f"-T {text} is not a number of tokens", "use -T 512, or -T 512,0,64 by rank")
-    numbers = tuple(int(p) for p in parts)
     if len(numbers) == 1:
         return numbers * ranks
     if len(numbers) != ranks:
@@ -105,9 +115,14 @@ def processes(options: dict[str, Any], place: Place | None = None) -> tuple[int,
     return ranks or 1, fields
 
 
-def faults(specs: list[str] | None, ranks: int, in_processes: bool = False) -> tuple[Fault, ...]:
-    """The faults that ``--fault`` asks for."""
-    found = tuple(_fault(spec, ranks) for spec in specs or ())
+def faults(
+    specs: list[str] | None,
+    ranks: int,
+    in_processes: bool = False,
+    experts: int | None = None,
+) -> tuple[Fault, ...]:
+    """The faults that ``--fault`` asks for, in a layer of ``experts`` (None: not known yet)."""
+    found = tuple(_fault(spec, ranks, experts) for spec in specs or ())
     for fault in found:
         if fault.point and not in_processes:
             raise usage(
@@ -117,10 +132,12 @@ def faults(specs: list[str] | None, ranks: int, in_processes: bool = False) -> t
     return found
 
 
+#: A fault that takes as long as this never ends for whoever waits.
+_MOST_SECONDS = 3600
 _POINTS = ("start", "joined", "kernel")
 
 
-def _fault(spec: str, ranks: int) -> Fault:
+def _fault(spec: str, ranks: int, experts: int | None) -> Fault:
     kind, *rest = spec.split(":")
     fields = {
         "never-starts": ("rank",),
@@ -160,6 +177,17 @@ def _fault(spec: str, ranks: int) -> Fault:
                 f"--fault {spec}: there is no rank {values[field]:.0f}",
                 f"ranks are 0 to {ranks - 1}",
             )
+    if not 0 <= values.get("expert", 0) < (math.inf if experts is None else experts):
+        there = "" if experts is None else f" to {experts - 1}"
+        raise usage(
+            f"--fault {spec}: there is no expert {values['expert']:.0f}",
+            f"experts are 0{there or ' and up'}",
+        )
+    if not 0 <= values.get("seconds", 0) < _MOST_SECONDS:
+        raise usage(
+            f"--fault {spec}: {values['seconds']:g} s is no time to wait",
+            f"seconds are from 0 to below {_MOST_SECONDS}",
+        )
     return Fault(kind, **values, point=point)  # type: ignore[arg-type]
 
 

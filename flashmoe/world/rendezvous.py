@@ -70,7 +70,7 @@ def find_place(env: Mapping[str, str]) -> Place | None:
 def _number(env: Mapping[str, str], *names: str, default: int | None = None) -> int:
     for name in names:
         if name in env:
-            if not env[name].isdigit():
+            if not (env[name].isascii() and env[name].isdecimal()):
                 raise FlashmoeError(
                     f"{name} is {env[name]!r}, which is no number", "unset it, or set it right", 2
                 )

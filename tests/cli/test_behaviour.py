@@ -38,6 +38,11 @@ PLACE = {"PYTHONPATH": str(Path(flashmoe_cli.__file__).parents[1])}
         (("trace", "--ring-capacity", str(2**32)), "--ring-capacity", "flashmoe trace --help"),
         (("run", "-n", "x"), "-n / --iterations must be a valid integer", "flashmoe run --help"),
         (("run", "--skew", "-1"), "--skew must be greater than or equal to 0", "flashmoe run"),
+        (("run", "--deadline", "inf"), "--deadline must be less than", "flashmoe run --help"),
+        (("run", "--deadline", "1e12"), "--deadline must be less than", "flashmoe run --help"),
+        (("run", "--deadline", "nan"), "--deadline must be greater", "flashmoe run --help"),
+        (("run", "tiny", "--fault", "lost-signal:0:99"), "no expert 99", "experts are 0 to 7"),
+        (("run", "--skew", "inf"), "--skew must be less than", "flashmoe run --help"),
         (("run", "--sm", "3"), "no such option --sm", "--sm is of flashmoe timeline; "),
         (("run", "--force", "--ring-mode", "x"), "no such option --ring-mode", "flashmoe trace"),
         (("run", "tiny", "extra"), "extra", "flashmoe run --help"),
@@ -115,6 +120,17 @@ def test_json_before_the_verb_is_refused_in_json(cli: Any, args: tuple[str, ...]
     assert done.exit_code == 2
     assert "flashmoe" in json.loads(done.stdout)["error"]["hint"]
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("columns", ["²", "-3", "x", "0", "9" * 5000])
+def test_columns_that_are_none_count_as_not_set(
+    monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    from flashmoe_cli.output import terminal
+
+    monkeypatch.setenv("COLUMNS", columns)
+    with open(os.devnull, "w") as stream:
+        assert terminal(stream).width == 100
 
 
 def test_no_verb_shows_the_help(cli: Any) -> None:

@@ -47,7 +47,7 @@ def test_tokens_per_rank(text: str | None, ranks: int, tokens: tuple[int, ...]) 
     assert request.tokens_per_rank(text, ranks, 64) == tokens
 
 
-@pytest.mark.parametrize("text", ["-1", "x", "1,2,3", "", "1.5"])
+@pytest.mark.parametrize("text", ["-1", "x", "1,2,3", "", "1.5", "²", "٣", "9" * 5000])
 def test_tokens_that_are_none(text: str) -> None:
     with pytest.raises(FlashmoeError) as caught:
         request.tokens_per_rank(text, 2, 64)
@@ -63,6 +63,26 @@ def test_faults() -> None:
         Fault("slow", 1, seconds=0.25),
     )
     assert request.faults(None, ranks=1) == ()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *("lost-signal:0:8", "lost-signal:0:-1", "wrong-count:0:1:8"),
+        *("slow:0:inf", "slow:0:nan", "slow:0:-1", "slow:0:3600", "slow:0:1e300"),
+    ],
+)
+def test_faults_that_do_nothing_or_never_end_are_refused(spec: str) -> None:
+    with pytest.raises(FlashmoeError) as caught:
+        request.faults([spec], ranks=2, experts=8)
+    assert caught.value.exit_code == 2
+    assert "are" in caught.value.hint
+    request.faults(["lost-signal:0:7", "slow:0:3599"], ranks=2, experts=8)
+
+
+def test_a_fault_at_the_kernel_may_not_come_too_late() -> None:
+    with pytest.raises(FlashmoeError, match="no time to wait"):
+        request.faults(["killed:0:kernel:inf"], 2, True)
 
 
 @pytest.mark.parametrize("spec", ["gone:1", "slow:1", "never-starts:2", "lost-signal:0:x", "slow"])

@@ -161,3 +161,9 @@ def test_nobody_answers() -> None:
     place = Place(1, 2, 1, 2, 1, "test", "127.0.0.1", port)
     with pytest.raises(FlashmoeError, match=f"finds no store at 127.0.0.1:{port}"):
         rendezvous(place, 1.0)
+
+
+@pytest.mark.parametrize("text", ["²", "x", "-1", ""])
+def test_a_rank_that_is_no_number_is_said_to_be_none(text: str) -> None:
+    with pytest.raises(FlashmoeError, match=r"LOCAL_RANK is .* no number"):
+        find_place(TORCHRUN | {"LOCAL_RANK": text})
