@@ -13,6 +13,7 @@ from flashmoe.trace.breakdown import Breakdown
 from flashmoe.trace.causality import order_of
 from flashmoe.trace.columns import Events, column
 from flashmoe.trace.overlap import hidden_communication
+from flashmoe.trace.routed import RoutedWork
 from flashmoe.trace.rundir import Run
 from flashmoe.trace.tensor import TensorWork
 
@@ -34,7 +35,12 @@ def timeline_summary(run: Run, iteration: int | None = None) -> dict[str, Any]:
         spent = one_iteration(spent, iteration)
     actors, rings = spent.actors, meta["rings"]
     spending, work = Breakdown(spent), TensorWork(run, events, spent)
-    hidden = hidden_communication(events, spent)
+    hidden, routed = hidden_communication(events, spent), RoutedWork(run, spent.iterations)
+
+    def figures(rank: int, at: int | slice = slice(None)) -> dict[str, Any]:
+        more = {"hidden": hidden[rank].of(at), "tensor": work.of_rank(rank, at)}
+        return more | routed.of_rank(rank, at)
+
     ranks, of_rank = np.unique(actors.rank, return_inverse=True)
     ctas, first, of_cta = np.unique(
         actors.rank * (int(actors.cta.max(initial=0)) + 1) + actors.cta,
@@ -65,15 +71,13 @@ def timeline_summary(run: Run, iteration: int | None = None) -> dict[str, Any]:
         },
         "total": total,
         "ranks": [
-            {"rank": rank} | entry | {"hidden": hidden[rank].of(), "tensor": work.of_rank(rank)}
+            {"rank": rank} | entry | figures(rank)
             for rank, entry in zip(
                 ranks.tolist(), spending.grouped(of_rank, len(ranks)), strict=True
             )
         ],
         "iterations": [
-            {"iter": int(spent.iterations[at]), "rank": rank}
-            | entry
-            | {"hidden": hidden[rank].of(at), "tensor": work.of_rank(rank, at)}
+            {"iter": int(spent.iterations[at]), "rank": rank} | entry | figures(rank, at)
             for at, entries in enumerate(spending.by_iteration(of_rank, len(ranks)))
             for rank, entry in zip(ranks.tolist(), entries, strict=True)
         ],

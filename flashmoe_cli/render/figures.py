@@ -40,7 +40,7 @@ def figure_lines(summary: dict[str, Any], run: Run, iteration: int, where: Termi
     """Every figure below the picture, for the launch that is drawn and, if several, for each."""
     of_launch = [e for e in summary["iterations"] if e["iter"] == iteration]
     lines = [_heading("where the time of each rank's actors went", where)]
-    lines += _rank_table(of_launch, run, iteration, where)
+    lines += _rank_table(of_launch, where)
     lines += ["", _heading("of that, waiting for", where), *_wait_table(of_launch, where)]
     launches = sorted({e["iter"] for e in summary["iterations"]})
     if len(launches) > 1:
@@ -80,11 +80,8 @@ def _about(entry: dict[str, Any], share: str) -> str:
     return f"~{share}" if entry["bounds"] and share != "-" else share
 
 
-def _rank_table(
-    entries: Sequence[dict[str, Any]], run: Run, iteration: int, where: Terminal
-) -> list[str]:
+def _rank_table(entries: Sequence[dict[str, Any]], where: Terminal) -> list[str]:
     classes = _classes(entries)
-    fills, rows = _of_ranks(run, iteration)
     rates = any(e["tensor"]["useful_share"] is not None for e in entries)
     head = ["rank", "wall", *classes, "comm hidden", "tile fill", "rows/expert"]
     if rates:
@@ -96,39 +93,15 @@ def _rank_table(
         cells += [*_bound(e, shares(ns, e["actor_ns"])), _about(e, percent(e["hidden"]["share"]))]
         if rates:
             cells.append(percent(e["tensor"]["useful_share"]))
-        cells += [percent(fills.get(e["rank"])), rows.get(e["rank"], "-")]
+        cells += [percent(e["tile_fill"]), _rows_per_expert(e["rows_per_expert"])]
         body.append(cells)
     return table(head, body, [True] * len(head), where.width, "  ")
 
 
-def _of_ranks(run: Run, iteration: int) -> tuple[dict[int, float], dict[int, str]]:
-    """By rank: real rows over the rows its row tiles computed, and rows per expert as a range."""
-    import numpy as np
-
-    from flashmoe.trace.columns import column
-
-    names = ("iter", "rank", "gemm", "col_tile", "rows", "height")
-    plan = {n: column(run.plan, n) for n in names}
-    first = (plan["iter"] == iteration) & (plan["gemm"] == 1) & (plan["col_tile"] == 0)
-    ranks = plan["rank"][first]
-    real, computed = (plan[n][first].astype(np.int64) for n in ("rows", "height"))
-    fills = {
-        int(r): float(real[ranks == r].sum() / computed[ranks == r].sum()) for r in np.unique(ranks)
-    }
-    counts = {n: column(run.counts, n) for n in ("iter", "expert", "rows")}
-    mine = counts["iter"] == iteration
-    per_expert = np.zeros(run.meta["config"]["experts"], np.int64)
-    np.add.at(per_expert, counts["expert"][mine], counts["rows"][mine])
-    spread = {}
-    for rank, (a, b) in enumerate(run.meta["world"]["experts_of_rank"]):
-        own = per_expert[a:b]
-        if not mine.any():  # nothing is known of a launch that did not end
-            spread[rank] = "-"
-        elif len(own):
-            spread[rank] = f"{own.min()}-{own.max()}"
-        else:
-            spread[rank] = "none"
-    return fills, spread
+def _rows_per_expert(known: dict[str, Any] | None) -> str:
+    if known is None:  # nothing is known of a launch that did not end
+        return "-"
+    return f"{known['min']}-{known['max']}" if known["experts"] else "none"
 
 
 def _wait_table(entries: Sequence[dict[str, Any]], where: Terminal) -> list[str]:
@@ -196,7 +169,7 @@ def _remarks(summary: dict[str, Any], where: Terminal) -> list[str]:
 def _off_by(ends: dict[str, Any], applied: bool) -> float:
     """How far times of a clock between ``start`` and ``end`` may be off; as they were, where no
     offset was applied."""
-    known = [ends[name] for name in ("start", "end") if ends[name] is not None]
+    known = [ends[name] for name in ("start", "end") if ends.get(name) is not None]
     return max(e["bound_ns"] + (0 if applied else abs(e["offset_ns"])) for e in known)
 
 
@@ -221,7 +194,7 @@ def clock_lines(clock: dict[str, Any], where: Terminal) -> list[str]:
     text += left
     if moved:
         offset = max(abs(h["start"]["offset_ns"]) for h in moved)
-        drifts = [abs(h["drift_ppm"]) for h in moved if h["drift_ppm"] is not None]
+        drifts = [abs(h["drift_ppm"]) for h in moved if h.get("drift_ppm") is not None]
         text += f"; offsets up to {time_text(offset)}"
         if drifts:
             text += f", drift up to {max(drifts):.1f} ppm"

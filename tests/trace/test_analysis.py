@@ -18,6 +18,7 @@ from flashmoe.trace import schema
 from flashmoe.trace.account import CLASSES
 from flashmoe.trace.analysis import TIMELINE_SCHEMA, timeline_summary
 from flashmoe.trace.columns import Events
+from flashmoe.trace.routed import RoutedWork
 from flashmoe.trace.rundir import Run, open_run
 from flashmoe.trace.schema import EventKind
 
@@ -143,6 +144,41 @@ def test_rows_per_expert_are_those_routed(
     assert summary["experts"]["rows"] == (rows * shape.iterations).tolist()
     assert summary["experts"]["busiest"] == rows.argmax()
     assert timeline_summary(run, 0)["experts"]["max"] == rows.max()
+
+
+def test_what_each_rank_was_given_to_do(
+    summary: dict[str, Any], shape: synthetic.Shape, run: Run
+) -> None:
+    _, routed, meta = synthetic.make(shape)
+    rows = routed.chunk_counts.sum(axis=(0, 1)).astype(np.int64)
+    tiles = routed.tiles[(routed.tiles["gemm"] == 1) & (routed.tiles["col_tile"] == 0)]
+    alone = timeline_summary(run, 1)
+    for launches, found in (
+        (shape.iterations, summary["ranks"]),
+        (1, summary["iterations"]),
+        (1, alone["ranks"]),
+    ):
+        for entry in found:
+            own = tiles[tiles["rank"] == entry["rank"]]
+            fill = int(own["rows"].sum()) / int(own["height"].sum())
+            assert entry["tile_fill"] == pytest.approx(fill)
+            a, b = meta["world"]["experts_of_rank"][entry["rank"]]
+            assert entry["rows_per_expert"] == {
+                "experts": b - a,
+                "min": launches * rows[a:b].min(),
+                "max": launches * rows[a:b].max(),
+            }
+
+
+def test_what_is_not_known_of_a_rank_is_none(run: Run) -> None:
+    empty = Run(
+        run.path, run.meta | {"world": run.meta["world"] | {"experts_of_rank": [[0, 8], [8, 8]]}}
+    )
+    nothing = RoutedWork(empty, np.array([0xFFFF]))
+    assert nothing.of_rank(0) == {"tile_fill": None, "rows_per_expert": None}
+    known = RoutedWork(empty, np.array([0, 1]))
+    assert known.of_rank(1)["rows_per_expert"] == {"experts": 0, "min": None, "max": None}
+    assert known.of_rank(7) == {"tile_fill": None, "rows_per_expert": None}
 
 
 def test_the_tracers_own_cost_counts_every_record(
