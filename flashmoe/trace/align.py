@@ -35,6 +35,11 @@ class Exchange:
         """Of the reference clock itself."""
         return cls(at_ns, 0, 0)
 
+    @classmethod
+    def from_dict(cls, said: dict[str, Any]) -> Exchange:
+        """The inverse of ``asdict``; keys that a newer version added are left."""
+        return cls(said["at_ns"], said["offset_ns"], said["bound_ns"])
+
 
 def tightest(sent: Sequence[int], there: Sequence[int], back: Sequence[int]) -> Exchange:
     """What exchanges within a short time say together; ns, one entry an exchange.
@@ -155,12 +160,13 @@ class Alignment:
     @classmethod
     def from_dict(cls, said: dict[str, Any]) -> Alignment:
         """The inverse of ``as_dict``."""
-        end = None if said["end"] is None else Exchange(**said["end"])
+        start = Exchange.from_dict(said["start"])
+        end = None if said.get("end") is None else Exchange.from_dict(said["end"])
         closer = said.get("tightened")
         if closer is None:
-            return cls(Exchange(**said["start"]), end, said["applied"])
-        ends = (Exchange(**closer[name]) for name in ("start", "end"))
-        how = cls.of(Exchange(**said["start"]), end)
+            return cls(start, end, said["applied"])
+        ends = (Exchange.from_dict(closer[name]) for name in ("start", "end"))
+        how = cls.of(start, end)
         return replace(how, tightened=replace(cls.of(*ends), applied=said["applied"]))
 
 

@@ -40,7 +40,7 @@ _NAMES = ("payload", "data", "raw")
 
 def _of_gpu(entries: list[dict[str, Any]], launches: int) -> dict[str, Any]:
     """The figures of one GPU, which each of its ranks has counted as a whole."""
-    counted = [entry for entry in entries if entry["counters"] is not None]
+    counted = [entry for entry in entries if entry.get("counters") is not None]
     entry = (counted or entries)[0]
     out: dict[str, Any] = {
         "gpu": entry["gpu"],

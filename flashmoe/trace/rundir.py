@@ -407,7 +407,7 @@ def open_run(path: str | os.PathLike[str] | None = None) -> Run:
             "give a run directory (NAME.fmoe) that `flashmoe trace` wrote",
         )
     try:
-        meta = json.loads(file.read_text())
+        meta = json.loads(file.read_text(), parse_constant=_no_number)
     except (ValueError, OSError) as error:
         raise FlashmoeError(
             f"{file} is damaged or truncated", "copy the run again, or trace again"
@@ -424,6 +424,11 @@ def open_run(path: str | os.PathLike[str] | None = None) -> Run:
             "upgrade flashmoe, or read the run with the version that wrote it",
         )
     return Run(folder, meta)
+
+
+def _no_number(text: str) -> float:
+    """NaN and the infinities are no JSON, and nothing that a run says of itself."""
+    raise ValueError(f"{text} is no number")
 
 
 def find_run(path: str | os.PathLike[str] | None) -> Path:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flashmoe.trace.links import link_figures
+from flashmoe.trace.schema import LANE_NAME, Lane
 from flashmoe_cli.output import Terminal
 from flashmoe_cli.render.figures import clock_lines
 from flashmoe_cli.render.links import link_text
@@ -83,7 +84,7 @@ def _tool(tool: dict[str, Any]) -> str:
 def _checkpoint(config: dict[str, Any]) -> str | None:
     if not config.get("checkpoint"):
         return None
-    return f"{config['checkpoint']}, layer {config['layer']}"
+    return f"{config['checkpoint']}, layer {config.get('layer')}"
 
 
 def _experts(owned: list[list[int]]) -> str:
@@ -128,11 +129,9 @@ def _files(path: Path) -> str:
 
 
 def _ring_table(rings: list[dict[str, Any]], where: Terminal) -> list[str]:
-    lanes = ("load", "sched", "comm0", "comm1", "math0", "math1")
     rows = []
     for ring in rings:
-        lane = ring["lane"]
-        name = lanes[lane] if isinstance(lane, int) and lane < len(lanes) else str(lane)
+        name = LANE_NAME[Lane(ring["lane"])]
         numbers = (ring["rank"], ring["sm"], ring["cta"])
         state = "" if ring.get("began", True) else "never began"
         sizes = (count_text(ring["count"]), count_text(ring["dropped"]))

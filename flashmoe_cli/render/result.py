@@ -37,7 +37,7 @@ def processes_text(said: dict[str, Any]) -> str:
     """Who started the ranks' processes, and how they reach each other and why so."""
     nodes = f" on {said['nodes']} nodes" if said["nodes"] > 1 else ""
     how = "" if said["pointers"] else "; by put-with-signal alone"
-    why = f" ({said['why_transport']})" if said["why_transport"] else ""
+    why = f" ({said['why_transport']})" if said.get("why_transport") else ""
     return (
         f"processes started by {said['launcher']}{nodes}, transport {said['transport']}{why}{how}"
     )
