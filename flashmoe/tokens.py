@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -196,7 +197,11 @@ def save_outputs(
     }
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     try:
+        # safetensors writes for the owner alone; a file made here first tells what umask allows.
+        partial.touch(mode=0o666)
+        mode = partial.stat().st_mode
         save_file(tensors, partial)
+        partial.chmod(stat.S_IMODE(mode))
         os.replace(partial, file)
     except (OSError, SafetensorError) as why:
         raise FlashmoeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -159,6 +160,17 @@ def test_files_that_hold_no_tokens(make: Callable[[Path], Path], says: str, tmp_
         read_tokens(make(tmp_path), TINY)
     assert says in caught.value.message
     assert caught.value.hint and caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_others_may_read_outputs_as_umask_says(tmp_path: Path, umask: int, mode: int) -> None:
+    file = tmp_path / "out.safetensors"
+    before = os.umask(umask)
+    try:
+        save_outputs(file, torch.ones(1, 8), torch.zeros(1, 2), torch.ones(1, 2))
+    finally:
+        os.umask(before)
+    assert file.stat().st_mode & 0o777 == mode
 
 
 def test_outputs_are_written_whole_and_never_over_others(tmp_path: Path) -> None:
