@@ -19,7 +19,7 @@ from flashmoe_cli.commands import (
     traffic,
     tune,
 )
-from flashmoe_cli.output import emit
+from flashmoe_cli.output import emit, terminal
 from flashmoe_cli.root import Root, Verb
 
 app = typer.Typer(
@@ -63,7 +63,7 @@ def root(
     if version:
         from flashmoe_cli.render.version import version_json, version_lines
 
-        emit(version_json() if as_json else version_lines(verbose))
+        emit(version_json() if as_json else version_lines(verbose, terminal()))
         raise typer.Exit(0)
     for flag, given in (("--json", as_json), ("-v", verbose)):
         if given:

@@ -24,7 +24,7 @@ from flashmoe.trace.links import link_figures
 from flashmoe.trace.place import SUFFIX, run_path, runs_folder
 from flashmoe.world.rendezvous import Place, find_place
 from flashmoe_cli import request as parse
-from flashmoe_cli.output import SCHEMA, emit, note, show_error
+from flashmoe_cli.output import SCHEMA, emit, note, show_error, terminal
 from flashmoe_cli.progress import Progress
 
 
@@ -156,7 +156,10 @@ def record(options: dict[str, Any], *, traced: bool) -> Result:
 
         verb, argv = "trace" if traced else "run", sys.argv[1:]
         as_json = options["as_json"]
-        emit(dry_run_json(verb, request, argv) if as_json else dry_run_lines(request, argv))
+        if as_json:
+            emit(dry_run_json(verb, request, argv))
+        else:
+            emit(dry_run_lines(request, argv, terminal()))
         raise typer.Exit(0)
     with ExitStack() as held:
         if place is None or place.rank == 0:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from flashmoe_cli.options import Force, Json, Quiet, RunPath
-from flashmoe_cli.output import SCHEMA, emit
+from flashmoe_cli.output import SCHEMA, emit, terminal
 
 
 class Format(StrEnum):
@@ -77,4 +77,4 @@ def export(
             }
         )
     elif not quiet:
-        emit(export_lines(source.path, done))
+        emit(export_lines(source.path, done, terminal()))

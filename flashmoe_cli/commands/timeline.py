@@ -74,8 +74,14 @@ def timeline(
         emit(reading.timeline_json(source, view))
     else:
         from flashmoe_cli.render.info import title
+        from flashmoe_cli.render.text import clip
 
         where = terminal()
-        emit([title(source.path, source.meta), *reading.timeline_text(source, where, view)])
+        emit(
+            [
+                clip(title(source.path, source.meta), where.width),
+                *reading.timeline_text(source, where, view),
+            ]
+        )
     if strict and reading.is_incomplete(source):
         raise typer.Exit(reading.INCOMPLETE)

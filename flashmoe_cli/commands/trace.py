@@ -67,6 +67,6 @@ def trace(
         if drawn:
             lines += ["", *timeline_text(open_traced(result.path), where)]
         if not quiet and result.path is not None:
-            lines += ["", *next_lines(result)]
+            lines += ["", *next_lines(result, where)]
         emit(lines)
     end(result, as_json)

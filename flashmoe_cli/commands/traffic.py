@@ -36,9 +36,10 @@ def traffic(
         emit(figures)
     else:
         from flashmoe_cli.render.info import title
+        from flashmoe_cli.render.text import clip
         from flashmoe_cli.render.traffic import traffic_lines
 
         where = terminal()
-        emit([title(source.path, source.meta), *traffic_lines(figures, where)])
+        emit([clip(title(source.path, source.meta), where.width), *traffic_lines(figures, where)])
     if strict and reading.is_incomplete(source):
         raise typer.Exit(reading.INCOMPLETE)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from flashmoe_cli.output import Terminal
-from flashmoe_cli.render.text import pad, paint, plural
+from flashmoe_cli.render.text import fit, pad, paint, plural
 
 if TYPE_CHECKING:
     from flashmoe_cli.checks import Check
@@ -20,9 +20,12 @@ def doctor_lines(checks: Sequence[Check], where: Terminal) -> list[str]:
     lines = []
     for check in checks:
         state = paint(pad(check.state, 4), _STYLE[check.state], where.colour)
-        lines.append(f"{state}  {pad(check.name, width)}  {check.found}")
+        found = f"{state}  {pad(check.name, width)}  {check.found}"
+        lines += fit(found, where.width, width + 8)
         if check.remedy and check.state != "ok":
-            lines.append(f"{' ' * (width + 8)}{paint('-> ' + check.remedy, '2', where.colour)}")
+            indent = " " * min(width + 8, where.width // 2)
+            remedy = fit(f"{indent}-> {check.remedy}", where.width, width + 11)
+            lines += [paint(line, "2", where.colour) for line in remedy]
     fails = sum(c.state == "fail" for c in checks)
     states = {c.name: c.state for c in checks}
     on_gpu = states.get("GPU") == states.get("torch") == "ok"
@@ -31,4 +34,4 @@ def doctor_lines(checks: Sequence[Check], where: Terminal) -> list[str]:
         verdict = f"{plural(fails, 'check')} failed; see the remedies above"
     else:
         verdict = f"flashmoe works here and runs on {runs}; try: flashmoe trace tiny"
-    return [*lines, "", verdict]
+    return [*lines, "", *fit(verdict, where.width)]

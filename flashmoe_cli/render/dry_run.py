@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from flashmoe_cli.output import SCHEMA
+from flashmoe_cli.output import SCHEMA, Terminal
+from flashmoe_cli.render.text import fit
 
 if TYPE_CHECKING:
     from flashmoe.session import Request
@@ -53,19 +54,17 @@ def dry_run_commands(request: Request, argv: Sequence[str], nodes: int = 2) -> l
     ]
 
 
-def dry_run_lines(request: Request, argv: Sequence[str]) -> list[str]:
-    """The commands, each below where it is to be typed, and what to know of them."""
+def dry_run_lines(request: Request, argv: Sequence[str], where: Terminal) -> list[str]:
+    """The commands, each whole below where it is to be typed, and what to know of them."""
     lines = []
     for command in dry_run_commands(request, argv):
-        lines += [f"{command.where}:", f"  {command.line}"]
-    lines.append(
-        "nodes and ranks on each are yours to change; -o must name a place that all nodes see"
-    )
+        lines += [*fit(f"{command.where}:", where.width), f"  {command.line}"]
+    notes = ["nodes and ranks on each are yours to change; -o must name a place that all nodes see"]
     if request.world == "host":
-        lines.append(
+        notes.append(
             "the host engine's processes share memory: on several nodes only GPU worlds run"
         )
-    return lines
+    return lines + [part for text in notes for part in fit(text, where.width)]
 
 
 def dry_run_json(verb: str, request: Request, argv: Sequence[str]) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashmoe_cli.render.text import bytes_text, plural
+from flashmoe_cli.output import Terminal
+from flashmoe_cli.render.text import bytes_text, fit, plural
 
 if TYPE_CHECKING:
     from flashmoe.trace.export import Exported
@@ -16,7 +17,8 @@ _OPEN = {
 }
 
 
-def export_lines(run: Path, done: Exported) -> list[str]:
+def export_lines(run: Path, done: Exported, where: Terminal) -> list[str]:
     """What was written, and where to open it."""
     size = f"{bytes_text(done.size)}, {plural(done.slices, 'slice')}, {plural(done.flows, 'arrow')}"
-    return [f"{run.name} -> {done.path}  ({size})", _OPEN[done.format]]
+    lines = (f"{run.name} -> {done.path}  ({size})", _OPEN[done.format])
+    return [part for line in lines for part in fit(line, where.width, 2)]

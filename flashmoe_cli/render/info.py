@@ -18,7 +18,10 @@ from flashmoe_cli.render.result import (
     time_text,
     where_text,
 )
-from flashmoe_cli.render.text import bytes_text, count_text, paint, plural, table
+from flashmoe_cli.render.text import bytes_text, clip, count_text, fit, paint, plural, table
+
+#: Where the values begin, in columns.
+_INDENT = 13
 
 
 def title(path: Path, meta: dict[str, Any]) -> str:
@@ -61,8 +64,10 @@ def info_lines(
     ]
     if meta.get("shared_expert") or meta["config"].get("shared_expert"):
         fields.append(("note", "the shared expert is added by torch, outside the kernel"))
-    lines = [paint(title(path, meta), "1", where.colour)]
-    lines += [f"  {name:<10} {value}" for name, value in fields if value]
+    lines = [paint(clip(title(path, meta), where.width), "1", where.colour)]
+    for name, value in fields:
+        if value:
+            lines += fit(f"  {name:<10} {value}", where.width, _INDENT)
     if verbose:
         lines += ["", *_ring_table(rings["per_ring"], where)]
     return lines

@@ -7,7 +7,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from flashmoe_cli.output import Terminal
-from flashmoe_cli.render.text import table
+from flashmoe_cli.render.text import fit, table
 
 if TYPE_CHECKING:
     from flashmoe.presets import Preset
@@ -30,4 +30,5 @@ def preset_lines(presets: Mapping[str, Preset], where: Terminal) -> list[str]:
         indent = " " * (width + 2)
         text = f"{name:<{width}}  {preset.description}"
         lines += wrap(text, where.width, subsequent_indent=indent)
-    return [*lines, "", "Any of them can be set: flashmoe trace mixtral -T 512 --ranks 4"]
+    how = "Any of them can be set: flashmoe trace mixtral -T 512 --ranks 4"
+    return [*lines, "", *fit(how, where.width, 2)]

@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Any
 from flashmoe.trace.links import link_figures
 from flashmoe_cli.output import Terminal
 from flashmoe_cli.render.links import link_lines, link_text
-from flashmoe_cli.render.text import bytes_text, paint, plural
+from flashmoe_cli.render.text import bytes_text, command_lines, fit, paint, plural, table
 
 if TYPE_CHECKING:
     from flashmoe.session import Result
+
+
+#: Where the values begin, in columns.
+_INDENT = 11
 
 
 def where_text(
@@ -89,46 +93,59 @@ def result_lines(result: Result, where: Terminal, *, verbose: bool = False) -> l
     ranks = len(result.tokens)
     in_processes = result.processes is not None
     head = where_text(result.world, ranks, result.sms_per_rank, gpu, in_processes, result.topology)
-    lines = [paint(f"{result.name} on {head}", "1", where.colour)]
+    head = f"{result.name} on {head}"
+    lines = [paint(line, "1", where.colour) for line in fit(head, where.width, 2)]
+
+    def say(label: str, value: object) -> None:
+        lines.extend(fit(f"  {label:<8} {value}", where.width, _INDENT))
+
     if result.why_world:
-        lines.append(f"  no GPU   {result.why_world}")
-    lines.append(f"  shape    {shape_text(result.config.to_dict(), list(result.tokens))}")
+        say("no GPU", result.why_world)
+    say("shape", shape_text(result.config.to_dict(), list(result.tokens)))
     if result.processes is not None:
-        lines.append(f"  ranks    {processes_text(result.processes)}")
+        say("ranks", processes_text(result.processes))
     if result.hang is not None:
         lines += ["", *hang_lines(result, where), ""]
     else:
         text = check_text(result.check)
         good = result.check is None or result.check["ok"]
-        lines.append(f"  check    {paint(text, '32' if good else '1;31', where.colour)}")
-        lines.append(f"  time     {time_text(result.world, result.launch_ms)}")
-        lines += _traffic(result, verbose)
+        say("check", paint(text, "32" if good else "1;31", where.colour))
+        say("time", time_text(result.world, result.launch_ms))
+        say("payload", _payload(result))
+        if verbose and ranks > 1:
+            lines += _traffic(result, where)
         links = link_figures(result.nvlink)
         if links is not None:
-            lines.append(f"  NVLink   {link_text(links)}")
+            say("NVLink", link_text(links))
             lines += link_lines(links, where.width, "    ") if verbose else []
-    lines += [f"  note     {remark}" for remark in result.remarks]
+    for remark in result.remarks:
+        say("note", remark)
     if verbose:
-        lines += _verbose(result)
+        for label, value in _verbose(result):
+            say(label, value)
     if result.saved_output is not None:
-        lines.append(f"  output   {result.saved_output}")
+        say("output", result.saved_output)
     if result.path is not None:
-        lines.append(f"  saved    {result.path}")
+        say("saved", result.path)
     return lines
 
 
-def _traffic(result: Result, verbose: bool) -> list[str]:
-    total = int(result.traffic.sum())
+def _payload(result: Result) -> str:
     rows = result.rows
     spread = f"rows per expert {int(rows.min())} to {int(rows.max())}"
     if len(result.tokens) == 1:
-        return [f"  payload  none: one rank keeps every row; {spread}"]
-    lines = [f"  payload  {bytes_text(total)} a launch between ranks; {spread}"]
-    if verbose:
-        for source, row in enumerate(result.traffic):
-            cells = "  ".join(bytes_text(int(n)).rjust(9) for n in row)
-            lines.append(f"    rank {source}  {cells}")
-    return lines
+        return f"none: one rank keeps every row; {spread}"
+    return f"{bytes_text(int(result.traffic.sum()))} a launch between ranks; {spread}"
+
+
+def _traffic(result: Result, where: Terminal) -> list[str]:
+    """The payload from each rank to each."""
+    head = ["", *(f"to {peer}" for peer in range(len(result.traffic)))]
+    rows = [
+        [f"rank {source}", *(bytes_text(int(n)) for n in row)]
+        for source, row in enumerate(result.traffic)
+    ]
+    return table(head, rows, [False, *[True] * len(rows)], where.width, "    ")
 
 
 def device_text(device: dict[str, Any]) -> str:
@@ -150,17 +167,19 @@ def device_text(device: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _verbose(result: Result) -> list[str]:
-    lines = []
+def _verbose(result: Result) -> list[tuple[str, str]]:
+    """What is told with -v, by label."""
+    said = []
     if result.device is not None:
-        lines.append(f"  device   {device_text(result.device)}")
+        said.append(("device", device_text(result.device)))
     if result.clock is not None:
         c = result.clock
-        lines.append(
-            f"  clock    {c['source']}, step {c['step_ns']:.0f} ns, "
+        text = (
+            f"{c['source']}, step {c['step_ns']:.0f} ns, "
             f"a record costs {c['record_cost_ns']:.0f} ns"
         )
-    return lines
+        said.append(("clock", text))
+    return said
 
 
 def hang_lines(result: Result, where: Terminal) -> list[str]:
@@ -176,7 +195,7 @@ def hang_lines(result: Result, where: Terminal) -> list[str]:
     return lines
 
 
-def next_lines(result: Result) -> list[str]:
+def next_lines(result: Result, where: Terminal) -> list[str]:
     """The commands to type next, complete with this run's path where it is not the latest here."""
     from flashmoe.trace.place import runs_folder
 
@@ -192,4 +211,9 @@ def next_lines(result: Result) -> list[str]:
             *rows,
         ]
     width = max(len(command) for command, _ in rows)
-    return ["next:", *(f"  {command:<{width}}  {why}" for command, why in rows)]
+    if width + 4 + max(len(why) for _, why in rows) <= where.width:
+        return ["next:", *(f"  {command:<{width}}  {why}" for command, why in rows)]
+    lines = ["next:"]
+    for command, why in rows:
+        lines += [*command_lines(command, where.width, "  "), *fit(f"    {why}", where.width, 4)]
+    return lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from textwrap import wrap
 
 _ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -19,6 +20,38 @@ def clip(text: str, width: int) -> str:
         return text
     plain = _ESCAPE.sub("", text)
     return plain[: max(width - 2, 0)] + ".."
+
+
+def fit(text: str, width: int, indent: int = 0) -> list[str]:
+    """``text`` in lines of at most ``width`` columns, all but the first ``indent`` columns in.
+
+    The indent takes half of the width at most.  A word that is wider than a line, a path say, stays
+    whole, so that it can be copied.
+    """
+    if visible(text) <= width:
+        return [text]
+    return wrap(
+        text,
+        width,
+        subsequent_indent=" " * min(indent, width // 2),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def command_lines(command: str, width: int, indent: str) -> list[str]:
+    """A command line that a shell takes as it stands, in lines of at most ``width`` columns."""
+    if len(indent + command) <= width:
+        return [indent + command]
+    parts = wrap(
+        command,
+        width - 2,
+        initial_indent=indent,
+        subsequent_indent=indent + "  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return [*(f"{part} \\" for part in parts[:-1]), parts[-1]]
 
 
 def pad(text: str, width: int, right: bool = False) -> str:

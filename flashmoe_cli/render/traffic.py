@@ -9,6 +9,7 @@ from flashmoe_cli.output import Terminal
 from flashmoe_cli.render.links import link_lines, link_text
 from flashmoe_cli.render.text import (
     bytes_text,
+    fit,
     paint,
     percent,
     plural,
@@ -56,20 +57,13 @@ def traffic_lines(figures: dict[str, Any], where: Terminal) -> list[str]:
     links = figures["nvlink"]
     if links is not None:
         lines.append(f"  NVLink         {link_text(links)}")
-    lines = [part for line in lines for part in _fit(line, where.width)]
+    lines = [part for line in lines for part in fit(line, where.width, _INDENT)]
     if figures["bounds"]:
         dropped = wrap("  records were dropped: these are lower bounds", where.width)
         lines += [paint(line, "33", where.colour) for line in dropped]
     if links is not None:
         lines += link_lines(links, where.width, "    ")
     return [*matrix, *lines]
-
-
-def _fit(line: str, width: int) -> list[str]:
-    """A figure with its name in front, in lines of at most ``width`` columns."""
-    if len(line) <= width:
-        return [line]
-    return wrap(line, width, subsequent_indent=" " * min(_INDENT, width // 2))
 
 
 def _way(figures: dict[str, Any]) -> str:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from flashmoe_cli.output import SCHEMA
+from flashmoe_cli.output import SCHEMA, Terminal
+from flashmoe_cli.render.text import fit
 
 
-def version_lines(verbose: bool) -> list[str]:
+def version_lines(verbose: bool, where: Terminal) -> list[str]:
     """One line; with ``verbose`` the build in full: engines, kernels, compilers."""
     from flashmoe.build_info import build_info
 
     info = build_info()
-    return info.lines() if verbose else [f"flashmoe {info.version} ({info.revision})"]
+    lines = info.lines() if verbose else [f"flashmoe {info.version} ({info.revision})"]
+    return [part for line in lines for part in fit(line, where.width, 2)]
 
 
 def version_json() -> dict[str, Any]:

@@ -200,10 +200,20 @@ def test_export_writes_beside_us_and_refuses_to_overwrite(made_up: Any, cli: Any
 
 
 @pytest.mark.parametrize("colour", [False, True])
-@pytest.mark.parametrize("width", [40, 72, 200])
+@pytest.mark.parametrize("width", [40, 60, 72, 200])
 @pytest.mark.parametrize(
     "args",
-    [("timeline",), ("timeline", "--lane", "all"), ("timeline", "--lane", "math0"), ("traffic",)],
+    [
+        ("timeline",),
+        ("timeline", "--lane", "all"),
+        ("timeline", "--lane", "math0"),
+        ("traffic",),
+        ("info", "-v"),
+        ("export", "-f"),
+        ("presets",),
+        ("doctor",),
+        ("--version", "-v"),
+    ],
 )
 def test_no_line_is_wider_than_the_terminal(
     made_up: Any,
@@ -217,8 +227,9 @@ def test_no_line_is_wider_than_the_terminal(
     monkeypatch.setenv("COLUMNS", str(width))
     if colour:
         monkeypatch.setenv("FORCE_COLOR", "1")
-    lines = cli(*args).stdout.splitlines()[1:]
-    assert max(map(visible, lines)) <= width
+    lines = cli(*args).stdout.splitlines()
+    # A word that is wider, a path, stays whole.
+    assert max(visible(line) for line in lines if len(line.split()) > 1) <= width
 
 
 def test_a_narrow_terminal_loses_no_figure(
@@ -318,7 +329,7 @@ def test_a_narrow_terminal_shows_all_of_the_traffic(
     wide = cli("traffic").stdout
     monkeypatch.setenv("COLUMNS", "36")
     narrow = cli("traffic").stdout
-    assert ".." not in narrow
+    assert ".." not in narrow.partition("\n")[2]  # the title alone gives way
     for text in (narrow, wide):
         said = " ".join(text.split())
         for words in ("192 B of counts", "within one GPU)", "which drops none"):

@@ -14,6 +14,7 @@ import pytest
 from safetensors import safe_open
 
 from flashmoe_cli import recording
+from flashmoe_cli.render.text import visible
 
 HOST = ("--world", "host")
 
@@ -78,6 +79,18 @@ def test_traces_of_one_second_take_names_of_their_own(
     }
     assert list(seeds.values()) == [1, 2, 3]
     assert {p.name for p in runs.iterdir()} == {*seeds, "latest"}
+
+
+@pytest.mark.parametrize("width", [40, 60])
+@pytest.mark.parametrize("verb", ["run", "trace"])
+def test_no_line_of_a_result_is_wider_than_the_terminal(
+    runs: Path, cli: Any, torch_engine: Any, monkeypatch: pytest.MonkeyPatch, verb: str, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    done = cli(verb, "tiny", "--ranks", "3", "-v", *HOST)
+    assert done.exit_code == 0, done.output
+    lines = [line for line in done.stdout.splitlines() if len(line.split()) > 1]  # no mere path
+    assert max(map(visible, lines)) <= width
 
 
 def test_the_saved_run_tells_what_it_was(runs: Path, cli: Any, torch_engine: Any) -> None:
