@@ -40,7 +40,7 @@ PLACE = {"PYTHONPATH": str(Path(flashmoe_cli.__file__).parents[1])}
         (("run", "--skew", "-1"), "--skew must be greater than or equal to 0", "flashmoe run"),
         (("run", "--deadline", "inf"), "--deadline must be less than", "flashmoe run --help"),
         (("run", "--deadline", "1e12"), "--deadline must be less than", "flashmoe run --help"),
-        (("run", "--deadline", "nan"), "--deadline must be greater", "flashmoe run --help"),
+        (("run", "--deadline", "nan"), "--deadline must be less than", "flashmoe run --help"),
         (("run", "tiny", "--fault", "lost-signal:0:99"), "no expert 99", "experts are 0 to 7"),
         (("run", "--skew", "inf"), "--skew must be less than", "flashmoe run --help"),
         (("run", "--sm", "3"), "no such option --sm", "--sm is of flashmoe timeline; "),
