@@ -85,7 +85,7 @@ def join(request: Request, place: Place, progress: Progress) -> tuple[Result | N
         parts = _collect(pe.part(), folder, job)
         if failed is not None:
             raise failed.cause
-        outcome = Outcome(parts, {}, None, pe.interrupted, {}, place.by, place.nodes,
+        outcome = Outcome(parts, {}, None, pe.interrupted, {}, set(), place.by, place.nodes,
                           transport, why_transport)  # fmt: skip
         silent = [r for r in range(place.world) if r not in parts]
         outcome.gone = dict.fromkeys(silent, f"it left no word ({place.by} may say more)")

@@ -30,6 +30,7 @@ from flashmoe.keeper import Keeper
 from flashmoe.kernels import select
 from flashmoe.merge import Outcome, conclude
 from flashmoe.part import read_part
+from flashmoe.pe import stopped_text
 from flashmoe.session import (
     DEADLINE_S,
     EXIT_HANG,
@@ -285,7 +286,8 @@ class Launch:
         pids = {child.rank: child.process.pid for child in self.children}
         if not self.stopped:
             self._refuse_early_end(bool(actors))
-        return Outcome(parts, self.gone, self.flight, self.stopped, pids)
+        halted = {child.rank for child in self.children if child.code == EXIT_STOPPED}
+        return Outcome(parts, self.gone, self.flight, self.stopped, pids, halted)
 
     def _refuse_early_end(self, built: bool) -> None:
         """Raises where a rank ended before the launches began: there is no result to speak of."""
@@ -389,6 +391,8 @@ class Launch:
         assert child.code is not None
         if child.code == 0 or self.stopped:
             return
+        if child.code == EXIT_STOPPED:  # it may have ended before it could say so itself
+            self._fail(stopped_text(child.rank))
         # One that a signal ended which we did not send was gone before we told it anything: a PE
         # on a GPU takes its time to go, and its neighbours under MPS may be quicker.
         told = self._term_at != float("inf") or self._kill_at != float("inf")

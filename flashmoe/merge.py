@@ -19,6 +19,7 @@ from flashmoe import saving, verdict
 from flashmoe.config import MoEConfig
 from flashmoe.errors import FlashmoeError
 from flashmoe.part import Part
+from flashmoe.pe import stopped_text
 from flashmoe.session import EXIT_HANG, EXIT_STOPPED, EXIT_WRONG, Progress, Request, Result
 from flashmoe.trace import schema
 from flashmoe.trace.align import Alignment, Exchange, align_rings
@@ -40,6 +41,7 @@ class Outcome:
     ``parts``: by rank, those that came whole.  ``gone``: ranks whose process ended as it should not
     have ("killed by SIGKILL"), the one that went first at the front.  ``flight``: all ranks' slots
     in (rank, CTA, lane) order, where the launcher could read them.  ``stopped``: Ctrl-C.
+    ``halted``: ranks that ended as stopped though they may have left no part.
     """
 
     parts: dict[int, Part]
@@ -47,6 +49,7 @@ class Outcome:
     flight: np.ndarray | None = None
     stopped: bool = False
     pids: dict[int, int] = field(default_factory=dict)
+    halted: set[int] = field(default_factory=set)
     launcher: str = "flashmoe"
     nodes: int = 1
     transport: str = "host"
@@ -319,21 +322,26 @@ def conclude(request: Request, outcome: Outcome, why_world: str, progress: Progr
     """The result of a run of PEs, judged and saved.
 
     Raises FlashmoeError where a rank failed in a way that leaves no result: bad ids, no memory.
-    A run that was stopped is saved with what it had, and KeyboardInterrupt raised.
+    A run that was stopped is saved with what it had, and KeyboardInterrupt raised; where a rank of
+    it was stopped, and none failed, FlashmoeError with the same exit code.
     """
     merged = Merged(request, outcome, why_world)
-    if outcome.stopped and not merged.inputs:
-        raise KeyboardInterrupt
-    result = merged.result()
     reports = merged.reports
     hung = [r for r in reports.values() if r["status"] == Status.HANG]
     failed = {r: s for r, s in reports.items() if s["exit_code"] not in (0, EXIT_STOPPED)}
-    if outcome.stopped:
-        result.exit_code, result.message = EXIT_STOPPED, "interrupted"
-        result.status = Status.HOST_ABORT
-        with contextlib.suppress(FlashmoeError):
-            _save(merged, result, progress, only_with_launches=True)
-        raise KeyboardInterrupt
+    halted = None if outcome.gone or hung or failed else _first_halted(merged)
+    if outcome.stopped or halted is not None:
+        message = "interrupted" if outcome.stopped or halted is None else stopped_text(halted)
+        if merged.inputs:
+            result = merged.result()
+            result.exit_code, result.message = EXIT_STOPPED, message
+            result.status = Status.HOST_ABORT
+            with contextlib.suppress(FlashmoeError):
+                _save(merged, result, progress, only_with_launches=True)
+        if outcome.stopped:
+            raise KeyboardInterrupt
+        raise FlashmoeError(message, "a signal ended its process: run it again", EXIT_STOPPED)
+    result = merged.result()
     slots = merged.flight() if outcome.gone or hung else None
     if outcome.gone or hung:
         progress("diagnosing the hang", 0, 0)
@@ -359,11 +367,31 @@ def conclude(request: Request, outcome: Outcome, why_world: str, progress: Progr
     return result
 
 
+def _first_halted(merged: Merged) -> int | None:
+    """The rank whose stop ended the run, as far as the ranks tell; None where none was stopped.
+
+    Those behind it ended for its sake: they say so, or, having left no part, come after it.
+    """
+    codes = {rank: report["exit_code"] for rank, report in merged.reports.items()}
+    halted = merged.outcome.halted | {rank for rank, code in codes.items() if code == EXIT_STOPPED}
+
+    def order(rank: int) -> tuple[int, int]:
+        report = merged.reports.get(rank)
+        return (1 if report is None else 0 if report["interrupted"] else 2), rank
+
+    return min(halted, key=order, default=None)
+
+
 def _judge(merged: Merged, result: Result, progress: Progress) -> None:
+    """Raises FlashmoeError where a rank lacks that all others' results are nothing without."""
     request = merged.request
-    checks = [merged.reports[r]["check"] for r in sorted(merged.reports)]
-    if request.check and all(checks):
-        result.check = verdict.combine(checks)
+    for rank in range(request.ranks):
+        report = merged.reports.get(rank)
+        if report is None or (request.check and not report["check"]):
+            lacks = "no part of the run" if report is None else "no verdict on its result"
+            raise FlashmoeError(f"rank {rank} left {lacks}", "see its lines above; run it again")
+    if request.check:
+        result.check = verdict.combine([merged.reports[r]["check"] for r in range(request.ranks)])
         if not result.check["ok"]:
             result.exit_code, result.message = EXIT_WRONG, "wrong result"
     else:

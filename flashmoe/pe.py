@@ -58,7 +58,7 @@ class Pe:
     nvlink: dict[str, Any] | None = None
     exit_code: int = 0
     message: str = "ok"
-    interrupted: bool = False  # by Ctrl-C, or whoever started it
+    interrupted: bool = False  # by a signal, and for no failure of another rank
 
     def part(self) -> Part:
         """Report and arrays of what there is; see ``flashmoe.merge`` for who reads it."""
@@ -67,6 +67,7 @@ class Pe:
             "pid": os.getpid(),
             "exit_code": self.exit_code,
             "message": self.message,
+            "interrupted": self.interrupted,
             "status": int(self.status),
             "launch_ms": [launch.elapsed_ms for launch in self.launches],
             "rows_needed": max((launch.rows_needed for launch in self.launches), default=0),
@@ -131,8 +132,12 @@ def run_pe(request: Request, job: Job, board: Board, progress: Progress, transpo
     try:
         _run(pe, board, progress, transport)
     except KeyboardInterrupt:
-        pe.exit_code, pe.message, pe.interrupted = EXIT_STOPPED, "stopped", True
+        pe.exit_code, pe.message = EXIT_STOPPED, "stopped"
         pe.status = Status.HOST_ABORT if pe.status is Status.OK else pe.status
+        # One that is stopped because another failed finds that rank's reason there.
+        reason = stopped_text(job.rank)
+        with contextlib.suppress(FlashmoeError):
+            pe.interrupted = job.fail(reason) == reason
     except JobFailed as exc:
         # The rank that failed says why; this one only says that it ended for it.
         pe.exit_code, pe.message = EXIT_STOPPED, f"stopped: {exc.message}"
@@ -151,6 +156,11 @@ def run_pe(request: Request, job: Job, board: Board, progress: Progress, transpo
         _tell(pe, exc)
         raise Ended(pe, exc) from exc
     return pe
+
+
+def stopped_text(rank: int) -> str:
+    """How it is called that a signal ended a rank which nothing was wrong with."""
+    return f"rank {rank} was stopped"
 
 
 class Ended(Exception):

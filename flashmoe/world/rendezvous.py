@@ -265,9 +265,11 @@ class Job:
         """Returns when every rank has come here."""
         self.gather(name, b"")
 
-    def fail(self, reason: str) -> None:
-        """Ends every wait of every rank with this reason; the first one stays."""
-        self._ask(lambda: self._store.compare_set(_FAILED, "", reason))
+    def fail(self, reason: str) -> str:
+        """Ends every wait of every rank with this reason, or with that of who failed before: it is
+        given back."""
+        kept: bytes = self._ask(lambda: self._store.compare_set(_FAILED, "", reason))
+        return kept.decode()
 
     def failure(self) -> str | None:
         """Why the job failed, where it is known that it did."""

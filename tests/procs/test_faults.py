@@ -244,3 +244,29 @@ def test_the_launcher_killed_while_it_writes_leaves_no_half_run(tmp_path: Path) 
     job.process.wait()
     assert job.left(within=5.0) == []
     assert (tmp_path / "run.fmoe" / "run.json").exists()  # the old one, or the new one whole
+
+
+def test_a_pe_that_is_stopped_is_no_success(tmp_path: Path) -> None:
+    job = trace(tmp_path, "-n", "2000", "--fault", "slow:0:0.002")
+    job.wait_for("running")
+    time.sleep(0.5)
+    os.kill(job.pe(1), signal.SIGTERM)
+    done = job.end()
+    assert done.code == 130, done
+    assert "rank 1 was stopped" in done.err and "saved what had run" in done.err, done
+    assert job.left() == []
+    run = open_run(tmp_path / "run.fmoe")
+    assert run.meta["status"] == {"code": 130, "message": "rank 1 was stopped"}
+    assert set(run.events["rank"].to_pylist()) == {0, 1, 2}
+
+
+def test_a_pe_that_is_stopped_before_it_ran_is_named(tmp_path: Path) -> None:
+    job = trace(tmp_path, "-n", "2000", "--json")
+    pe = job.pe(2)
+    time.sleep(0.3)
+    os.kill(pe, signal.SIGTERM)
+    done = job.end()
+    # By its handler, or before that stood.
+    stopped = (130, "rank 2 was stopped"), (1, "rank 2 is gone: killed by SIGTERM")
+    assert (done.code, done.said["error"]["message"].partition(" while ")[0]) in stopped, done
+    assert job.left() == []
