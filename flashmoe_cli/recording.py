@@ -97,7 +97,7 @@ def make_request(options: dict[str, Any], *, traced: bool, place: Place | None =
         raise parse.usage("both --skew and --tokens", "--skew shapes random tokens: leave it out")
     default = default_run_path(name)
     world, device = options["world"].value, get("device")
-    if world == "auto" and device is not None and not processes["processes"]:
+    if world == "auto" and device is not None:
         world = "local"  # who names a GPU is not served by the CPU
     return Request(
         name=name,

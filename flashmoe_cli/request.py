@@ -99,6 +99,13 @@ def processes(options: dict[str, Any], place: Place | None = None) -> tuple[int,
                 "leave --ranks out",
             )
         ranks = number
+    device: int | None = options.get("device")
+    if device is not None and wanted:
+        raise usage(
+            f"--device {device} names one GPU, and ranks that are processes take GPUs by their "
+            "numbers, from 0",
+            f"leave --device out, and choose GPUs by CUDA_VISIBLE_DEVICES={device}",
+        )
     transport = getattr(options.get("transport"), "value", None) or "auto"
     if transport != "auto" and not wanted:
         raise usage(

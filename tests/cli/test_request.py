@@ -11,6 +11,7 @@ import pytest
 from flashmoe.errors import FlashmoeError
 from flashmoe.presets import PRESETS
 from flashmoe.world.base import Fault
+from flashmoe.world.rendezvous import Place
 from flashmoe_cli import request
 
 
@@ -125,6 +126,17 @@ def test_ranks_that_are_processes() -> None:
         with pytest.raises(FlashmoeError) as caught:
             request.processes(wrong)
         assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("asked", [{"gpus": 1}, {"processes": True, "ranks": 2}, {}])
+def test_processes_take_no_device(asked: dict[str, Any]) -> None:
+    place = None if asked else Place(0, 2, 0, 2, 1, "torchrun", "127.0.0.1", 1)
+    for device in (0, 3):
+        with pytest.raises(FlashmoeError, match=f"--device {device} names one GPU") as caught:
+            request.processes({"device": device, **asked}, place)
+        assert caught.value.exit_code == 2
+        assert f"CUDA_VISIBLE_DEVICES={device}" in caught.value.hint
+    assert request.processes({"device": 3})[1]["processes"] is False
 
 
 def test_faults_of_a_process() -> None:
