@@ -18,12 +18,15 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from flashmoe.errors import FlashmoeError
+
 if TYPE_CHECKING:
     from flashmoe.part import Part
-    from flashmoe.pe import Pe
+    from flashmoe.pe import Ended, Pe
 
 _PR_SET_PDEATHSIG = 1
 LAST_S = 2.0
@@ -110,7 +113,6 @@ def main() -> None:
 
 
 def _run(line: Line, task: Task) -> int:
-    from flashmoe.errors import FlashmoeError
     from flashmoe.part import write_part
     from flashmoe.pe import Ended, raises, run_pe, strike
     from flashmoe.session import EXIT_STOPPED
@@ -138,15 +140,12 @@ def _run(line: Line, task: Task) -> int:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         part, code = _gather(pe, line), pe.exit_code
     except Ended as ended:
-        cause = ended.cause
-        part, code = _gather(ended.pe, line), ended.pe.exit_code
-        if isinstance(cause, FlashmoeError):
-            line.say(error=[cause.message, cause.hint, cause.exit_code])
-        else:
-            import traceback
-
-            traceback.print_exception(cause)
-            line.say(error=[ended.pe.message, "its traceback is above", 1], crash=ended.pe.message)
+        code = ended.pe.exit_code
+        _say_failure(line, ended)
+        try:
+            part = _gather(ended.pe, line)
+        except Exception as exc:  # what it failed of may have taken along what it had
+            traceback.print_exception(exc)
     except JobFailed:
         return EXIT_STOPPED
     except FlashmoeError as exc:
@@ -157,6 +156,16 @@ def _run(line: Line, task: Task) -> int:
             write_part(file, part)
         line.say(part=True)
     return code
+
+
+def _say_failure(line: Line, ended: Ended) -> None:
+    """Why it failed: said before the part is gathered, which may fail as well."""
+    cause, message = ended.cause, ended.pe.message
+    if isinstance(cause, FlashmoeError):
+        line.say(error=[cause.message, cause.hint, cause.exit_code])
+    else:
+        traceback.print_exception(cause)
+        line.say(error=[message, "its traceback is above", 1], crash=message)
 
 
 def _gather(pe: Pe, line: Line) -> Part:

@@ -472,9 +472,12 @@ class GpuEngine:
     def chunk_counts(self) -> np.ndarray:
         """uint32 [ranks here, chunks, E]: rows of each chunk of the last launch.
 
-        Those of a chunk whose gate has not run yet are 0.
+        Those of a chunk whose gate has not run yet are 0, and all where the heaps were given back
+        for larger ones that the memory did not hold.
         """
         experts = self.config.experts
+        if not self._heaps:
+            return np.zeros((len(self.local), self.sms_per_rank, experts), np.uint32)
         size = 4 * self.sms_per_rank * experts
         counts = np.stack(
             [
@@ -516,11 +519,11 @@ class GpuEngine:
     def counts_seen(self) -> np.ndarray:
         """Counts as each rank here holds them, uint32 [ranks here, W, E]: [holder, source, expert].
 
-        0xffffffff where that source's count has not arrived.
+        0xffffffff where that source's count has not arrived, and of all where there are no heaps.
         """
         ranks, experts = self.options.ranks, self.config.experts
-        seen = np.zeros((len(self.local), ranks, experts), np.uint32)
-        for index in range(len(self.local)):
+        seen = np.full((len(self.local), ranks, experts), 0xFFFFFFFF, np.uint32)
+        for index in range(len(self._heaps)):
             words = self._section(index, "counts", 16 * ranks * experts).numpy().view(np.uint64)
             epoch = self._launches
             both = words.reshape(2, ranks, experts)[epoch & 1]

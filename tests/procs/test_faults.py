@@ -24,7 +24,6 @@ GRACE_S = 3.0
 HOST = ("--world", "host", "--processes", "--deadline", str(DEADLINE_S))
 # Long enough in its launch to be met there, and short enough to end it within the deadline.
 SLOW = ("--fault", "slow:0:0.02")
-# Every Python of a job runs it first, as sitecustomize: a part takes long to gather.
 SLOW_PART = """
 import time
 from flashmoe.pe import Pe
@@ -34,6 +33,21 @@ def part(pe):
     return gather(pe)
 Pe.part = part
 """
+BROKEN_PART = """
+from flashmoe.pe import Pe
+def part(pe):
+    raise IndexError("nothing is left of it")
+Pe.part = part
+"""
+
+
+def with_code(folder: Path, code: str) -> dict[str, str]:
+    """The environment in which every Python of a job runs ``code`` first."""
+    place = folder / "first"
+    place.mkdir()
+    (place / "sitecustomize.py").write_text(code)
+    paths = [str(place), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def trace(folder: Path, *more: str, ranks: int = 3, **env: str) -> Job:
@@ -120,6 +134,16 @@ def test_a_pe_that_raises_before(tmp_path: Path) -> None:
     assert job.left() == []
 
 
+def test_why_a_pe_failed_is_told_though_it_cannot_gather_its_part(tmp_path: Path) -> None:
+    job = trace(
+        tmp_path, "--fault", "raises:2:joined", "--json", **with_code(tmp_path, BROKEN_PART)
+    )
+    done = job.end()
+    assert done.code == 1, done
+    assert "injected at joined" in done.said["error"]["message"], done
+    assert job.left() == []
+
+
 @pytest.mark.parametrize("pointers", [(), ("--no-pointers",)])
 def test_a_lost_signal_is_found_as_among_threads(tmp_path: Path, pointers: tuple[str, ...]) -> None:
     more = ("--fault", "lost-signal:0:7", "--deadline", "0.5", *pointers)
@@ -202,12 +226,9 @@ def test_what_stops_the_launcher_stops_all_and_keeps_what_had_run(
 
 def test_one_that_takes_long_to_gather_its_part_is_given_the_time(tmp_path: Path) -> None:
     """Full rings of a GPU that others use take seconds; SIGTERM would come before that."""
-    slow = tmp_path / "slow"
-    slow.mkdir()
-    (slow / "sitecustomize.py").write_text(SLOW_PART.format(seconds=TERM_S + 1.0))
-    paths = [str(slow), *filter(None, [os.environ.get("PYTHONPATH")])]
     more = ("-n", "2000", "--fault", "slow:0:0.002")
-    job = trace(tmp_path, *more, PYTHONPATH=os.pathsep.join(paths))
+    slow = with_code(tmp_path, SLOW_PART.format(seconds=TERM_S + 1.0))
+    job = trace(tmp_path, *more, **slow)
     job.wait_for("running")
     time.sleep(0.5)
     job.process.send_signal(signal.SIGINT)
