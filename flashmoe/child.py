@@ -16,10 +16,12 @@ import pickle
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashmoe.errors import FlashmoeError
@@ -113,7 +115,6 @@ def main() -> None:
 
 
 def _run(line: Line, task: Task) -> int:
-    from flashmoe.part import write_part
     from flashmoe.pe import Ended, raises, run_pe, strike
     from flashmoe.session import EXIT_STOPPED
     from flashmoe.world.board import Board
@@ -152,10 +153,25 @@ def _run(line: Line, task: Task) -> int:
         line.say(error=[exc.message, exc.hint, exc.exit_code])
         return exc.exit_code
     if part is not None:
-        with os.fdopen(task.part_fd, "wb", closefd=False) as file:
-            write_part(file, part)
-        line.say(part=True)
+        code = _hand_over(line, task, part) or code
     return code
+
+
+def _hand_over(line: Line, task: Task, part: Part) -> int:
+    """Writes the part; where the disk refuses it, says so and gives the exit code of that, which
+    stands before how the run ended: of it nothing is left to be told."""
+    from flashmoe.part import refused_by_disk, write_part
+
+    out = task.request.out
+    folder = Path(tempfile.gettempdir()) if out is None else out.absolute().parent
+    try:
+        with refused_by_disk(folder), os.fdopen(task.part_fd, "wb", closefd=False) as file:
+            write_part(file, part)
+    except FlashmoeError as exc:
+        line.say(error=[exc.message, exc.hint, exc.exit_code])
+        return exc.exit_code
+    line.say(part=True)
+    return 0
 
 
 def _say_failure(line: Line, ended: Ended) -> None:

@@ -158,7 +158,8 @@ class Child:
             phase, done, total = message["progress"]
             number = self.phase[0] + (phase != self.phase[1])
             self.phase = (number, phase, done, total)
-        self.error = tuple(message["error"]) if "error" in message else self.error
+        if "error" in message and self.error is None:  # what comes after it may come of it
+            self.error = tuple(message["error"])
         self.crash = message.get("crash", self.crash)
         self.writing = self.writing or "writing" in message
         self.whole = self.whole or "part" in message

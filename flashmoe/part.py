@@ -6,9 +6,12 @@ nothing behind.  A part whose end is missing was cut short, and is none.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -43,6 +46,18 @@ def write_part(file: BinaryIO, part: Part) -> None:
     file.write(tail)
     file.write(len(tail).to_bytes(8, "little") + _MAGIC)
     file.flush()
+
+
+@contextlib.contextmanager
+def refused_by_disk(place: Path) -> Iterator[None]:
+    """Turns what the disk refuses to a part at ``place`` into a FlashmoeError."""
+    try:
+        yield
+    except OSError as error:
+        from flashmoe.trace import rundir  # brings pyarrow, which a PE does without
+
+        with rundir.disk_errors(place):
+            raise error
 
 
 def read_part(file: BinaryIO) -> Part | None:

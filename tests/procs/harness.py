@@ -117,6 +117,27 @@ class Done:
         return f"exit code {self.code}\n{self.out}\n{self.err}"
 
 
+FULL_DISK = """
+import errno, flashmoe.part
+write = flashmoe.part.write_part
+def write_part(file, part):
+    write(file, part)
+    if part.report["rank"] in {ranks}:
+        raise OSError(errno.ENOSPC, "No space left on device")
+flashmoe.part.write_part = write_part
+"""
+"""Code in which the disk is full for these ranks' parts; see ``with_code``."""
+
+
+def with_code(folder: Path, code: str) -> dict[str, str]:
+    """The environment in which every Python of a job runs ``code`` first."""
+    place = folder / "first"
+    place.mkdir()
+    (place / "sitecustomize.py").write_text(code)
+    paths = [str(place), str(Path(flashmoe_cli.__file__).parents[1])]
+    return {"PYTHONPATH": os.pathsep.join(paths)}
+
+
 def until(what: Callable[[], Any], limit: float = 30.0) -> Any:
     """Polls until ``what`` gives something."""
     end = time.monotonic() + limit

@@ -17,7 +17,7 @@ pytest.importorskip("flashmoe._host")
 from flashmoe.launcher import TERM_S
 from flashmoe.trace.rundir import open_run
 
-from .harness import Job, until
+from .harness import FULL_DISK, Job, until, with_code
 
 DEADLINE_S = 4.0
 GRACE_S = 3.0
@@ -39,15 +39,6 @@ def part(pe):
     raise IndexError("nothing is left of it")
 Pe.part = part
 """
-
-
-def with_code(folder: Path, code: str) -> dict[str, str]:
-    """The environment in which every Python of a job runs ``code`` first."""
-    place = folder / "first"
-    place.mkdir()
-    (place / "sitecustomize.py").write_text(code)
-    paths = [str(place), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def trace(folder: Path, *more: str, ranks: int = 3, **env: str) -> Job:
@@ -142,6 +133,24 @@ def test_why_a_pe_failed_is_told_though_it_cannot_gather_its_part(tmp_path: Path
     assert done.code == 1, done
     assert "injected at joined" in done.said["error"]["message"], done
     assert job.left() == []
+
+
+@pytest.mark.parametrize("ranks", ["{1}", "{0, 1, 2}"])
+def test_a_disk_that_is_full_kills_no_rank(tmp_path: Path, ranks: str) -> None:
+    full = with_code(tmp_path, FULL_DISK.replace("{ranks}", ranks))
+    done = (job := trace(tmp_path, "--json", **full)).end()
+    assert done.code == 1, done
+    said = re.escape(f": no space left to write {tmp_path}")
+    assert re.fullmatch("rank [012]" + said, done.said["error"]["message"]), done
+    assert "free space" in done.said["error"]["hint"]
+    assert job.left() == []
+
+
+def test_a_hang_is_told_though_a_part_could_not_be_written(tmp_path: Path) -> None:
+    full = with_code(tmp_path, FULL_DISK.replace("{ranks}", "{2}"))
+    how = ("--fault", "lost-signal:0:7", "--deadline", "0.5", "--json")
+    done = trace(tmp_path, *how, **full).end()
+    assert (done.code, done.said["hang"]["cause"]) == (124, "lost-signal"), done
 
 
 @pytest.mark.parametrize("pointers", [(), ("--no-pointers",)])
