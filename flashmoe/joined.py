@@ -9,6 +9,7 @@ the store, which names it, or in the kernel, by the deadline.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import time
@@ -19,9 +20,10 @@ from typing import Any
 
 from flashmoe.errors import FlashmoeError
 from flashmoe.merge import Outcome, conclude
-from flashmoe.part import Part, read_part, write_part
-from flashmoe.pe import Ended, run_pe, strike
+from flashmoe.part import Part, read_part, refused_by_disk, write_part
+from flashmoe.pe import Ended, Pe, run_pe, strike
 from flashmoe.session import (
+    EXIT_STOPPED,
     EXIT_WRONG,
     Progress,
     Request,
@@ -53,74 +55,124 @@ def join(request: Request, place: Place, progress: Progress) -> tuple[Result | N
     )
     strike(request, place.rank, "start")
     job = rendezvous(place)
-    board = Board.make(place.world, shared=False)
     out = request.out or request.hang_out
     base = runs_folder() if out is None else out.absolute().parent
     # Made by rank 0's word, so that all name one folder whatever their clocks and numbers are.
     said = job.gather("folder", str(base / f".flashmoe-{uuid.uuid4().hex[:12]}.pes").encode())
     folder = Path(said[0].decode())
-    if place.rank == 0:
-        # Not before all have met: the store may be this process's, and would be gone with it.
-        try:
-            refuse_existing(request)
-        except FlashmoeError as exc:
-            job.fail(f"rank 0: {exc.message}")
-            _verdict(job, exc.exit_code)
-            raise
-    failed: Ended | None = None
-    try:
-        pe = run_pe(request, job, board, progress, transport)
-    except Ended as ended:
-        failed, pe = ended, ended.pe
-        if not isinstance(ended.cause, FlashmoeError):
-            traceback.print_exception(ended.cause)
     if place.rank > 0:
-        with contextlib.suppress(FlashmoeError):
-            _leave(pe.part(), folder, job)
-            return None, int(job.get("verdict", 0, despite_failure=True))
-        # Rank 0 is gone, and will not tidy up.
-        shutil.rmtree(folder, ignore_errors=True)
-        return None, pe.exit_code or EXIT_WRONG
+        return None, _follow(request, job, folder, progress, transport)
     try:
-        parts = _collect(pe.part(), folder, job)
+        _refuse_existing(request, job)
+        pe, failed = _run(request, job, progress, transport)
+        parts, without = _collect(pe.part(), folder, job)
         if failed is not None:
             raise failed.cause
-        outcome = Outcome(parts, {}, None, pe.interrupted, {}, set(), place.by, place.nodes,
+        _raise_unwritten(parts, without)
+        outcome = Outcome(parts, {}, None, pe.interrupted, {}, set(without), place.by, place.nodes,
                           transport, why_transport)  # fmt: skip
-        silent = [r for r in range(place.world) if r not in parts]
+        silent = [r for r in range(place.world) if r not in parts and r not in without]
         outcome.gone = dict.fromkeys(silent, f"it left no word ({place.by} may say more)")
         result = conclude(request, outcome, why_world, progress)
         _verdict(job, result.exit_code)
         return result, result.exit_code
     except BaseException as exc:
-        _verdict(job, getattr(exc, "exit_code", EXIT_WRONG))
+        stopped = isinstance(exc, KeyboardInterrupt)
+        _verdict(job, EXIT_STOPPED if stopped else getattr(exc, "exit_code", EXIT_WRONG))
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _leave(part: Part, folder: Path, job: Job) -> None:
-    """Writes a part whole, under a name that says so, and tells rank 0."""
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f"rank-{job.rank}.unfinished"
-    with unfinished.open("wb") as file:
-        write_part(file, part)
-    os.replace(unfinished, folder / f"rank-{job.rank}")
-    job.set(f"part/{job.rank}", b"written")
+def _refuse_existing(request: Request, job: Job) -> None:
+    # Not before all have met: the store may be this process's, and would be gone with it.
+    try:
+        refuse_existing(request)
+    except FlashmoeError as exc:
+        job.fail(f"rank 0: {exc.message}")
+        raise
 
 
-def _collect(own: Part, folder: Path, job: Job) -> dict[int, Part]:
-    """The parts of all ranks that leave one; after a failure those that come in ``PARTS_S``."""
+def _run(request: Request, job: Job, progress: Progress, transport: str) -> tuple[Pe, Ended | None]:
+    """This process's rank, and its failure, whose traceback is printed where nobody foresaw it."""
+    board = Board.make(job.world, shared=False)
+    try:
+        return run_pe(request, job, board, progress, transport), None
+    except Ended as ended:
+        if not isinstance(ended.cause, FlashmoeError):
+            traceback.print_exception(ended.cause)
+        return ended.pe, ended
+
+
+def _follow(request: Request, job: Job, folder: Path, progress: Progress, transport: str) -> int:
+    """Any rank but 0: the exit code that rank 0 finds for all."""
+    pe, _ = _run(request, job, progress, transport)
+    with contextlib.suppress(FlashmoeError):
+        _leave(pe, folder, job)
+        return int(job.get("verdict", 0, despite_failure=True))
+    # Rank 0 is gone, and will not tidy up.
+    shutil.rmtree(folder, ignore_errors=True)
+    return pe.exit_code or EXIT_WRONG
+
+
+_WRITTEN, _NOTHING = b"written", b""
+"""What a rank says under ``part/RANK``; or, as JSON, the error why its part is not written."""
+
+
+def _leave(pe: Pe, folder: Path, job: Job) -> None:
+    """Writes the part whole, under a name that says so, and tells rank 0.
+
+    One that another's failure ended before it had an engine has nothing to tell, and writes
+    nothing: rank 0 may have tidied up by then, as it may once it has given its verdict.
+    """
+    word = _NOTHING
+    told = pe.engine is not None or pe.interrupted or pe.exit_code != EXIT_STOPPED
+    if told and not job.has("verdict"):
+        try:
+            with refused_by_disk(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                unfinished = folder / f"rank-{job.rank}.unfinished"
+                with unfinished.open("wb") as file:
+                    write_part(file, pe.part())
+                os.replace(unfinished, folder / f"rank-{job.rank}")
+            word = _WRITTEN
+        except FlashmoeError as exc:
+            job.fail(f"rank {job.rank}: {exc.message}")
+            word = json.dumps([f"rank {job.rank}: {exc.message}", exc.hint, exc.exit_code]).encode()
+    job.set(f"part/{job.rank}", word)
+
+
+def _collect(
+    own: Part, folder: Path, job: Job
+) -> tuple[dict[int, Part], dict[int, FlashmoeError | None]]:
+    """The parts of the ranks that leave one; after a failure those that come in ``PARTS_S``.
+
+    And the ranks that say that they leave none, with the error where one could not be written.
+    """
     parts = {job.rank: own}
+    without: dict[int, FlashmoeError | None] = {}
     until = time.monotonic() + (PARTS_S if own.report["exit_code"] else job.timeout_s)
-    while len(parts) < job.world and time.monotonic() < until:
+    while len(parts) + len(without) < job.world and time.monotonic() < until:
         for rank in range(job.world):
-            if rank not in parts and job.has(f"part/{rank}"):
+            if rank in parts or rank in without or not job.has(f"part/{rank}"):
+                continue
+            word = job.get(f"part/{rank}", rank, despite_failure=True)
+            if word == _WRITTEN:
                 parts[rank] = _read(folder / f"rank-{rank}", rank)
-                if parts[rank].report["exit_code"]:
-                    until = min(until, time.monotonic() + PARTS_S)
+            else:
+                without[rank] = FlashmoeError(*json.loads(word)) if word else None
+            if rank in without or parts[rank].report["exit_code"]:
+                until = min(until, time.monotonic() + PARTS_S)
         time.sleep(0.01)
-    return parts
+    return parts, without
+
+
+def _raise_unwritten(parts: dict[int, Part], without: dict[int, FlashmoeError | None]) -> None:
+    """Raises why a part could not be written, where no rank has anything worse to tell."""
+    errors = [error for error in without.values() if error is not None]
+    codes = {part.report["exit_code"] for part in parts.values()}
+    if errors and codes <= {0, EXIT_STOPPED}:
+        raise errors[0]
 
 
 def _read(path: Path, rank: int) -> Part:

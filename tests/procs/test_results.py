@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from flashmoe.trace.rundir import open_run
 from flashmoe_cli.output import Terminal
 from flashmoe_cli.render.figures import clock_lines
 
-from .harness import Job
+from .harness import FULL_DISK, Job, with_code
 from .payload import implied, traced
 
 FILES = {"rings.bin", "run.json", "events.parquet", "plan.parquet", "counts.parquet"}
@@ -150,10 +152,12 @@ def test_an_order_that_cannot_be_is_counted(tmp_path: Path) -> None:
     assert order_of(run, wrong)["violations"] == 0  # type: ignore[index]
 
 
-def started_elsewhere(folder: Path, envs: list[dict[str, str]], *args: str) -> list[Any]:
+def start_elsewhere(
+    folder: Path, envs: list[dict[str, str]], *args: str
+) -> list[subprocess.Popen[str]]:
     """The command line once for each of these environments, as another launcher would start it."""
     place = {"PYTHONPATH": str(Path(flashmoe_cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    processes = [
+    return [
         subprocess.Popen(
             [sys.executable, "-P", "-m", "flashmoe_cli", *args],
             cwd=folder, env=os.environ | place | env, text=True,
@@ -161,8 +165,17 @@ def started_elsewhere(folder: Path, envs: list[dict[str, str]], *args: str) -> l
         )
         for env in envs
     ]  # fmt: skip
+
+
+def ended(processes: list[subprocess.Popen[str]]) -> list[Any]:
+    """Exit code, stdout and stderr of each."""
     out = [p.communicate(timeout=120) for p in processes]
     return [(p.returncode, *o) for p, o in zip(processes, out, strict=True)]
+
+
+def started_elsewhere(folder: Path, envs: list[dict[str, str]], *args: str) -> list[Any]:
+    """``start_elsewhere``, to the end."""
+    return ended(start_elsewhere(folder, envs, *args))
 
 
 @pytest.mark.parametrize("by", ["torchrun", "srun", "mpirun"])
@@ -234,9 +247,37 @@ def test_a_run_that_exists_is_refused_at_once_by_all(tmp_path: Path) -> None:
     (tmp_path / "run.fmoe").mkdir()
     (tmp_path / "run.fmoe" / "run.json").touch()
     args = ("trace", "tiny", "--world", "host", "-o", "run.fmoe")
-    done = started_elsewhere(tmp_path, by_torchrun(2), *args)
+    done = started_elsewhere(tmp_path, by_torchrun(3), *args)
     assert done[0][0] == 2 and "exists already" in done[0][2], done
-    assert done[1][0] != 0
+    assert 0 not in (done[1][0], done[2][0])
+    assert hidden(tmp_path) == []
+
+
+def test_a_full_disk_at_one_of_them_is_told_at_once(tmp_path: Path) -> None:
+    full = with_code(tmp_path, FULL_DISK.replace("{ranks}", "{1}"))
+    began = time.monotonic()
+    args = ("trace", "tiny", "--world", "host", "-o", "run.fmoe")
+    done = started_elsewhere(tmp_path, by_torchrun(3, **full), *args)
+    assert [code for code, _, _ in done] == [1] * 3, done
+    assert "rank 1: no space left to write" in done[0][2], done
+    assert time.monotonic() - began < 60  # a rank that says nothing is waited for twice as long
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_all_end_as_stopped_where_one_of_them_is(tmp_path: Path, stopped: int) -> None:
+    slow = ("-n", "2000", "--fault", "slow:0:0.002", "-o", "run.fmoe")
+    processes = start_elsewhere(tmp_path, by_torchrun(3), "trace", "tiny", "--world", "host", *slow)
+    said = processes[0].stderr
+    assert said is not None
+    while "running" not in (line := said.readline()):
+        assert line != "", ended(processes)
+    time.sleep(0.5)
+    processes[stopped].send_signal(signal.SIGINT)
+    done = ended(processes)
+    assert [code for code, _, _ in done] == [130] * 3, done
+    assert ("interrupted", "rank 1 was stopped")[stopped] in done[0][2], done
+    assert hidden(tmp_path) == []
 
 
 def test_a_wrong_number_of_ranks_is_refused(tmp_path: Path) -> None:
