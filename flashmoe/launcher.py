@@ -326,12 +326,15 @@ class Launch:
         """One round: what came in, and what is due."""
         for key, _ in self._selector.select(timeout=0.05):
             child, which = key.data
-            if which == "end":
-                self._selector.unregister(key.fileobj)
-                child.code = child.process.wait()
-                self._left(child)
-            else:
+            if which != "end":
                 self._read(child, which)
+            elif child.code is not None:
+                self._selector.unregister(key.fileobj)
+        # Ctrl-C may come between any two steps: a child's end is asked for until it is known.
+        for child in self._alive():
+            child.code = child.process.poll()
+            if child.code is not None:
+                self._left(child)
         now = time.monotonic()
         self._end_stopped(now)
         if now > self._stop_at:

@@ -33,6 +33,19 @@ def part(pe):
     return gather(pe)
 Pe.part = part
 """
+CTRL_C_AT_AN_END = """
+import subprocess
+def interrupted(ask):
+    def asked(process, *args, **how):
+        code = ask(process, *args, **how)
+        if code is not None and "flashmoe.child" in process.args:
+            subprocess.Popen.poll, subprocess.Popen.wait = poll, wait
+            raise KeyboardInterrupt
+        return code
+    return asked
+poll, wait = subprocess.Popen.poll, subprocess.Popen.wait
+subprocess.Popen.poll, subprocess.Popen.wait = interrupted(poll), interrupted(wait)
+"""
 BROKEN_PART = """
 from flashmoe.pe import Pe
 def part(pe):
@@ -231,6 +244,13 @@ def test_what_stops_the_launcher_stops_all_and_keeps_what_had_run(
     assert run.meta["status"] == {"code": 130, "message": "interrupted"}
     assert set(run.events["rank"].to_pylist()) == {0, 1, 2}
     assert run.meta["iterations"] > 0
+
+
+def test_ctrl_c_at_the_moment_a_pe_ends(tmp_path: Path) -> None:
+    job = trace(tmp_path, **with_code(tmp_path, CTRL_C_AT_AN_END))
+    done = job.end(timeout=40)
+    assert done.code == 130, done
+    assert job.left() == []
 
 
 def test_one_that_takes_long_to_gather_its_part_is_given_the_time(tmp_path: Path) -> None:
