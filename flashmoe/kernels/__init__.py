@@ -14,8 +14,6 @@ from flashmoe.kernels import places
 if TYPE_CHECKING:
     from cuda.core import ObjectCode
 
-#: No usable GPU (the command line's exit code).
-
 #: CUDA's API version that a driver of release 580, the oldest we support, answers with.
 MIN_DRIVER_API = 13000
 
