@@ -1,7 +1,7 @@
 """One PE: a process that runs one rank of a job, and leaves its part of the run.
 
-Under our own launcher it is ``python -m flashmoe.pe``, a direct child that is told everything over
-one socket.  Under torchrun, srun or mpirun the command line itself becomes one.
+Under our own launcher it is ``python -m flashmoe.child``, a direct child that is told everything
+over one socket.  Under torchrun, srun or mpirun the command line itself becomes one.
 """
 
 from __future__ import annotations
@@ -126,7 +126,9 @@ class Pe:
 def run_pe(request: Request, job: Job, board: Board, progress: Progress, transport: str) -> Pe:
     """Runs this process's rank from inputs to verdict; the failure goes into what is returned.
 
-    Raises KeyboardInterrupt never: a PE that is stopped leaves a part that says so.
+    Raises KeyboardInterrupt never: a PE that is stopped leaves a part that says so.  The engine is
+    never closed: that is collective, so that a rank which is gone by then would be waited for with
+    the result already there, and the process's end, which is near, frees all of it.
     """
     pe = Pe(request, job)
     try:

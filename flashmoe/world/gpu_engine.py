@@ -79,7 +79,8 @@ class HeapMemory(Protocol):
         """Gives back what was allocated, once no process maps it; none is inside a launch."""
 
     def close(self) -> None:
-        """The last ``free``, which may fail to be collective; safe to call twice."""
+        """The last ``free``, where the process goes on; safe to call twice.  No failure is raised:
+        where not all ranks come, the process's end frees what is left."""
 
 
 class GpuEngine:
