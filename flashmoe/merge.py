@@ -31,8 +31,6 @@ from flashmoe.world.tiles import tile_plan
 if TYPE_CHECKING:
     from flashmoe.trace.diagnosis import HangReport
 
-NOT_SEEN = 0xFFFFFFFF
-
 
 @dataclass
 class Outcome:
@@ -194,7 +192,7 @@ class Merged:
 
     def diagnose(self, slots: np.ndarray, gone: Mapping[int, str]) -> HangReport:
         """Why the launch did not end."""
-        from flashmoe.trace.diagnosis import diagnose
+        from flashmoe.trace.diagnosis import NOT_SEEN, diagnose
 
         engine = self.engine or {}
         first = int(slots["epoch"].max(initial=0)) <= 1

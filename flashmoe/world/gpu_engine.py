@@ -29,6 +29,7 @@ from flashmoe.world.base import (
 )
 from flashmoe.world.gpu_abort import AbortWords
 from flashmoe.world.gpu_clock import GpuClock, measure_clock
+from flashmoe.world.gpu_results import HeapReader, read_rings
 from flashmoe.world.kernel import (
     ARCH,
     LANES,
@@ -459,40 +460,22 @@ class GpuEngine:
         """The name of the tile family that launches use."""
         return unit_family() if self._by_units else tile_family(self.config.dtype)
 
+    @property
+    def _results(self) -> HeapReader:
+        """A reader of the heaps as they are now: pools that grow bring new ones."""
+        return HeapReader(self._heaps, self._layout, self._shape, self.local)
+
+    def _word(self, index: int, name: str) -> int:
+        return self._results.word(index, name)
+
     def outputs(self) -> list[RankOutput]:
         """Results of the last launch, one a rank, on the CPU."""
-        k = self.config.top_k
-        result = []
-        for index, rank in enumerate(self.local):
-            tokens = self.tokens[rank]
-            ids = self._section(index, "ids", 4 * tokens * k).view(torch.int32).reshape(tokens, k)
-            weights = self._section(index, "weights", 4 * tokens * k).view(torch.float32)
-            result.append(RankOutput(self._y[index].cpu(), ids, weights.reshape(tokens, k)))
-        return result
+        return self._results.outputs(self._y, self.tokens)
 
     def chunk_counts(self) -> np.ndarray:
-        """uint32 [ranks here, chunks, E]: rows of each chunk of the last launch.
-
-        Those of a chunk whose gate has not run yet are 0, and all where the heaps were given back
-        for larger ones that the memory did not hold.
-        """
-        experts = self.config.experts
-        if not self._heaps:
-            return np.zeros((len(self.local), self.sms_per_rank, experts), np.uint32)
-        size = 4 * self.sms_per_rank * experts
-        counts = np.stack(
-            [
-                self._section(index, "histogram", size)
-                .numpy()
-                .view(np.uint32)
-                .reshape(self.sms_per_rank, experts)
-                for index in range(len(self.local))
-            ]
-        )
-        # A new heap holds poison, which makes no plan.
-        most = -(-self._shape["max_tokens"] // self.sms_per_rank) * self.config.top_k
-        counts[counts.sum(axis=2, dtype=np.uint64) > most] = 0
-        return counts
+        """uint32 [ranks here, chunks, E]: rows of each chunk of the last launch, 0 where its gate
+        has not run yet."""
+        return self._results.chunk_counts()
 
     def routing(self) -> Routing:
         """Counts and tile plan of the last launch; needs all ranks here."""
@@ -501,11 +484,7 @@ class GpuEngine:
 
     def rings(self) -> RingDump:
         """Every actor's ring since construction or ``reset_rings``."""
-        headers = self._rings.cpu().numpy().reshape(-1).view(schema.RING_HEADER)
-        stored = int(min(self.ring_capacity, headers["count"].max(initial=0)))
-        records = self._records[:, :stored].contiguous().cpu().numpy()
-        shape = (len(headers), stored)
-        return RingDump(headers, records.reshape(-1).view(schema.RECORD).reshape(shape))
+        return read_rings(self._rings, self._records, self.ring_capacity)
 
     def reset_rings(self) -> None:
         """Empties the rings; iterations restart at 0."""
@@ -520,17 +499,9 @@ class GpuEngine:
     def counts_seen(self) -> np.ndarray:
         """Counts as each rank here holds them, uint32 [ranks here, W, E]: [holder, source, expert].
 
-        0xffffffff where that source's count has not arrived, and of all where there are no heaps.
+        0xffffffff where that source's count has not arrived.
         """
-        ranks, experts = self.options.ranks, self.config.experts
-        seen = np.full((len(self.local), ranks, experts), 0xFFFFFFFF, np.uint32)
-        for index in range(len(self._heaps)):
-            words = self._section(index, "counts", 16 * ranks * experts).numpy().view(np.uint64)
-            epoch = self._launches
-            both = words.reshape(2, ranks, experts)[epoch & 1]
-            arrived = both >> np.uint64(32) == epoch
-            seen[index] = np.where(arrived, both & np.uint64(0xFFFFFFFF), 0xFFFFFFFF)
-        return seen
+        return self._results.counts_seen(self._launches)
 
     # -- clock ----------------------------------------------------------------------------------
 
@@ -569,10 +540,3 @@ class GpuEngine:
             setattr(self, name, [])
         self.__dict__.pop("_weights", None)
         self._memory.close()
-
-    def _section(self, index: int, name: str, size: int) -> torch.Tensor:
-        at = self._layout[name]
-        return self._heaps[index][at : at + size].cpu()
-
-    def _word(self, index: int, name: str) -> int:
-        return int(self._section(index, name, 8).view(torch.int64).item())
