@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashmoe.errors import FlashmoeError
+from flashmoe.errors import EXIT_STOPPED, FlashmoeError
 
 if TYPE_CHECKING:
     from flashmoe.part import Part
@@ -103,7 +103,7 @@ def main() -> None:
     _die_with(task.parent)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    code = 130
+    code = EXIT_STOPPED
     with contextlib.suppress(KeyboardInterrupt):
         line.watch()
         if task.transport != "host":
@@ -116,7 +116,6 @@ def main() -> None:
 
 def _run(line: Line, task: Task) -> int:
     from flashmoe.pe import Ended, raises, run_pe, strike
-    from flashmoe.session import EXIT_STOPPED
     from flashmoe.world.board import Board
     from flashmoe.world.rendezvous import JobFailed, rendezvous
 

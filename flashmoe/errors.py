@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+EXIT_WRONG = 1
+"""A wrong result, or any failure without a code of its own."""
 EXIT_NO_GPU = 5
 """A GPU was asked for and none is usable."""
+EXIT_HANG = 124
+"""A wait passed its deadline."""
+EXIT_STOPPED = 130
+"""Ctrl-C or SIGTERM."""
 
 
 def one_line(exc: BaseException) -> str:

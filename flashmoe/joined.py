@@ -18,19 +18,11 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from flashmoe.errors import FlashmoeError
+from flashmoe.errors import EXIT_STOPPED, EXIT_WRONG, FlashmoeError
 from flashmoe.merge import Outcome, conclude
 from flashmoe.part import Part, read_part, refused_by_disk, write_part
 from flashmoe.pe import Ended, Pe, run_pe, strike
-from flashmoe.session import (
-    EXIT_STOPPED,
-    EXIT_WRONG,
-    Progress,
-    Request,
-    Result,
-    choose_world,
-    refuse_existing,
-)
+from flashmoe.session import Progress, Request, Result, choose_world, refuse_existing
 from flashmoe.trace.place import runs_folder
 from flashmoe.world.board import Board
 from flashmoe.world.processes import choose_transport

@@ -25,23 +25,15 @@ from typing import IO, Any
 
 import flashmoe
 from flashmoe.child import Task
-from flashmoe.errors import FlashmoeError
+from flashmoe.errors import EXIT_HANG, EXIT_STOPPED, FlashmoeError
 from flashmoe.keeper import Keeper
 from flashmoe.kernels import select
 from flashmoe.merge import Outcome, conclude
 from flashmoe.part import read_part
 from flashmoe.pe import stopped_text
-from flashmoe.session import (
-    DEADLINE_S,
-    EXIT_HANG,
-    EXIT_STOPPED,
-    Progress,
-    Request,
-    Result,
-    choose_world,
-    refuse_existing,
-)
+from flashmoe.session import Progress, Request, Result, choose_world, refuse_existing
 from flashmoe.world import nvshmem
+from flashmoe.world.base import DEADLINE_S
 from flashmoe.world.board import Board
 from flashmoe.world.processes import choose_transport, surroundings
 from flashmoe.world.rendezvous import Place

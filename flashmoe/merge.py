@@ -17,10 +17,10 @@ import numpy as np
 
 from flashmoe import saving, verdict
 from flashmoe.config import MoEConfig
-from flashmoe.errors import FlashmoeError
+from flashmoe.errors import EXIT_HANG, EXIT_STOPPED, EXIT_WRONG, FlashmoeError
 from flashmoe.part import Part
 from flashmoe.pe import stopped_text
-from flashmoe.session import EXIT_HANG, EXIT_STOPPED, EXIT_WRONG, Progress, Request, Result
+from flashmoe.session import Progress, Request, Result
 from flashmoe.trace import schema
 from flashmoe.trace.align import Alignment, Exchange, align_rings
 from flashmoe.trace.rings import Rings
@@ -404,15 +404,15 @@ def _save_output(merged: Merged, path: Path) -> Path:
     import torch
 
     from flashmoe.tokens import save_outputs
+    from flashmoe.weights import torch_dtype
 
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[merged.config.dtype]
     whole = {
         name: torch.from_numpy(
             np.concatenate([merged.parts[r].arrays[name] for r in sorted(merged.parts)])
         )
         for name in ("y", "ids", "weights")
     }
-    y = whole["y"].view(dtype)
+    y = whole["y"].view(torch_dtype(merged.config))
     save_outputs(path, y, whole["ids"], whole["weights"], force=merged.request.force)
     return path
 

@@ -15,19 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flashmoe.errors import FlashmoeError
+from flashmoe.errors import EXIT_HANG, EXIT_STOPPED, EXIT_WRONG, FlashmoeError
 from flashmoe.part import Part
-from flashmoe.session import (
-    DEADLINE_S,
-    EXIT_HANG,
-    EXIT_STOPPED,
-    EXIT_WRONG,
-    Progress,
-    Request,
-    describe_device,
-    status_error,
-)
-from flashmoe.world.base import DeviceLost, EngineOptions, Launch, Status
+from flashmoe.session import Progress, Request, describe_device, engine_options, status_error
+from flashmoe.world.base import DeviceLost, Launch, Status
 from flashmoe.world.rendezvous import JobFailed
 
 if TYPE_CHECKING:
@@ -36,9 +27,6 @@ if TYPE_CHECKING:
     from flashmoe.world.board import Board
     from flashmoe.world.processes import PeEngine
     from flashmoe.world.rendezvous import Job
-
-PROCESS_FAULTS = ("killed", "raises")
-"""Faults of the process, not of the engine: they strike at a point of :func:`run_pe`."""
 
 
 @dataclass
@@ -198,17 +186,7 @@ def _run(pe: Pe, board: Board, progress: Progress, transport: str) -> None:
     pe.inputs = inputs = prepare(request, device=device, sharing=sharing)
     strike(request, job.rank, "joined")
     progress("building the engine", 0, 0)
-    options = EngineOptions(
-        ranks=request.ranks,
-        sms_per_rank=request.sms_per_rank,
-        traced=request.traced,
-        deadline_s=request.deadline_s or DEADLINE_S,
-        ring_capacity=request.ring_capacity,
-        ring_mode=request.ring_mode,
-        device=gpu,
-        no_pointers=request.no_pointers,
-        faults=tuple(f for f in request.faults if f.kind not in PROCESS_FAULTS),
-    )
+    options = engine_options(request, gpu)
     pe.engine = engine = builder(transport)(
         inputs.config, inputs.weights, list(inputs.tokens), options, Peers(job, board)
     )

@@ -14,8 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashmoe import gpu, saving
-from flashmoe.errors import EXIT_NO_GPU, FlashmoeError
-from flashmoe.world.base import EngineOptions, Fault, Launch, RingMode, Status
+from flashmoe.errors import EXIT_HANG, EXIT_NO_GPU, EXIT_STOPPED, EXIT_WRONG, FlashmoeError
+from flashmoe.world.base import (
+    DEADLINE_S,
+    PROCESS_FAULTS,
+    EngineOptions,
+    Fault,
+    Launch,
+    RingMode,
+    Status,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,13 +37,8 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 Say = Callable[[str], None]
 
-DEADLINE_S = 10.0
 #: On the host engine, more arithmetic than this a launch is worth a word beforehand.
 MUCH_FLOP = 10**11
-
-EXIT_WRONG = 1
-EXIT_HANG = 124
-EXIT_STOPPED = 130
 
 
 @dataclass(frozen=True)
@@ -188,19 +191,24 @@ def flop(inputs: Inputs) -> int:
     return 2 * rows * config.hidden * (config.up_rows + config.intermediate)
 
 
-def build_engine(world: str, request: Request, inputs: Inputs) -> Engine:
-    """The engine of ``world``, with weights loaded; raises FlashmoeError where it does not fit."""
-    options = EngineOptions(
+def engine_options(request: Request, device: int) -> EngineOptions:
+    """What a request says of how its engines run, on GPU ``device``."""
+    return EngineOptions(
         ranks=request.ranks,
         sms_per_rank=request.sms_per_rank,
         traced=request.traced,
         deadline_s=request.deadline_s or DEADLINE_S,
         ring_capacity=request.ring_capacity,
         ring_mode=request.ring_mode,
-        device=request.device,
+        device=device,
         no_pointers=request.no_pointers,
-        faults=request.faults,
+        faults=tuple(f for f in request.faults if f.kind not in PROCESS_FAULTS),
     )
+
+
+def build_engine(world: str, request: Request, inputs: Inputs) -> Engine:
+    """The engine of ``world``, with weights loaded; raises FlashmoeError where it does not fit."""
+    options = engine_options(request, request.device)
     if world == "host":
         from flashmoe.world.host import HostEngine
 

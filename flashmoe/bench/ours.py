@@ -14,8 +14,6 @@ from flashmoe.errors import FlashmoeError
 from flashmoe.numerics import check_output, check_routing
 from flashmoe.world.base import EngineOptions, Launch, Status
 
-DEADLINE_S = 10.0
-
 
 @dataclass
 class Ours:
@@ -43,7 +41,6 @@ class Ours:
         """
         settings = EngineOptions(
             ranks=len(parts),
-            deadline_s=DEADLINE_S,
             device=machine.device.index or 0,
             **options,
         )

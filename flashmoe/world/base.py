@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from flashmoe.config import MoEConfig
     from flashmoe.tuning import Tiling
 
+DEADLINE_S = 10.0
+"""How long a wait may last where nobody says otherwise."""
+
 FIRST_DEADLINE = 4
 """A launch's first deadline, where none is given, over the others: a peer may still be loading."""
 
@@ -64,6 +67,10 @@ class Fault:
     point: str = ""
 
 
+PROCESS_FAULTS = ("killed", "raises")
+"""Faults of the process, not of the engine: they strike at a point of ``flashmoe.pe.run_pe``."""
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """How to run, as opposed to what.
@@ -80,7 +87,7 @@ class EngineOptions:
     ranks: int = 1
     sms_per_rank: int | None = None
     traced: bool = False
-    deadline_s: float = 10.0
+    deadline_s: float = DEADLINE_S
     first_deadline_s: float | None = None
     ring_capacity: int | None = None
     ring_mode: RingMode = "keep-first"

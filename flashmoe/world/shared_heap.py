@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flashmoe.errors import FlashmoeError
+from flashmoe.errors import EXIT_HANG, FlashmoeError
 from flashmoe.trace import schema
 from flashmoe.world import arguments
-from flashmoe.world.base import Fault, Status
+from flashmoe.world.base import DEADLINE_S, Fault, Status
 from flashmoe.world.kernel import (
     LANES,
     Kernel,
@@ -34,9 +34,6 @@ from flashmoe.world.tiles import extension
 
 if TYPE_CHECKING:
     from flashmoe.config import MoEConfig, MoEWeights
-
-DEADLINE_S = 10.0
-EXIT_HANG = 124
 
 _POISON_THREADS = 256
 _POISON_TYPES = (

@@ -15,10 +15,11 @@ import torch
 from flashmoe.config import MoEConfig, MoEWeights
 from flashmoe.inputs import Inputs
 from flashmoe.reference import moe, route
-from flashmoe.session import DEADLINE_S, Request
+from flashmoe.session import Request
 from flashmoe.trace import schema
 from flashmoe.verdict import experts_of_rank
 from flashmoe.world.base import (
+    DEADLINE_S,
     ClockInfo,
     EngineOptions,
     Launch,
