@@ -15,7 +15,8 @@ import torch
 from flashmoe import tuning
 from flashmoe.errors import FlashmoeError
 from flashmoe.trace import schema
-from flashmoe.world import arguments
+from flashmoe.weights import torch_dtype
+from flashmoe.world import arguments, sizing
 from flashmoe.world.base import (
     ClockInfo,
     DeviceLost,
@@ -47,12 +48,8 @@ from flashmoe.world.tiles import extension, tile_plan
 if TYPE_CHECKING:
     from flashmoe.config import MoEConfig, MoEWeights
 
-LAUNCHES_PER_RING = 16
-
 SPIN_S = 0.002
 """A launch is polled without a pause for so long; most have ended by then."""
-
-_TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class HeapMemory(Protocol):
@@ -130,7 +127,9 @@ class GpuEngine:
         total = torch.cuda.get_device_properties(self.device).total_memory
         self._shape = self._make_shape(pool_rows, total)
         self._layout = self._heap_layout(self._shape)
-        self.ring_capacity = options.ring_capacity or self._default_ring_capacity()
+        self.ring_capacity = options.ring_capacity or sizing.ring_capacity(
+            config, self.tokens, self._shape, self._cut.waves
+        )
         self._check_memory(weights)
         self._weights = self._place_weights(weights)
         self._iteration_base = 0
@@ -169,13 +168,12 @@ class GpuEngine:
             self.config, self.options.ranks, self.sms_per_rank, max(self.tokens), self._cut
         )
         if pool_rows is None:
-            # The worst case while the arenas then take less than a quarter of the memory, else
-            # twice the mean; launch() grows the pools should that overflow.
-            pool_rows = self._heap_layout(shape)["worst_pool_rows"]
-            arenas = self._heap_layout({**shape, "pool_rows": pool_rows})["bytes"]
-            if arenas * self.on_gpu > memory // 4:
-                mean = sum(self.tokens) * self.config.top_k // self.options.ranks
-                pool_rows = min(pool_rows, 2 * mean)
+            worst = self._heap_layout(shape)["worst_pool_rows"]
+            heaps = self._heap_layout({**shape, "pool_rows": worst})["bytes"] * self.on_gpu
+            rows = sum(self.tokens) * self.config.top_k
+            pool_rows = sizing.pool_rows(
+                self.config, self.options.ranks, rows, worst, heaps, memory
+            )
         shape["pool_rows"] = self._agree(max(8, pool_rows))
         units = None
         if self.options.in_place:
@@ -187,35 +185,17 @@ class GpuEngine:
         layout: dict[str, int] = extension().heap_layout(shape, self.options.in_place)
         return layout
 
-    def _default_ring_capacity(self) -> int:
-        """Records an actor may write in LAUNCHES_PER_RING launches, were all rows of one rank."""
-        shape, config = self._shape, self.config
-        rows = sum(self.tokens) * config.top_k
-        row_tiles = rows // self._cut.tile_rows + config.experts
-        columns = -(-config.intermediate // shape["tile_n1"]) + -(
-            -config.hidden // shape["tile_n2"]
-        )
-        tiles = 2 * row_tiles * columns // self.sms_per_rank
-        own = -(-max(self.tokens) // self.sms_per_rank)
-        records = 64 + 16 * self._cut.waves * self.options.ranks + (3 + self.options.ranks) * tiles
-        records += 2 * min(own * config.top_k, 512)
-        return int(min(records * LAUNCHES_PER_RING, 1 << 16))
-
     def _actors(self) -> int:
         return len(self.local) * self.sms_per_rank * LANES
-
-    def _bytes_needed(self) -> int:
-        arenas = self._layout["bytes"] * len(self.local)
-        rings = self.options.traced * self._actors()
-        rings *= self.ring_capacity * schema.RECORD.itemsize + schema.RING_HEADER.itemsize
-        rows = 2 * sum(self.tokens[r] for r in self.local) * self.config.row_bytes
-        return int(arenas + rings + rows)
 
     def _check_memory(self, weights: MoEWeights) -> None:
         on_device = weights.up.device == self.device
         tensors = (weights.gate, weights.up, weights.down)
         moved = 0 if on_device else sum(t.numel() * t.element_size() for t in tensors)
-        needed = self._bytes_needed() + moved
+        tokens, rings = [self.tokens[r] for r in self.local], self.options.traced * self._actors()
+        needed = moved + sizing.gpu_bytes(
+            self.config, tokens, self._layout["bytes"], rings, self.ring_capacity
+        )
         free, _ = torch.cuda.mem_get_info(self.device)
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         if needed > free:
@@ -228,7 +208,7 @@ class GpuEngine:
     def _place_weights(self, weights: MoEWeights) -> MoEWeights:
         from flashmoe.config import MoEWeights as Weights
 
-        dtype = _TORCH_DTYPE[self.config.dtype]
+        dtype = torch_dtype(self.config)
 
         def put(tensor: torch.Tensor, to: torch.dtype) -> torch.Tensor:
             return tensor.to(self.device, to).contiguous()
@@ -243,7 +223,7 @@ class GpuEngine:
 
     def _allocate(self) -> None:
         config, tokens = self.config, [self.tokens[r] for r in self.local]
-        dtype = _TORCH_DTYPE[config.dtype]
+        dtype = torch_dtype(config)
         actors = self._actors()
         empty: dict[str, Any] = {"device": self.device}
         self._x = [torch.empty(t, config.hidden, dtype=dtype, **empty) for t in tokens]

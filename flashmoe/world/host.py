@@ -14,6 +14,8 @@ import torch
 
 from flashmoe.errors import FlashmoeError
 from flashmoe.trace import schema
+from flashmoe.weights import torch_dtype
+from flashmoe.world import sizing
 from flashmoe.world.base import (
     ClockInfo,
     EngineOptions,
@@ -49,8 +51,6 @@ seen to reach 30 to 60 times as many."""
 MAX_ROWS = 2**31
 """Rows of all ranks: core counts rows and tiles in 32 bits."""
 
-_TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 class Peers(Protocol):
     """What joins engines that run one rank each: see ``flashmoe.world.shared``."""
@@ -74,11 +74,11 @@ class HostEngine:
     """``options.ranks`` ranks of ``options.sms_per_rank`` (None: 2) thread groups each.
 
     ``tokens``: T of each rank.  ``pool_rows``: rows that each rank's pool holds; more needed is
-    Status.OVERFLOW.  None sizes the pool for the worst case while that stays below a quarter of the
-    memory, else for twice the mean, and :meth:`launch` grows it when that overflows.  Arithmetic on
-    a CPU may take longer than any sensible deadline, so that each wait is allowed the time of the
-    whole layer at ``SLOWEST_FLOPS`` on top of what ``options`` say: next to nothing for a small
-    layer.  ``self.options`` holds the deadlines with that time added.
+    Status.OVERFLOW.  None sizes the pool as ``sizing.pool_rows`` does, and :meth:`launch` grows it
+    when that overflows.  Arithmetic on a CPU may take longer than any sensible deadline, so that
+    each wait is allowed the time of the whole layer at ``SLOWEST_FLOPS`` on top of what ``options``
+    say: next to nothing for a small layer.  ``self.options`` holds the deadlines with that time
+    added.
 
     With ``peers`` only the rank ``peers.rank`` runs here, the others in processes of their own;
     methods that give or take something a rank then do so for this one alone.
@@ -197,12 +197,10 @@ class HostEngine:
         worst = max(1, self._host.heap_layout(shape)["worst_pool_rows"])
         if pool_rows is not None:
             return shape | {"pool_rows": max(1, pool_rows)}
-        shape["pool_rows"] = worst
-        memory = available_bytes()
-        if memory is not None and ranks * self._host.heap_layout(shape)["bytes"] > memory // 4:
-            owned = -(-config.experts // ranks)
-            twice_the_mean = -(-2 * sum(self.tokens) * config.top_k * owned // config.experts)
-            shape["pool_rows"] = max(1, min(worst, twice_the_mean))
+        heaps = ranks * self._host.heap_layout(shape | {"pool_rows": worst})["bytes"]
+        rows = sum(self.tokens) * config.top_k
+        fitting = sizing.pool_rows(config, ranks, rows, worst, heaps, available_bytes())
+        shape["pool_rows"] = max(1, fitting)
         if (
             self._peers is not None
         ):  # each saw the memory at another moment, and all need one layout
@@ -332,7 +330,7 @@ class HostEngine:
 
     def outputs(self) -> list[RankOutput]:
         """Results of the last launch, one a rank; y is NaN where it did not end well."""
-        dtype = _TORCH_DTYPE[self.config.dtype]
+        dtype = torch_dtype(self.config)
         return [
             RankOutput(
                 torch.from_numpy(self._engine.y(rank).copy()).view(dtype),
@@ -437,7 +435,7 @@ def _array(tensor: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
 
 def _bits(tensor: torch.Tensor, config: MoEConfig) -> np.ndarray:
     """A tensor in the layer's dtype as uint16, since NumPy has no bf16."""
-    rows = tensor.detach().to("cpu", _TORCH_DTYPE[config.dtype]).contiguous()
+    rows = tensor.detach().to("cpu", torch_dtype(config)).contiguous()
     return rows.view(torch.uint16).numpy()
 
 

@@ -1,0 +1,55 @@
+"""How large pools, rings and a GPU's share of memory are made: arithmetic, nothing allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from flashmoe.trace import schema
+
+if TYPE_CHECKING:
+    from flashmoe.config import MoEConfig
+
+LAUNCHES_PER_RING = 16
+"""Launches that a GPU's ring of the default capacity holds."""
+
+MOST_RECORDS = 1 << 16
+"""Of a GPU's ring of the default capacity."""
+
+
+def pool_rows(
+    config: MoEConfig, ranks: int, rows: int, worst: int, heap_bytes: int, memory: int | None
+) -> int:
+    """Rows that a rank's pool holds, where ``rows`` are routed in all.
+
+    The ``worst`` case while the heaps then take at most a quarter of the ``memory`` they share
+    (None: unknown), ``heap_bytes`` together; else twice what even routing brings the rank that owns
+    most experts.  Launches grow the pools should that overflow.
+    """
+    if memory is None or heap_bytes <= memory // 4:
+        return worst
+    owned = -(-config.experts // ranks)
+    return min(worst, -(-2 * rows * owned // config.experts))
+
+
+def ring_capacity(
+    config: MoEConfig, tokens: Sequence[int], shape: Mapping[str, Any], waves: int
+) -> int:
+    """Records that an actor on a GPU may write in LAUNCHES_PER_RING launches, were all rows of one
+    rank; ``tokens``: T of each of all ranks."""
+    ranks, sms = shape["world"], shape["chunks"]
+    row_tiles = sum(tokens) * config.top_k // shape["tile_m"] + config.experts
+    columns = -(-config.intermediate // shape["tile_n1"]) + -(-config.hidden // shape["tile_n2"])
+    tiles = 2 * row_tiles * columns // sms
+    own = -(-max(tokens) // sms)
+    records = 64 + 16 * waves * ranks + (3 + ranks) * tiles + 2 * min(own * config.top_k, 512)
+    return min(records * LAUNCHES_PER_RING, MOST_RECORDS)
+
+
+def gpu_bytes(
+    config: MoEConfig, tokens: Sequence[int], heap_bytes: int, rings: int, capacity: int
+) -> int:
+    """Bytes on a GPU of the ranks with these ``tokens``, without weights: a heap each, ``rings`` of
+    ``capacity`` records in all, x and y."""
+    ring = capacity * schema.RECORD.itemsize + schema.RING_HEADER.itemsize
+    return heap_bytes * len(tokens) + rings * ring + 2 * sum(tokens) * config.row_bytes
