@@ -78,7 +78,7 @@ def _call(
         raise _wrong(f"x is {tuple(x.shape)}, without a row", "give x [..., H]")
     rows = x.reshape(-1, x.shape[-1])
     for name, tensor in (("ids", ids), ("routing_weights", routing_weights)):
-        if tensor is not None and tensor.shape[:-1] != x.shape[:-1]:
+        if tensor is not None and (tensor.dim() == 0 or tensor.shape[:-1] != x.shape[:-1]):
             raise _wrong(
                 f"{name} is {tuple(tensor.shape)}, and x {tuple(x.shape)}",
                 "give k of them for each row of x",

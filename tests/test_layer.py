@@ -298,6 +298,8 @@ class TestModule:
             made()(tokens(3), ids, weights)
         with pytest.raises(FlashmoeError, match=r"ids is \(3, 2\), and x \(4, 64\)"):
             made(EXTERNAL)(tokens(4), ids, weights)
+        with pytest.raises(FlashmoeError, match=r"ids is \(\), and x \(64,\)"):
+            made(EXTERNAL)(tokens(1)[0], ids[0, 0], weights[0])
         with pytest.raises(FlashmoeError, match=r"ids is torch.int32 \(3, 1\)"):
             made(EXTERNAL)(tokens(3), ids[:, :1], weights)
         with pytest.raises(FlashmoeError, match=r"ids is torch.float32"):
