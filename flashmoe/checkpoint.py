@@ -87,7 +87,9 @@ class _Settings:
         """A whole number from 0 up under the first of ``keys``; raises FlashmoeError."""
         value = self.get(*keys, default=default)
         if not _is_size(value):
-            raise self.wrong(keys[0], "a size")
+            raise self.wrong(
+                next((k for k in keys if self.values.get(k) is not None), keys[0]), "a size"
+            )
         return int(value)
 
     def every(self, key: str) -> int:

@@ -104,11 +104,15 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     code = EXIT_STOPPED
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         line.watch()
         if task.transport != "host":
             threading.Thread(target=_wake_driver, daemon=True).start()
         code = _run(line, task)
+    except KeyboardInterrupt:
+        # It is ending; the word to stop may come once more, and is not to end it in another way.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
     sys.stdout.flush()
     # No atexit handlers, no joining of threads: everything that matters has been handed over.
     os._exit(code)

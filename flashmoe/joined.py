@@ -18,7 +18,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from flashmoe.errors import EXIT_STOPPED, EXIT_WRONG, FlashmoeError
+from flashmoe.errors import EXIT_STOPPED, EXIT_WRONG, FlashmoeError, one_line
 from flashmoe.merge import Outcome, conclude
 from flashmoe.part import Part, read_part, refused_by_disk, write_part
 from flashmoe.pe import Ended, Pe, run_pe, strike
@@ -57,11 +57,11 @@ def join(request: Request, place: Place, progress: Progress) -> tuple[Result | N
     try:
         _refuse_existing(request, job)
         pe, failed = _run(request, job, progress, transport)
-        parts, without = _collect(pe.part(), folder, job)
+        parts, without = _collect(_own_part(pe, failed), folder, job)
         if failed is not None:
             raise failed.cause
         _raise_unwritten(parts, without)
-        outcome = Outcome(parts, {}, None, pe.interrupted, {}, set(without), place.by, place.nodes,
+        outcome = Outcome(parts, {}, None, pe.interrupted, {}, list(without), place.by, place.nodes,
                           transport, why_transport)  # fmt: skip
         silent = [r for r in range(place.world) if r not in parts and r not in without]
         outcome.gone = dict.fromkeys(silent, f"it left no word ({place.by} may say more)")
@@ -94,6 +94,17 @@ def _run(request: Request, job: Job, progress: Progress, transport: str) -> tupl
         if not isinstance(ended.cause, FlashmoeError):
             traceback.print_exception(ended.cause)
         return ended.pe, ended
+
+
+def _own_part(pe: Pe, failed: Ended | None) -> Part:
+    """Rank 0's part; where what it failed of took it along, that failure is raised."""
+    try:
+        return pe.part()
+    except Exception as exc:
+        if failed is None:
+            raise
+        traceback.print_exception(exc)
+        raise failed.cause from exc
 
 
 def _follow(request: Request, job: Job, folder: Path, progress: Progress, transport: str) -> int:
@@ -131,6 +142,11 @@ def _leave(pe: Pe, folder: Path, job: Job) -> None:
         except FlashmoeError as exc:
             job.fail(f"rank {job.rank}: {exc.message}")
             word = json.dumps([f"rank {job.rank}: {exc.message}", exc.hint, exc.exit_code]).encode()
+        except Exception as exc:  # what it failed of may have taken along what it had
+            traceback.print_exception(exc)
+            why = pe.message if pe.exit_code else one_line(exc)
+            job.fail(f"rank {job.rank}: {why}")
+            word = json.dumps([f"rank {job.rank}: {why}", "", pe.exit_code or EXIT_WRONG]).encode()
     job.set(f"part/{job.rank}", word)
 
 

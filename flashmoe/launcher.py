@@ -158,6 +158,7 @@ class Child:
 
     def stop(self) -> None:
         """Asks it to end: a launch is aborted, and what there is is kept."""
+        self.sent.add(signal.SIGINT)  # as which the word reaches its main thread
         with contextlib.suppress(OSError):
             self.line.sendall(b"stop\n")
 
@@ -201,6 +202,7 @@ class Launch:
         self.keeper = Keeper()
         self.board = Board.make(request.ranks)
         self.gone: dict[int, str] = {}
+        self.halted: list[int] = []
         self.flight: Any = None
         self.stopped = False
         self._store: Any = None
@@ -279,8 +281,7 @@ class Launch:
         pids = {child.rank: child.process.pid for child in self.children}
         if not self.stopped:
             self._refuse_early_end(bool(actors))
-        halted = {child.rank for child in self.children if child.code == EXIT_STOPPED}
-        return Outcome(parts, self.gone, self.flight, self.stopped, pids, halted)
+        return Outcome(parts, self.gone, self.flight, self.stopped, pids, self.halted)
 
     def _refuse_early_end(self, built: bool) -> None:
         """Raises where a rank ended before the launches began: there is no result to speak of."""
@@ -388,6 +389,7 @@ class Launch:
         if child.code == 0 or self.stopped:
             return
         if child.code == EXIT_STOPPED:  # it may have ended before it could say so itself
+            self.halted.append(child.rank)
             self._fail(stopped_text(child.rank))
         # One that a signal ended which we did not send was gone before we told it anything: a PE
         # on a GPU takes its time to go, and its neighbours under MPS may be quicker.

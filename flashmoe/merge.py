@@ -39,7 +39,8 @@ class Outcome:
     ``parts``: by rank, those that came whole.  ``gone``: ranks whose process ended as it should not
     have ("killed by SIGKILL"), the one that went first at the front.  ``flight``: all ranks' slots
     in (rank, CTA, lane) order, where the launcher could read them.  ``stopped``: Ctrl-C.
-    ``halted``: ranks that ended as stopped though they may have left no part.
+    ``halted``: ranks that ended as stopped though they may have left no part, in the order of their
+    ends as far as that is known.
     """
 
     parts: dict[int, Part]
@@ -47,7 +48,7 @@ class Outcome:
     flight: np.ndarray | None = None
     stopped: bool = False
     pids: dict[int, int] = field(default_factory=dict)
-    halted: set[int] = field(default_factory=set)
+    halted: list[int] = field(default_factory=list)
     launcher: str = "flashmoe"
     nodes: int = 1
     transport: str = "host"
@@ -371,11 +372,13 @@ def _first_halted(merged: Merged) -> int | None:
     Those behind it ended for its sake: they say so, or, having left no part, come after it.
     """
     codes = {rank: report["exit_code"] for rank, report in merged.reports.items()}
-    halted = merged.outcome.halted | {rank for rank, code in codes.items() if code == EXIT_STOPPED}
+    ended = {rank: at for at, rank in enumerate(merged.outcome.halted)}
+    halted = ended.keys() | {rank for rank, code in codes.items() if code == EXIT_STOPPED}
 
-    def order(rank: int) -> tuple[int, int]:
+    def order(rank: int) -> tuple[int, int, int]:
         report = merged.reports.get(rank)
-        return (1 if report is None else 0 if report["interrupted"] else 2), rank
+        told = 1 if report is None else 0 if report["interrupted"] else 2
+        return told, ended.get(rank, len(ended)), rank
 
     return min(halted, key=order, default=None)
 

@@ -126,7 +126,7 @@ def run_pe(request: Request, job: Job, board: Board, progress: Progress, transpo
         pe.status = Status.HOST_ABORT if pe.status is Status.OK else pe.status
         # One that is stopped because another failed finds that rank's reason there.
         reason = stopped_text(job.rank)
-        with contextlib.suppress(FlashmoeError):
+        with contextlib.suppress(FlashmoeError, KeyboardInterrupt):
             pe.interrupted = job.fail(reason) == reason
     except JobFailed as exc:
         # The rank that failed says why; this one only says that it ended for it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import itertools
 import os
 import shlex
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from flashmoe.world.rendezvous import Place, find_place
 from flashmoe_cli import request as parse
 from flashmoe_cli.output import SCHEMA, emit, note, show_error, terminal
 from flashmoe_cli.progress import Progress
+
+_HELD = ".held"
 
 
 def default_run_path(name: str) -> Path:
@@ -45,26 +48,44 @@ def _numbered(path: Path) -> Iterator[Path]:
 def _own_name(request: Request) -> Iterator[Request]:
     """The request, its default name changed where a trace that began in the same second has it.
 
-    A hidden file beside it, made by whoever comes first, holds a name until its run is written.
+    A hidden file beside it, locked by whoever comes first, holds a name until its run is written.
     Only then is it looked whether the run is there: a name that became free was used.
     """
     if request.out is None or request.out != request.hang_out:
         yield request
         return
+    _sweep(request.out.parent)
     for path in _numbered(request.out):
-        held = path.with_name(f".{path.name}.held")
-        try:
-            os.close(os.open(held, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        except FileExistsError:
-            continue
-        except OSError:  # a folder that cannot be written: the writer says so better
-            yield request
-            return
-        try:
+        held = path.with_name(f".{path.name}{_HELD}")
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(_locked(held, os.O_CREAT | os.O_RDWR))
+            except BlockingIOError:
+                continue
+            except OSError:  # a folder that cannot be written: the writer says so better
+                yield request
+                return
+            stack.callback(held.unlink, missing_ok=True)
             if not path.exists():
                 yield dataclasses.replace(request, out=path, hang_out=path)
                 return
-        finally:
+
+
+@contextmanager
+def _locked(file: Path, flags: int) -> Iterator[None]:
+    """The file, locked; it is free again when the process ends, however it does."""
+    descriptor = os.open(file, flags, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(folder: Path) -> None:
+    """Files that hold a name for nobody any more: who was killed could not take them away."""
+    for held in folder.glob(f".*{SUFFIX}{_HELD}"):
+        with suppress(OSError), _locked(held, os.O_RDWR):
             held.unlink(missing_ok=True)
 
 

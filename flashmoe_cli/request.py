@@ -181,13 +181,13 @@ def _fault(spec: str, ranks: int, experts: int | None) -> Fault:
     for field in ("rank", "peer"):
         if not 0 <= values.get(field, 0) < ranks:
             raise usage(
-                f"--fault {spec}: there is no rank {values[field]:.0f}",
+                f"--fault {spec}: there is no rank {values[field]}",
                 f"ranks are 0 to {ranks - 1}",
             )
     if not 0 <= values.get("expert", 0) < (math.inf if experts is None else experts):
         there = "" if experts is None else f" to {experts - 1}"
         raise usage(
-            f"--fault {spec}: there is no expert {values['expert']:.0f}",
+            f"--fault {spec}: there is no expert {values['expert']}",
             f"experts are 0{there or ' and up'}",
         )
     if not 0 <= values.get("seconds", 0) < _MOST_SECONDS:

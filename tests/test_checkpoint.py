@@ -306,6 +306,7 @@ def test_configurations_that_do_not_serve(
         ("mixtral", {"model_type": ["mixtral"]}, "'model_type'"),
         ("mixtral", {"hidden_act": ["silu"]}, "'hidden_act'"),
         ("qwen3", {"decoder_sparse_step": 0}, "'decoder_sparse_step'"),
+        ("qwen3", {"num_local_experts": None, "num_experts": "12"}, "'num_experts' is \"12\""),
         ("qwen3", {"decoder_sparse_step": "1"}, "'decoder_sparse_step'"),
         ("qwen3", {"mlp_only_layers": 0}, "'mlp_only_layers'"),
         ("qwen3", {"norm_topk_prob": "yes"}, "'norm_topk_prob'"),

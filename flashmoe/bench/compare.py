@@ -59,7 +59,7 @@ def compare(now: dict[str, Any], before: dict[str, Any], path: str) -> dict[str,
     ``spread_before`` are the quartiles' distances over the medians, ``beyond_spread`` whether the
     two ranges of quartiles lie apart.  ``dense_ratio`` is the same ratio of the dense GEMMs: what
     the machine itself changed.  ``same_gpu``: of one model; ``same_device``: the very same, by its
-    UUID.
+    UUID; None where one of them is not known.
     """
     earlier = {shape_key(result): result for result in before["results"]}
     lines = []
@@ -72,7 +72,7 @@ def compare(now: dict[str, Any], before: dict[str, Any], path: str) -> dict[str,
         "file": path,
         "gpu": there.get("gpu"),
         "same_gpu": here.get("gpu") == there.get("gpu"),
-        "same_device": here.get("uuid") is not None and here.get("uuid") == there.get("uuid"),
+        "same_device": _same(here.get("uuid"), there.get("uuid")),
         "commit": there.get("commit"),
         "results": lines,
     }
@@ -83,6 +83,10 @@ def regressions(comparison: dict[str, Any], limit: float) -> list[dict[str, Any]
     return [
         line for line in comparison["results"] if line["ratio"] is None or line["ratio"] > 1 + limit
     ]
+
+
+def _same(here: str | None, there: str | None) -> bool | None:
+    return None if here is None or there is None else here == there
 
 
 def _line(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:

@@ -237,7 +237,7 @@ def _pairs(report: dict[str, Any], where: Terminal) -> list[str]:
 
 
 def _comparison(comparison: dict[str, Any], where: Terminal) -> list[str]:
-    other = "" if comparison["same_device"] else f", on another {comparison['gpu']}"
+    other = f", on another {comparison['gpu']}" if comparison["same_device"] is False else ""
     if not comparison["same_gpu"]:
         other = f", on another GPU ({comparison['gpu']})"
     lines = [f"beside {comparison['file']} (flashmoe {comparison['commit']}{other})"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from textwrap import wrap
 
@@ -40,18 +41,21 @@ def fit(text: str, width: int, indent: int = 0) -> list[str]:
 
 
 def command_lines(command: str, width: int, indent: str) -> list[str]:
-    """A command line that a shell takes as it stands, in lines of at most ``width`` columns."""
+    """A command line that a shell takes as it stands, in lines of at most ``width`` columns.
+
+    A word that is wider, a path say, stays whole: within quotes a shell joins no lines.
+    """
     if len(indent + command) <= width:
         return [indent + command]
-    parts = wrap(
-        command,
-        width - 2,
-        initial_indent=indent,
-        subsequent_indent=indent + "  ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-    return [*(f"{part} \\" for part in parts[:-1]), parts[-1]]
+    first, *words = (shlex.quote(word) for word in shlex.split(command))
+    lines = [indent + first]
+    for word in words:
+        if len(lines[-1]) + 1 + len(word) + 2 <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines[-1] += " \\"
+            lines.append(f"{indent}  {word}")
+    return lines
 
 
 def pad(text: str, width: int, right: bool = False) -> str:

@@ -76,8 +76,10 @@ def test_another_gpu_is_said() -> None:
     assert not compare(report(result("a", 1.0)), before, "o")["same_gpu"]
 
 
-@pytest.mark.parametrize(("uuid", "same"), [("GPU-1", True), ("GPU-2", False), (None, False)])
-def test_another_one_of_the_same_model_is_told_from_the_same(uuid: str | None, same: bool) -> None:
+@pytest.mark.parametrize(("uuid", "same"), [("GPU-1", True), ("GPU-2", False), (None, None)])
+def test_another_one_of_the_same_model_is_told_from_the_same(
+    uuid: str | None, same: bool | None
+) -> None:
     before = report(result("a", 1.0))
     before["environment"]["uuid"] = uuid
     found = compare(report(result("a", 1.0)), before, "o")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 from safetensors import safe_open
 
 from flashmoe_cli import recording
-from flashmoe_cli.render.text import visible
+from flashmoe_cli.render.text import command_lines, visible
 
 HOST = ("--world", "host")
 
@@ -79,6 +81,28 @@ def test_traces_of_one_second_take_names_of_their_own(
     }
     assert list(seeds.values()) == [1, 2, 3]
     assert {p.name for p in runs.iterdir()} == {*seeds, "latest"}
+
+
+def test_what_held_a_name_for_one_that_was_killed_goes(
+    runs: Path, cli: Any, torch_engine: Any
+) -> None:
+    left, held = runs / ".a-20260102-030405.fmoe.held", runs / ".b-20260102-030405.fmoe.held"
+    left.touch()
+    with held.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert cli("trace", "tiny", *HOST).exit_code == 0
+        assert held.exists()
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 200])
+def test_a_command_in_several_lines_is_what_it_was(width: int) -> None:
+    words = ["flashmoe", "timeline", "/my long runs/of a day/a.fmoe", "--sm", "3", "--lane", "it's"]
+    lines = command_lines(shlex.join(words), width, "  ")
+    assert all(line.endswith(" \\") for line in lines[:-1])
+    assert shlex.split("\n".join(lines).replace(" \\\n", " ")) == words
+    assert all(len(line) <= max(width, len(f"    {shlex.quote(words[2])} \\")) for line in lines)
+    assert (len(lines) == 1) == (width == 200)
 
 
 @pytest.mark.parametrize("width", [40, 60])

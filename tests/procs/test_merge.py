@@ -58,8 +58,10 @@ def test_who_was_stopped_first_is_named() -> None:
     assert failure(stopped(0), stopped(1, by_itself=True)) == (130, "rank 1 was stopped")
     assert failure(part(0), stopped(1)) == (130, "rank 1 was stopped")
     # It was stopped while it wrote its part.
-    assert failure(stopped(0), halted={0, 1}) == (130, "rank 1 was stopped")
-    assert failure(halted={0, 1}) == (130, "rank 0 was stopped")
+    assert failure(stopped(0), halted=[0, 1]) == (130, "rank 1 was stopped")
+    # Neither left a part: who ended first is the one.
+    assert failure(halted=[1, 0]) == (130, "rank 1 was stopped")
+    assert failure(halted=[0, 1]) == (130, "rank 0 was stopped")
 
 
 def test_a_failure_is_told_rather_than_that_others_were_stopped() -> None:
