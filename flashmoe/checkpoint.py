@@ -80,23 +80,25 @@ class _Settings:
 
     def get(self, *keys: str, default: Any = None) -> Any:
         """The first of ``keys`` that is there and not null."""
-        found = [self.values[k] for k in keys if self.values.get(k) is not None]
-        return found[0] if found else default
+        value = self.values.get(self._found(*keys))
+        return default if value is None else value
+
+    def _found(self, *keys: str) -> str:
+        return next((k for k in keys if self.values.get(k) is not None), keys[0])
 
     def size(self, *keys: str, default: int | None = None) -> int:
         """A whole number from 0 up under the first of ``keys``; raises FlashmoeError."""
         value = self.get(*keys, default=default)
         if not _is_size(value):
-            raise self.wrong(
-                next((k for k in keys if self.values.get(k) is not None), keys[0]), "a size"
-            )
+            raise self.wrong(self._found(*keys), "a size")
         return int(value)
 
     def every(self, key: str) -> int:
         """Each how manyth layer ``key`` means, 1 where it is not there; raises FlashmoeError."""
-        if not self.size(key, default=1):
+        value = self.size(key, default=1)
+        if value == 0:
             raise self.wrong(key, "a number of layers from 1 up")
-        return self.size(key, default=1)
+        return value
 
     def number(self, key: str, default: float) -> float:
         """A finite number; raises FlashmoeError."""

@@ -129,6 +129,12 @@ def _leave(pe: Pe, folder: Path, job: Job) -> None:
     nothing: rank 0 may have tidied up by then, as it may once it has given its verdict.
     """
     word = _NOTHING
+
+    def lacks(why: str, hint: str, code: int) -> bytes:
+        message = f"rank {job.rank}: {why}"
+        job.fail(message)
+        return json.dumps([message, hint, code]).encode()
+
     told = pe.engine is not None or pe.interrupted or pe.exit_code != EXIT_STOPPED
     if told and not job.has("verdict"):
         try:
@@ -140,13 +146,11 @@ def _leave(pe: Pe, folder: Path, job: Job) -> None:
                 os.replace(unfinished, folder / f"rank-{job.rank}")
             word = _WRITTEN
         except FlashmoeError as exc:
-            job.fail(f"rank {job.rank}: {exc.message}")
-            word = json.dumps([f"rank {job.rank}: {exc.message}", exc.hint, exc.exit_code]).encode()
+            word = lacks(exc.message, exc.hint, exc.exit_code)
         except Exception as exc:  # what it failed of may have taken along what it had
             traceback.print_exception(exc)
             why = pe.message if pe.exit_code else one_line(exc)
-            job.fail(f"rank {job.rank}: {why}")
-            word = json.dumps([f"rank {job.rank}: {why}", "", pe.exit_code or EXIT_WRONG]).encode()
+            word = lacks(why, "", pe.exit_code or EXIT_WRONG)
     job.set(f"part/{job.rank}", word)
 
 

@@ -11,7 +11,7 @@ from flashmoe.trace import schema
 from flashmoe.trace.account import Account, Actors, account
 from flashmoe.trace.breakdown import Breakdown
 from flashmoe.trace.causality import order_of
-from flashmoe.trace.columns import Events, column
+from flashmoe.trace.columns import Events
 from flashmoe.trace.overlap import hidden_communication
 from flashmoe.trace.routed import RoutedWork
 from flashmoe.trace.rundir import Run
@@ -94,7 +94,7 @@ def timeline_summary(run: Run, iteration: int | None = None) -> dict[str, Any]:
         ],
         "actors": _per_actor(spent, spending),
         "tiles": work.tiles(),
-        "experts": rows_per_expert(run, iteration),
+        "experts": routed.experts(),
     }
 
 
@@ -145,23 +145,4 @@ def _tracer(clock: dict[str, Any], spent: Account) -> dict[str, Any]:
         "record_cost_ns": cost,
         "cost_ns": total,
         "share": None if total is None or not wall else total / wall,
-    }
-
-
-def rows_per_expert(run: Run, iteration: int | None = None) -> dict[str, Any] | None:
-    """Rows routed to each expert, all sources and launches added up; None where none are known."""
-    get = {name: column(run.counts, name).astype(np.int64) for name in ("iter", "expert", "rows")}
-    mine = slice(None) if iteration is None else get["iter"] == iteration
-    if not len(get["rows"][mine]):
-        return None
-    experts = int((run.meta.get("config") or {}).get("experts") or get["expert"].max() + 1)
-    rows = np.bincount(get["expert"][mine], get["rows"][mine], experts).astype(np.int64)
-    mean = float(rows.mean())
-    return {
-        "rows": rows.tolist(),
-        "min": int(rows.min()),
-        "mean": mean,
-        "max": int(rows.max()),
-        "max_over_mean": int(rows.max()) / mean,
-        "busiest": int(rows.argmax()),
     }

@@ -35,7 +35,9 @@ class RoutedWork:
         mine = np.isin(counts["iter"], iterations)
         counts = {name: values[mine] for name, values in counts.items()}
         experts = max((b for _, b in self._owned), default=0)
-        self._rows = np.zeros((n, max(experts, int(counts["expert"].max(initial=0)) + 1)), np.int64)
+        experts = max(experts, int((run.meta.get("config") or {}).get("experts") or 0))
+        experts = max(experts, int(counts["expert"].max(initial=0)) + 1)
+        self._rows = np.zeros((n, experts), np.int64)
         np.add.at(self._rows, (counts["iter"] - first, counts["expert"]), counts["rows"])
 
     def of_rank(self, rank: int, at: int | slice = slice(None)) -> dict[str, Any]:
@@ -52,6 +54,22 @@ class RoutedWork:
         return {
             "tile_fill": real / computed if computed else None,
             "rows_per_expert": self._rows_per_expert(rank, at),
+        }
+
+    def experts(self) -> dict[str, Any] | None:
+        """Rows routed to each expert, all sources and iterations added up; None where nothing is
+        known to be routed."""
+        rows = self._rows.sum(axis=0)
+        if not rows.any():
+            return None
+        mean = float(rows.mean())
+        return {
+            "rows": rows.tolist(),
+            "min": int(rows.min()),
+            "mean": mean,
+            "max": int(rows.max()),
+            "max_over_mean": int(rows.max()) / mean,
+            "busiest": int(rows.argmax()),
         }
 
     def _rows_per_expert(self, rank: int, at: int | slice) -> dict[str, Any] | None:
