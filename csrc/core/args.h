@@ -13,6 +13,7 @@ namespace flashmoe {
 
 struct Record;
 struct RingHeader;
+struct TileImage;
 
 // Withholds one rank's signal for one expert, to test the diagnosis on a GPU.
 struct FaultArgs {
@@ -77,6 +78,9 @@ struct LaunchArgs {
   RingHeader* rings;  // the same, or null
   Record* records;    // the same, [ring_capacity] each
   FaultArgs fault;
+  TileImage* images;         // [ranks of the launch][chunks][image_capacity], or null
+  uint64_t* images_written;  // [ranks of the launch][chunks], ever
+  uint32_t image_capacity;
 };
 static_assert(sizeof(LaunchArgs) <= 32764, "a kernel's parameters hold at most 32,764 bytes");
 

@@ -12,6 +12,10 @@ inline constexpr uint32_t kThreads = 384;         // of a CTA
 inline constexpr uint32_t kSharedBytes = 232448;  // of a launch's block: all that sm_90 gives one
 inline constexpr uint32_t kMaxRanks = 8;
 
+// Warps of a CTA that multiply in two groups, and that move rows.
+inline constexpr uint32_t kMathGroups = 2;
+inline constexpr uint32_t kCommWarps = 2;
+
 // The most that choose<32>() takes: 32 keys in each of 32 lanes.  Besides, it stands for no expert where ids are sorted
 // (count_rows() in gate.h, FewWork, which goes through its bits): a power of two, and above every id.
 inline constexpr uint32_t kMaxExperts = 1024;

@@ -18,11 +18,19 @@ struct TraceState;
 template <class P>
 struct TraceState<P, false> {};
 
+// Where a CTA's images of tiles go, and what its scheduler notes meanwhile.
+template <bool kTraced>
+struct TileLog;
+
+template <>
+struct TileLog<false> {};
+
 }  // namespace flashmoe
 
 #ifndef FLASHMOE_NO_TRACE
 
 #include "core/records.h"
+#include "core/tile_image.h"
 
 namespace flashmoe {
 
@@ -121,6 +129,37 @@ struct TraceState<P, true> {
     r.aux = aux;
     r.stall_cycles = stall_cycles;
     P::put_record(place, r);
+  }
+};
+
+template <>
+struct TileLog<true> {
+  TileImage* images;
+  uint64_t* written;           // for the host, of all launches
+  uint64_t count;              // the same, kept here meanwhile
+  uint64_t scheduled_from_ns;  // of the tile that is handed over next
+  uint32_t capacity;
+  uint32_t place;  // of the next image; its capacity once it is full and keeps what came first
+  uint32_t keep_last;
+
+  FLASHMOE_HD void begin(TileImage* of_cta, uint64_t* count_word, uint64_t so_far, uint32_t most,
+                         bool keeps_last) {
+    images = of_cta;
+    written = count_word;
+    count = so_far;
+    capacity = most;
+    keep_last = keeps_last ? 1 : 0;
+    place = keeps_last ? static_cast<uint32_t>(so_far % most)
+                       : static_cast<uint32_t>(so_far < most ? so_far : most);
+  }
+
+  // Where the next image goes; null where it is only counted.
+  FLASHMOE_HD TileImage* next_place() {
+    ++count;
+    if (place == capacity) return nullptr;
+    TileImage* at = images + place++;
+    if (place == capacity && keep_last != 0) place = 0;
+    return at;
   }
 };
 

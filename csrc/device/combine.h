@@ -383,6 +383,8 @@ inline constexpr uint32_t kFewBytes = 2048;
 template <class T, bool kTraced>
 __device__ inline Status combine(Shared<kTraced>& sh, const Place& place, uint32_t group,
                                  char* stages) {
+  GpuActor<kTraced>& actor = sh.actors[static_cast<int>(Lane::k_math0) + group];
+  if (ptx::thread_id() % kGroupThreads == 0) actor.skip();  // its tiles are no spans of its own yet
   ptx::mbarrier_wait(&sh.order_full, 0);
   if (sh.shape.top_k > 32) return combine_in_step<T>(sh, place, group);
   // Neither group reads tiles from the stages any more.
@@ -390,8 +392,7 @@ __device__ inline Status combine(Shared<kTraced>& sh, const Place& place, uint32
   if (threadIdx.x == kMathWarp * 32) store_atomic(&sh.math_combines, 1u);
   using Ring = RowRing<kRingPieces, kRingUnits>;
   const uint32_t warp = ptx::thread_id() / 32 % kTeamWarps, ring = group * kTeamWarps + warp;
-  TeamCombiner<kTraced> waiter{sh, place, sh.actors[static_cast<int>(Lane::k_math0) + group],
-                               sh.teams[group], warp};
+  TeamCombiner<kTraced> waiter{sh, place, actor, sh.teams[group], warp};
   // So few that each warp sums one part of one token.
   const TokenParts parts = token_parts(sh.shape, sh.own.tokens);
   if (parts.bytes <= kFewBytes && sh.own.tokens <= kMathGroups * kTeamWarps) {

@@ -11,6 +11,7 @@
 #include "core/plan.h"
 #include "core/shape.h"
 #include "core/sizes.h"
+#include "core/tile_image.h"
 #include "device/sync.h"
 #include "device/transport.h"
 
@@ -21,7 +22,6 @@ inline constexpr uint32_t kLoadWarp = 0;
 inline constexpr uint32_t kSchedWarp = 1;
 inline constexpr uint32_t kCommWarp = 2;  // and the one after
 inline constexpr uint32_t kMathWarp = 4;
-inline constexpr uint32_t kMathGroups = 2;
 inline constexpr uint32_t kGroupThreads = 128;
 inline constexpr uint32_t kTeamWarps = kGroupThreads / 32;
 
@@ -43,7 +43,6 @@ static_assert(2 * kPassBytes<false> <= kStageBytesWeights / 4,
               "two passes fit a group's rows of gate weights");
 
 // Rows that comm warps dispatch bounce through pieces of shared memory behind the stages, six in turn.
-inline constexpr uint32_t kCommWarps = 2;
 inline constexpr uint32_t kPieces = 6;
 inline constexpr uint32_t kPieceBytes = 4096;
 inline constexpr uint32_t kCommBytes = kCommWarps * kPieces * kPieceBytes;
@@ -76,35 +75,11 @@ static_assert(kFewProducts * kUnitBoxRows == kFewWidth, "a product has the rows 
 static_assert(kFewStreams == kMathGroups && kFewTokens == 8 && kFewStageBytes % 1024 == 0,
               "a stream is a math group, and swizzled rows lie in whole atoms");
 
-// Where a GEMM2 tile's rows of one source go: row i of the expert, i < end, to base + i * row_bytes.
-struct ReturnPath {
-  char* base;
-  uint32_t end;  // first row of the expert that is of a later source
-  uint32_t source;
-};
-
-// What the leader of a math group leaves of a tile for the trace; the scheduler writes the records.
-struct TileStamps {
-  uint64_t begin_ns;
-  uint64_t products_ns;  // GEMM2's products are done; of GEMM1 the same as the end
-  uint64_t end_ns;       // all is stored
-  uint32_t begin_cycles;
-  uint32_t products_cycles;
-  uint32_t stall_cycles;
-};
-
-struct Task {
-  Tile tile;  // gemm 0: no more tiles; rows 0: none for this CTA, but one for the other of the pair
-  uint32_t blocks;     // of kTileK columns, the tile's depth
-  uint32_t turns;      // of the stages: the deeper tile's blocks, so that both CTAs stay in step
-  uint32_t shared;     // both CTAs' tiles have the same weights
-  uint32_t stages;     // in the ring from this task on
-  uint32_t wait_kind;  // EventKind the scheduler waited for, 0 if it did not
-  uint32_t wait_lacking;
-  uint64_t wait_from;
-  uint64_t wait_to;
-  ReturnPath returns[kMaxRanks];  // of a GEMM2 tile, the first one with rows in it first
-  TileStamps stamps[kMathGroups];
+struct Task : TileImage {
+  uint32_t blocks;  // of kTileK columns, the tile's depth
+  uint32_t turns;   // of the stages: the deeper tile's blocks, so that both CTAs stay in step
+  uint32_t shared;  // both CTAs' tiles have the same weights
+  uint32_t stages;  // in the ring from this task on
 };
 
 // What the first CTA of a pair tells the second: a pair of tiles and the wait for their rows.
@@ -162,7 +137,7 @@ struct Barriers : GateBarriers {
   uint64_t moved;  // first CTA: no comm warp of the pair needs pieces any more
   // The load lane and the math threads are done with a task.  Comm warps that gather need not count: math cannot finish
   // a task before gather_end() without their part of each stage, and at the first one behind that they return,
-  // having read what it is.
+  // having read what it is.  If traced they do, since what they stamp comes after that part.
   uint64_t task_empty[kTasks];
   uint64_t task_full[kTasks];
   uint64_t pair_full[kTasks];   // second CTA: a message is here, of kMessageBytes
@@ -181,18 +156,30 @@ inline constexpr uint32_t kBarriers = (sizeof(Barriers) - sizeof(Course)) / 8;
 static_assert(kBarriers <= kThreads && sizeof(Course) % 8 == 0 &&
               sizeof(FewBarriers) <= sizeof(Barriers));
 
+// Arrivals that fill a stage: the load lane's and those of all threads that gather.
+__device__ __forceinline__ uint32_t fills(bool gathers) {
+  return gathers ? 1 + 32 * kCommWarps : 1;
+}
+
+// Arrivals at the end of a task by those who load for it.
+template <bool kTraced>
+__device__ __forceinline__ uint32_t load_ends(bool gathers) {
+  return kTraced && gathers ? 1 + kCommWarps : 1;
+}
+
 // How many arrivals the barrier at place `i` of them waits for.
-__device__ __forceinline__ uint32_t barrier_arrivals(uint32_t i, bool few, uint32_t fills,
+template <bool kTraced>
+__device__ __forceinline__ uint32_t barrier_arrivals(uint32_t i, bool few, bool gathers,
                                                      uint32_t pair_size) {
   constexpr uint32_t kGate = 2 * kGateStages;
   if (i < kGate) return i < kGateStages ? 1 : 4 * pair_size;
   if (few) return i < kGate + kMathGroups * kFewStages ? 2 : kTeamWarps;
   constexpr uint32_t kEmpty = kGate + kMostStages, kMoved = kEmpty + kMostStages;
   constexpr uint32_t kTaskEmpty = kMoved + 1;
-  if (i < kEmpty) return fills;
+  if (i < kEmpty) return fills(gathers);
   if (i < kMoved) return kMathGroups * kTeamWarps * pair_size;
   if (i == kMoved) return kCommWarps * pair_size;
-  return i < kTaskEmpty + kTasks ? 1 + kMathGroups * kGroupThreads : 1;
+  return i < kTaskEmpty + kTasks ? load_ends<kTraced>(gathers) + kMathGroups * kGroupThreads : 1;
 }
 
 // The choices of few tokens, of their token * k + j-th.
@@ -227,6 +214,7 @@ struct Shared : PutState<kPuts> {
   PieceGoal piece_goals[kCommWarps][kPieces];
   Task tasks[kTasks];
   GpuActor<kTraced> actors[kLanes];
+  TileLog<kTraced> log;
   Shape shape;
   HeapLayout layout;
   Heap heaps[kMaxRanks];
@@ -253,11 +241,6 @@ struct Shared : PutState<kPuts> {
 template <bool kTraced>
 __device__ __forceinline__ FewBarriers& few_barriers(Shared<kTraced>& sh) {
   return *reinterpret_cast<FewBarriers*>(&sh);
-}
-
-// Arrivals that fill a stage: the load lane's and those of all threads that gather.
-__device__ __forceinline__ uint32_t fills(bool gathers) {
-  return gathers ? 1 + 32 * kCommWarps : 1;
 }
 
 // Whether the launch goes by units; NVSHMEM's flavour has no code for that.
@@ -312,7 +295,7 @@ struct StageRelease {
   }
 };
 
-inline constexpr uint32_t kSharedState = 4096 + 4 * kTableWords;
+inline constexpr uint32_t kSharedState = 5120 + 4 * kTableWords;
 #ifndef FLASHMOE_NO_TRACE
 static_assert(sizeof(Shared<true>) <= kSharedState,
               "barriers, tasks, actors and tables must fit their part");
@@ -322,8 +305,7 @@ inline constexpr uint32_t kWorkBytes = kMostStages * kStageBytes;
 static_assert(kCommBytes <= kStageBytes, "moved rows take the place of a stage");
 static_assert(kMathGroups * kFewRingBytes <= kWorkBytes,
               "rings of units take the place of all stages");
-static_assert(1024 + kWorkBytes + kSharedState <= kSharedBytes,
-              "stages begin at a multiple of 1,024 bytes");
+static_assert(kWorkBytes + kSharedState <= kSharedBytes, "a block has no more");
 
 // The actor whose leader this thread is, or -1.
 __device__ __forceinline__ int led_lane() {

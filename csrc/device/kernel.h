@@ -51,7 +51,7 @@ __device__ __forceinline__ void enter(Shared<kTraced>& sh, const LaunchArgs& arg
   const bool few = !kPuts && course.few != 0;
   if (thread < kBarriers) {
     ptx::mbarrier_init(sh.gate_full + thread,
-                       barrier_arrivals(thread, few, fills(course.gathers != 0), args.pair_size));
+                       barrier_arrivals<kTraced>(thread, few, course.gathers != 0, args.pair_size));
     ptx::fence_mbarrier_init();
   }
   // What the gate reads is the same whatever the CTA has yet to learn, and this warp has made its barriers.
@@ -65,9 +65,11 @@ __device__ __forceinline__ void enter(Shared<kTraced>& sh, const LaunchArgs& arg
   }
   const int lane = led_lane();
   const uint64_t actor = static_cast<uint64_t>(blockIdx.x) * kLanes + lane;  // if it leads one
-  [[maybe_unused]] uint64_t written = 0;
+  const bool schedules = lane == static_cast<int>(Lane::k_sched);
+  [[maybe_unused]] uint64_t written = 0, images = 0;
   if constexpr (kTraced) {
     if (lane >= 0) written = GpuActor<kTraced>::written_into(args.rings + actor);
+    if (schedules) images = args.images_written[blockIdx.x];
   }
   if (warp == 4) copy_by_warp(&sh.shape, &args.shape);
   if (warp == 5) copy_by_warp(&sh.layout, &args.layout);
@@ -116,6 +118,17 @@ __device__ __forceinline__ void enter(Shared<kTraced>& sh, const LaunchArgs& arg
     a.sm = static_cast<uint16_t>(ptx::smid());
     a.cta = static_cast<uint16_t>(place.chunk);
     a.begin(epoch, epoch - 1 - args.iteration_base);
+    if constexpr (kTraced) {
+      if (schedules) {
+        sh.log.begin(args.images + static_cast<uint64_t>(blockIdx.x) * args.image_capacity,
+                     args.images_written + blockIdx.x, images, args.image_capacity,
+                     args.keep_last != 0);
+        for (Task& task : sh.tasks) {
+          task.iter = a.iter;
+          task.iter_flags = a.iter_flags;
+        }
+      }
+    }
   }
   // The barriers are there before the other CTA can arrive at them.
   if (place.pair_size == 1) {
@@ -379,9 +392,8 @@ __device__ inline void leave(Shared<kTraced>& sh, const Place& place, Status sta
 template <class T, bool kGated, bool kTraced>
 __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
   prefetch_code_by_all(args);
-  extern __shared__ char dynamic[];
-  // Swizzled stages start at multiples of 1,024 bytes.
-  char* stages = dynamic + (1024 - (ptx::shared_address(dynamic) & 1023) & 1023);
+  // Swizzled stages start at multiples of 1,024 bytes, and nothing lies before them but what the driver reserves, as much.
+  extern __shared__ __align__(1024) char stages[];
   Shared<kTraced>& sh = *reinterpret_cast<Shared<kTraced>*>(stages + kWorkBytes);
   Place place = place_of(args);
   if (place.args->course.absent != 0) return;

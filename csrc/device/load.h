@@ -24,20 +24,22 @@ struct StageCursor {
   }
 };
 
-// Says in this actor's trace what the scheduler waited for on behalf of the tile; the rest of the
-// time since the actor's last span is idle.
+// This actor begins to bring what a tile needs.
 template <bool kTraced>
 __device__ __forceinline__ void take_up(GpuActor<kTraced>& actor, const Task& task,
-                                        EventKind kind) {
+                                        LoadStamps& stamps) {
   const uint64_t now = ptx::globaltimer();
-  actor.doing_since(now, kind, kNoPeer, task.tile.expert, task.tile.index);
+  actor.doing_since(now, EventKind::k_load, kNoPeer, task.tile.expert, task.tile.index);
+  if constexpr (kTraced) stamps.begin_ns = now;
+}
+// It has brought all of it.
+template <bool kTraced>
+__device__ __forceinline__ void stamp_end(LoadStamps& stamps, uint32_t begin_cycles,
+                                          const Stall<kTraced>& stall) {
   if constexpr (kTraced) {
-    if (task.wait_kind != 0) {
-      actor.waited({static_cast<EventKind>(task.wait_kind), kNoPeer,
-                    static_cast<uint16_t>(task.tile.expert), task.tile.row_tile},
-                   task.wait_from, task.wait_to, task.wait_lacking, Status::kOk);
-    }
-    if (now > actor.last_ns) actor.last_ns = now;  // the wait's end is another SM's
+    stamps.end_ns = ptx::globaltimer();
+    stamps.cycles = ptx::clock32() - begin_cycles;
+    stamps.stall_cycles = stall.cycles;
   }
 }
 
@@ -96,7 +98,7 @@ __device__ inline void gather_tiles(Shared<kTraced>& sh, const Place& place, uin
   for (uint32_t n = 0;; ++n) {
     const uint32_t slot = n % kTasks;
     ptx::mbarrier_wait(&sh.task_full[slot], n / kTasks & 1);
-    const Task& task = sh.tasks[slot];
+    Task& task = sh.tasks[slot];
     if (task.tile.gemm == 0 || task.tile.index >= end) return;
     cursor.stages = task.stages;
     // Anew for each tile: registers are for the rows' places.
@@ -113,7 +115,7 @@ __device__ inline void gather_tiles(Shared<kTraced>& sh, const Place& place, uin
     const uint32_t groups =
         (ceil_div(rows, 8) + kCommWarps - 1 - half) / kCommWarps;  // this warp's
     const uint32_t blocks = task.blocks, turns = task.turns;
-    if (leads && groups != 0) take_up(actor, task, EventKind::k_load);
+    if (leads && groups != 0) take_up(actor, task, task.loads[1 + half]);
     const uint32_t begin_cycles = kTraced ? ptx::clock32() : 0;
     Stall<kTraced> stall;
     // The tokens of 32 rows a load, a lane each, past L1, where an older launch's may still lie.
@@ -166,9 +168,9 @@ __device__ inline void gather_tiles(Shared<kTraced>& sh, const Place& place, uin
       ptx::arrive_with_copies(full);
     }
     if constexpr (kTraced) {
-      if (leads && groups != 0) {
-        actor.span(EventKind::k_load, kNoPeer, task.tile.expert, task.tile.index,
-                   ptx::clock32() - begin_cycles, stall.cycles);
+      if (leads) {
+        stamp_end(task.loads[1 + half], begin_cycles, stall);
+        ptx::mbarrier_arrive(&sh.task_empty[slot]);
       }
     }
   }
@@ -188,10 +190,10 @@ __device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char*
   for (uint32_t n = 0;; ++n) {
     const uint32_t slot = n % kTasks;
     ptx::mbarrier_wait(&sh.task_full[slot], n / kTasks & 1);
-    const Task& task = sh.tasks[slot];
+    Task& task = sh.tasks[slot];
     if (task.tile.gemm == 0) return;
     cursor.stages = task.stages;
-    if (task.tile.rows != 0) take_up(actor, task, EventKind::k_load);
+    if (task.tile.rows != 0) take_up(actor, task, task.loads[0]);
     const uint32_t begin_cycles = kTraced ? ptx::clock32() : 0;
     Stall<kTraced> stall;
     const bool up = task.tile.gemm == 1, shared = task.shared != 0, gathered = up && sh.gathers;
@@ -242,13 +244,13 @@ __device__ inline void load_tiles(Shared<kTraced>& sh, const Place& place, char*
       }
       ptx::mbarrier_arrive_many(full, arrivals);
     }
+    stamp_end(task.loads[0], begin_cycles, stall);
     if constexpr (kTraced) {
-      if (task.tile.rows != 0) {
-        actor.span(EventKind::k_load, kNoPeer, task.tile.expert, task.tile.index,
-                   ptx::clock32() - begin_cycles, stall.cycles);
-      }
+      const bool alone = task.tile.index >= gathered_until;  // comm warps have no part in it
+      ptx::mbarrier_arrive_many(&sh.task_empty[slot], alone ? load_ends<kTraced>(sh.gathers) : 1);
+    } else {
+      ptx::mbarrier_arrive(&sh.task_empty[slot]);
     }
-    ptx::mbarrier_arrive(&sh.task_empty[slot]);
   }
 }
 

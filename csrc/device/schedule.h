@@ -15,67 +15,14 @@ __device__ __forceinline__ uint32_t depth_of(const Shape& shape, uint32_t gemm) 
   return gemm == 1 ? shape.hidden : shape.inter;
 }
 
-// A build without the trace headers knows no records, and has nobody who would ask for one.
+// What is known of a tile that is done, for the trace.  Its task must not be written before the copy has read it.
 template <bool kTraced>
-using RecordOf = std::conditional_t<kTraced, Record, int>;
-
-// Into the trace of both math groups what their leaders stamped.  One thread does so for every tile, so what a group's
-// records have alike is made once.
-template <bool kTraced>
-__device__ __forceinline__ void record_tile(Shared<kTraced>& sh, uint32_t slot) {
-  const Shape& shape = sh.shape;
-  const Task& task = sh.tasks[slot];
-  const Tile& tile = task.tile;
-#pragma unroll 1
-  for (uint32_t group = 0; group < kMathGroups; ++group) {
-    GpuActor<kTraced>& actor = sh.actors[static_cast<int>(Lane::k_math0) + group];
-    const TileStamps& stamps = task.stamps[group];
-    if (task.wait_kind != 0) {
-      const uint64_t to = task.wait_to < stamps.begin_ns ? task.wait_to : stamps.begin_ns;
-      actor.waited({static_cast<EventKind>(task.wait_kind), kNoPeer,
-                    static_cast<uint16_t>(tile.expert), tile.row_tile},
-                   task.wait_from, to, task.wait_lacking, Status::kOk);
-    }
-    RecordOf<kTraced> r;
-    auto put = [&] {
-      if (Record* place = actor.next_place()) GpuPlatform::put_record(place, r);
-    };
-    r.t0_ns = stamps.begin_ns;
-    r.kind = static_cast<uint8_t>(tile.gemm == 1 ? EventKind::k_gemm1 : EventKind::k_gemm2);
-    r.flags = actor.iter_flags;
-    actor.set_duration(r, stamps.products_ns - stamps.begin_ns);
-    r.peer = kNoPeer;
-    r.expert = static_cast<uint16_t>(tile.expert);
-    r.iter = actor.iter;
-    r.tile = tile.index;
-    r.aux = stamps.products_cycles - stamps.begin_cycles;
-    r.stall_cycles = stamps.stall_cycles;
-    put();
-    actor.last_ns = stamps.products_ns;
-    const uint32_t columns = kTileWeights / kMathGroups;
-    const uint32_t col0 = tile.col_tile * kTileWeights + group * columns;
-    if (tile.gemm == 1 || col0 >= shape.hidden) continue;
-    const uint32_t row_bytes = 2 * min_u32(columns, shape.hidden - col0);
-    r.t0_ns = stamps.products_ns;
-    r.kind = static_cast<uint8_t>(EventKind::k_give_back);
-    actor.set_duration(r, stamps.end_ns - stamps.products_ns);
-    r.aux = tile.rows * row_bytes;
-    r.stall_cycles = 0;
-    put();
-    actor.last_ns = stamps.end_ns;
-    r.t0_ns = stamps.end_ns;
-    r.kind = static_cast<uint8_t>(EventKind::k_put);
-    actor.set_duration(r, 0);
-    const ReturnPath* path = task.returns;
-#pragma unroll 1
-    for (uint32_t first = 0; first < tile.rows; ++path) {
-      const uint32_t end = min_u32(path->end - tile.row0, tile.rows);
-      r.peer = static_cast<uint16_t>(path->source);
-      r.aux = (end - first) * row_bytes;
-      put();
-      first = end;
-    }
-  }
+__device__ __forceinline__ void keep_image(Shared<kTraced>& sh, const Task& task) {
+  TileImage* to = sh.log.next_place();
+  if (to == nullptr) return;
+  ptx::fence_proxy_async_shared();
+  ptx::bulk_store(to, &task, image_bytes(sh.shape.world));
+  ptx::bulk_commit();
 }
 
 // Counts a stored tile where others wait for it: a GEMM1 tile towards its row tile's `h`; the GEMM2 tile
@@ -197,7 +144,7 @@ struct TaskRing {
     const Task& task = sh.tasks[slot];
     if (task.tile.rows == 0) return;
     publish_tile(sh, place, task);
-    if constexpr (kTraced) record_tile(sh, slot);
+    if constexpr (kTraced) keep_image(sh, task);
   }
   // Publishes a tile that is done, if there is one.  Called in every wait: what is awaited may depend on
   // this CTA's own tiles.
@@ -213,13 +160,11 @@ struct TaskRing {
   // published, since the math groups wait for their next tile first.
   __device__ __forceinline__ void make_room() {
     const uint32_t ahead = sh.ahead;
-    if (handed < ahead) {
-      actor.skip();
-      return;
+    if (handed >= ahead) {
+      const uint32_t last = handed - ahead;
+      ptx::mbarrier_wait(&sh.task_empty[last % kTasks], last / kTasks & 1);
     }
-    const uint32_t last = handed - ahead;
-    ptx::mbarrier_wait(&sh.task_empty[last % kTasks], last / kTasks & 1);
-    actor.skip();  // it had nothing to do until then
+    has_work();  // it had nothing to do until then
   }
   // Publishes tiles as they become done, until `ready`, or, where the CTA leaves, until all are.  Once in the code
   // of a scheduler, which is one warp's and yet would fill the instruction cache that all share.
@@ -228,14 +173,15 @@ struct TaskRing {
     while (meanwhile() || !(leaves ? finished == handed : ready())) {
     }
   }
-  // The time since it had something to do went into this tile.
-  __device__ __forceinline__ void scheduled(const Tile& tile) {
-    actor.span(EventKind::k_schedule, kNoPeer, tile.expert, tile.index, 0);
+  // The time from here on until it is handed over goes into the next tile.
+  __device__ __forceinline__ void has_work() {
+    if constexpr (kTraced) sh.log.scheduled_from_ns = ptx::globaltimer();
   }
   // Hands over a tile, whose rows may be 0: then only the other CTA of the pair has one.
   __device__ __forceinline__ void hand_over(const Tile& tile, const PairMessage& message) {
     const uint32_t slot = handed % kTasks;
     Task& task = sh.tasks[slot];
+    if constexpr (kTraced) ptx::bulk_wait_read<0>();  // of the image of the tile before
     task.tile = tile;
     task.blocks = tile.rows == 0 ? 0 : ceil_div(depth_of(sh.shape, tile.gemm), kTileK);
     task.turns = message.turns;
@@ -247,15 +193,23 @@ struct TaskRing {
       task.wait_lacking = static_cast<uint32_t>(message.wait_kind_lacking >> 32);
       task.wait_from = message.wait_from;
       task.wait_to = message.wait_to;
+      for (LoadStamps& stamps : task.loads) stamps.begin_ns = 0;
     }
     ptx::mbarrier_arrive(&sh.task_full[slot]);
     ++handed;
-    if (tile.rows != 0) scheduled(tile);
+    if constexpr (kTraced) {
+      task.scheduled_from_ns = sh.log.scheduled_from_ns;
+      task.scheduled_ns = ptx::globaltimer();
+    }
   }
   // Every role leaves by the same way out, whatever ended the launch.  All tiles are published.
   __device__ __forceinline__ void hand_over_exit() {
     sh.tasks[handed % kTasks].tile.gemm = 0;
     ptx::mbarrier_arrive(&sh.task_full[handed % kTasks]);
+    if constexpr (kTraced) {
+      ptx::bulk_wait_all();
+      *sh.log.written = sh.log.count;
+    }
   }
 };
 
@@ -423,7 +377,7 @@ __device__ inline void follow_schedule(Shared<kTraced>& sh, const LaunchArgs& ar
         [&] { return ptx::mbarrier_test_cluster(&sh.pair_full[slot], ring.handed / kTasks & 1); },
         leaves);
     if (leaves) break;
-    ring.actor.skip();  // it had no task until then
+    ring.has_work();  // it had no task until then
     const PairMessage message = sh.messages[slot];
     leaves = message.has == kNoWork;
     if (leaves) {

@@ -181,6 +181,46 @@ RING_HEADER: Final = np.dtype(
         ("padding", "u1", (8,)),  # what alignas(128) adds
     ]
 )
+# In memory alone, never in a file: csrc/core/tile_image.h.
+_TILE: Final = np.dtype(
+    [
+        (name, "<u4")
+        for name in ("index", "gemm", "expert", "row_tile", "row_tile_global", "row0", "pool_row0",
+                     "rows", "col_tile")
+    ]
+)  # fmt: skip
+_TILE_STAMPS: Final = np.dtype(
+    [
+        ("begin_ns", "<u8"),
+        ("products_ns", "<u8"),
+        ("end_ns", "<u8"),
+        ("begin_cycles", "<u4"),
+        ("products_cycles", "<u4"),
+        ("stall_cycles", "<u4"),
+        ("padding", "<u4"),
+    ]
+)
+_LOAD_STAMPS: Final = np.dtype(
+    [("begin_ns", "<u8"), ("end_ns", "<u8"), ("cycles", "<u4"), ("stall_cycles", "<u4")]
+)
+_RETURN_PATH: Final = np.dtype([("base", "<u8"), ("end", "<u4"), ("source", "<u4")])
+TILE_IMAGE: Final = np.dtype(
+    [
+        ("tile", _TILE),
+        ("wait_kind", "<u4"),
+        ("wait_lacking", "<u4"),
+        ("iter", "<u2"),
+        ("iter_flags", "<u2"),
+        ("wait_from", "<u8"),
+        ("wait_to", "<u8"),
+        ("stamps", _TILE_STAMPS, (2,)),
+        ("scheduled_from_ns", "<u8"),
+        ("scheduled_ns", "<u8"),
+        ("loads", _LOAD_STAMPS, (3,)),
+        ("padding", "u1", (8,)),
+        ("returns", _RETURN_PATH, (8,)),
+    ]
+)
 FLIGHT_SLOT: Final = np.dtype(
     [
         ("since_ns", "<u8"),

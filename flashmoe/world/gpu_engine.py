@@ -30,7 +30,7 @@ from flashmoe.world.base import (
 )
 from flashmoe.world.gpu_abort import AbortWords
 from flashmoe.world.gpu_clock import GpuClock, measure_clock
-from flashmoe.world.gpu_results import HeapReader, read_rings
+from flashmoe.world.gpu_results import HeapReader, read_images, read_rings
 from flashmoe.world.kernel import (
     ARCH,
     LANES,
@@ -43,6 +43,7 @@ from flashmoe.world.kernel import (
     unit_family,
     untuned,
 )
+from flashmoe.world.tile_images import with_tiles
 from flashmoe.world.tiles import extension, tile_plan
 
 if TYPE_CHECKING:
@@ -130,6 +131,9 @@ class GpuEngine:
         self.ring_capacity = options.ring_capacity or sizing.ring_capacity(
             config, self.tokens, self._shape, self._cut.waves
         )
+        self._image_capacity = options.ring_capacity or sizing.image_capacity(
+            config, self.tokens, self._shape
+        )
         self._check_memory(weights)
         self._weights = self._place_weights(weights)
         self._iteration_base = 0
@@ -192,10 +196,11 @@ class GpuEngine:
         on_device = weights.up.device == self.device
         tensors = (weights.gate, weights.up, weights.down)
         moved = 0 if on_device else sum(t.numel() * t.element_size() for t in tensors)
-        tokens, rings = [self.tokens[r] for r in self.local], self.options.traced * self._actors()
-        needed = moved + sizing.gpu_bytes(
-            self.config, tokens, self._layout["bytes"], rings, self.ring_capacity
-        )
+        tokens = [self.tokens[r] for r in self.local]
+        needed = moved + sizing.gpu_bytes(self.config, tokens, self._layout["bytes"])
+        if self.options.traced:
+            ctas = len(self.local) * self.sms_per_rank
+            needed += sizing.trace_bytes(ctas, self.ring_capacity, self._image_capacity)
         free, _ = torch.cuda.mem_get_info(self.device)
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         if needed > free:
@@ -246,6 +251,11 @@ class GpuEngine:
             dtype=torch.uint8,
             **empty,
         )
+        ctas = actors // LANES if traced else 0
+        self._images_written = torch.zeros(ctas, dtype=torch.int64, **empty)
+        self._images = torch.empty(
+            (ctas, self._image_capacity, schema.TILE_IMAGE.itemsize), dtype=torch.uint8, **empty
+        )
         self._allocate_heaps()
 
     def _make_slots(self, actors: int) -> tuple[int, np.ndarray]:
@@ -291,6 +301,9 @@ class GpuEngine:
             rings=self._rings.data_ptr() if options.traced else 0,
             records=self._records.data_ptr() if options.traced else 0,
             ring_capacity=self.ring_capacity,
+            images=self._images.data_ptr() if options.traced else 0,
+            images_written=self._images_written.data_ptr() if options.traced else 0,
+            image_capacity=self._image_capacity,
             keep_last=options.ring_mode == "keep-last",
             # Below zero once the epoch has begun anew; the kernel subtracts it in 32 bits.
             iteration_base=self._iteration_base & 0xFFFFFFFF,
@@ -464,11 +477,22 @@ class GpuEngine:
 
     def rings(self) -> RingDump:
         """Every actor's ring since construction or ``reset_rings``."""
-        return read_rings(self._rings, self._records, self.ring_capacity)
+        dump = read_rings(self._rings, self._records, self.ring_capacity)
+        written = self._images_written.cpu().numpy()
+        return with_tiles(
+            dump,
+            read_images(self._images, written),
+            written,
+            capacity=self.ring_capacity,
+            ranks=self.options.ranks,
+            hidden=self.config.hidden,
+            columns=extension().TILE_WEIGHT_ROWS // 2,
+        )
 
     def reset_rings(self) -> None:
         """Empties the rings; iterations restart at 0."""
         self._rings.zero_()
+        self._images_written.zero_()
         self._iteration_base = self._launches
         self._write_args()
 
@@ -516,7 +540,17 @@ class GpuEngine:
 
     def close(self) -> None:
         """Frees everything; safe to call twice."""
-        for name in ("_heaps", "_x", "_y", "_ids", "_routing_weights", "_rings", "_records"):
+        for name in (
+            "_heaps",
+            "_x",
+            "_y",
+            "_ids",
+            "_routing_weights",
+            "_rings",
+            "_records",
+            "_images",
+            "_images_written",
+        ):
             setattr(self, name, [])
         self.__dict__.pop("_weights", None)
         self._memory.close()

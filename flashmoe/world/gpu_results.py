@@ -94,3 +94,13 @@ def read_rings(headers: torch.Tensor, records: torch.Tensor, capacity: int) -> R
     written = records[:, :stored].contiguous().cpu().numpy()
     shape = (len(read), stored)
     return RingDump(read, written.reshape(-1).view(schema.RECORD).reshape(shape))
+
+
+def read_images(images: torch.Tensor, written: np.ndarray) -> np.ndarray:
+    """TILE_IMAGE [n, as many as any CTA's log holds], of bytes uint8 [n, capacity, image].
+
+    ``written``: int64 [n], how many each CTA has made.
+    """
+    stored = min(images.shape[1], int(written.max(initial=0)))
+    kept = images[:, :stored].contiguous().cpu().numpy()
+    return kept.reshape(-1).view(schema.TILE_IMAGE).reshape(len(written), stored)

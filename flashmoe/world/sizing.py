@@ -38,18 +38,33 @@ def ring_capacity(
     """Records that an actor on a GPU may write in LAUNCHES_PER_RING launches, were all rows of one
     rank; ``tokens``: T of each of all ranks."""
     ranks, sms = shape["world"], shape["chunks"]
-    row_tiles = sum(tokens) * config.top_k // shape["tile_m"] + config.experts
-    columns = -(-config.intermediate // shape["tile_n1"]) + -(-config.hidden // shape["tile_n2"])
-    tiles = 2 * row_tiles * columns // sms
+    tiles = _tiles(config, tokens, shape)
     own = -(-max(tokens) // sms)
     records = 64 + 16 * waves * ranks + (3 + ranks) * tiles + 2 * min(own * config.top_k, 512)
     return min(records * LAUNCHES_PER_RING, MOST_RECORDS)
 
 
-def gpu_bytes(
-    config: MoEConfig, tokens: Sequence[int], heap_bytes: int, rings: int, capacity: int
-) -> int:
-    """Bytes on a GPU of the ranks with these ``tokens``, without weights: a heap each, ``rings`` of
-    ``capacity`` records in all, x and y."""
+def image_capacity(config: MoEConfig, tokens: Sequence[int], shape: Mapping[str, Any]) -> int:
+    """Tiles that a CTA on a GPU may run in LAUNCHES_PER_RING launches, as in :func:`ring_capacity`,
+    while its lanes' records of them would fit theirs."""
+    return min(max(_tiles(config, tokens, shape), 1) * LAUNCHES_PER_RING, MOST_RECORDS // 4)
+
+
+def _tiles(config: MoEConfig, tokens: Sequence[int], shape: Mapping[str, Any]) -> int:
+    """Of a CTA and a launch, were all rows of one rank: twice its even share."""
+    row_tiles = sum(tokens) * config.top_k // shape["tile_m"] + config.experts
+    columns = -(-config.intermediate // shape["tile_n1"]) + -(-config.hidden // shape["tile_n2"])
+    return 2 * row_tiles * columns // int(shape["chunks"])
+
+
+def trace_bytes(ctas: int, capacity: int, images: int) -> int:
+    """Bytes that the trace of so many CTAs takes on a GPU: a ring of ``capacity`` records of each
+    lane, and the ``images`` of tiles."""
     ring = capacity * schema.RECORD.itemsize + schema.RING_HEADER.itemsize
-    return heap_bytes * len(tokens) + rings * ring + 2 * sum(tokens) * config.row_bytes
+    return ctas * (schema.N_LANES * ring + images * schema.TILE_IMAGE.itemsize + 8)
+
+
+def gpu_bytes(config: MoEConfig, tokens: Sequence[int], heap_bytes: int) -> int:
+    """Bytes on a GPU of the ranks with these ``tokens``, without weights and trace: a heap each,
+    x and y."""
+    return heap_bytes * len(tokens) + 2 * sum(tokens) * config.row_bytes

@@ -70,10 +70,16 @@ def test_rings_hold_launches_and_have_an_end(tokens: int, most: bool) -> None:
     assert (found == sizing.MOST_RECORDS) == most
     assert found % sizing.LAUNCHES_PER_RING == 0
     assert found <= sizing.ring_capacity(config, (tokens, tokens + 64), shape, 2)
+    # A tile is a record or more of each lane.
+    tiles = sizing.image_capacity(config, (tokens, tokens), shape)
+    assert tiles <= found
+    assert (tiles == sizing.MOST_RECORDS // 4) == most
 
 
 def test_bytes_on_a_gpu_are_those_of_its_tensors() -> None:
     x = torch.empty(7 + 9, UNEVEN.hidden, dtype=torch.bfloat16)
-    rings = 5 * (schema.RING_HEADER.itemsize + 11 * schema.RECORD.itemsize)
-    due = 2 * 1000 + rings + 2 * x.numel() * x.element_size()
-    assert sizing.gpu_bytes(UNEVEN, (7, 9), 1000, 5, 11) == due
+    due = 2 * 1000 + 2 * x.numel() * x.element_size()
+    assert sizing.gpu_bytes(UNEVEN, (7, 9), 1000) == due
+    ring = schema.RING_HEADER.itemsize + 11 * schema.RECORD.itemsize
+    due = 5 * (6 * ring + 13 * schema.TILE_IMAGE.itemsize + 8)
+    assert sizing.trace_bytes(5, 11, 13) == due

@@ -139,16 +139,23 @@ def test_offsets_are_those_the_compiler_gives(tmp_path: Path) -> None:
         "Record": schema.RECORD,
         "RingHeader": schema.RING_HEADER,
         "FlightSlot": schema.FLIGHT_SLOT,
+        "TileImage": schema.TILE_IMAGE,
+        "Tile": schema.TILE_IMAGE["tile"],
+        "TileStamps": schema.TILE_IMAGE["stamps"].base,
+        "LoadStamps": schema.TILE_IMAGE["loads"].base,
+        "ReturnPath": schema.TILE_IMAGE["returns"].base,
     }
-    headers = ['#include "core/records.h"', '#include "core/flight.h"']
+    named = ("records", "flight", "tile_image")
+    headers = [f'#include "core/{name}.h"' for name in named]
     lines = [*headers, "using namespace flashmoe;"]
     for name, dtype in structs.items():
         lines.append(f"static_assert(sizeof({name}) == {dtype.itemsize});")
         for field in dtype.names or ():
             if field != "padding":
                 assert dtype.fields is not None
-                at = dtype.fields[field][1]
+                kind, at = dtype.fields[field][:2]
                 lines.append(f"static_assert(offsetof({name}, {field}) == {at});")
+                lines.append(f"static_assert(sizeof({name}::{field}) == {kind.itemsize});")
     source = tmp_path / "layout.cpp"
     source.write_text("\n".join(lines) + "\n")
     done = subprocess.run(

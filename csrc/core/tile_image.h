@@ -1,0 +1,58 @@
+// What a kernel leaves of a tile that is done: the host makes the records of it (flashmoe/world/tile_images.py).  A
+// record is some fifty instructions, and a tile has a dozen; this is one copy of what its task says anyway.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/plan.h"
+#include "core/sizes.h"
+
+namespace flashmoe {
+
+// Where a GEMM2 tile's rows of one source go: row i of the expert, i < end, to base + i * row_bytes.
+struct alignas(16) ReturnPath {
+  char* base;
+  uint32_t end;  // first row of the expert that is of a later source
+  uint32_t source;
+};
+
+// By the leader of a math group.
+struct TileStamps {
+  uint64_t begin_ns;
+  uint64_t products_ns;  // GEMM2's products are done; of GEMM1 the same as the end
+  uint64_t end_ns;       // all is stored
+  uint32_t begin_cycles;
+  uint32_t products_cycles;
+  uint32_t stall_cycles;
+};
+
+// By the load lane and, where rows are gathered, by both comm warps.
+struct LoadStamps {
+  uint64_t begin_ns;  // 0: this warp brought nothing
+  uint64_t end_ns;
+  uint32_t cycles;
+  uint32_t stall_cycles;
+};
+
+struct alignas(16) TileImage {
+  Tile tile;  // gemm 0: no more tiles; rows 0: none for this CTA, but one for the other of the pair
+  uint32_t wait_kind;  // EventKind the scheduler waited for, 0 if it did not
+  uint32_t wait_lacking;
+  uint16_t iter;  // as in a Record
+  uint16_t iter_flags;
+  uint64_t wait_from;
+  uint64_t wait_to;
+  TileStamps stamps[kMathGroups];
+  uint64_t scheduled_from_ns;  // the scheduler has had something to do
+  uint64_t scheduled_ns;       // and handed the tile over
+  LoadStamps loads[1 + kCommWarps];
+  ReturnPath returns[kMaxRanks];  // of a GEMM2 tile, the first one with rows in it first
+};
+// As much of it as a launch of so many ranks fills.
+FLASHMOE_HD uint32_t image_bytes(uint32_t ranks) {
+  return static_cast<uint32_t>(offsetof(TileImage, returns) + ranks * sizeof(ReturnPath));
+}
+static_assert(sizeof(ReturnPath) == 16, "a bulk copy moves multiples of 16 bytes");
+
+}  // namespace flashmoe

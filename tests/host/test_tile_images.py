@@ -1,0 +1,274 @@
+"""Records of tiles: what each lane would have written itself, told one by one by a plain model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from flashmoe.trace import schema
+from flashmoe.trace.rings import from_dump
+from flashmoe.trace.schema import EventKind, Lane, RingMode
+from flashmoe.world.base import RingDump
+from flashmoe.world.tile_images import with_tiles
+
+HIDDEN, COLUMNS, RANKS = 320, 128, 3
+
+
+@dataclass
+class Model:
+    """A lane that records as csrc/core/actor.h does: it keeps where its last span ended."""
+
+    last: int = 0
+    own: list[tuple[int, ...]] = field(default_factory=list)  # what it writes into its ring
+    all: list[tuple[int, ...]] = field(default_factory=list)
+
+    def put(self, kind: int, begin: int, end: int, mine: bool, **more: int) -> None:
+        names = ("peer", "expert", "iter", "tile", "aux", "stall_cycles")
+        default = {"peer": 0xFFFF, "expert": 0xFFFF, "tile": 0xFFFFFFFF}
+        rest = tuple(more.get(name, default.get(name, 0)) for name in names)
+        record = (begin, end - begin, int(kind), 0, *rest)
+        self.all.append(record)
+        if mine:
+            self.own.append(record)
+
+    def span(self, kind: int, end: int, mine: bool, **more: int) -> None:
+        self.put(kind, self.last, end, mine, **more)
+        self.last = end
+
+    def waited(self, kind: int, begin: int, end: int, mine: bool, **more: int) -> None:
+        begin = max(begin, self.last)
+        if end <= begin:
+            return
+        self.put(kind, begin, end, mine, **more)
+        self.last = end
+
+
+def cta_of(
+    rng: np.random.Generator, launches: int, tiles: int
+) -> tuple[dict[Lane, Model], np.ndarray]:
+    """A CTA's lanes and the images of its tiles, as its kernel's threads would leave them."""
+    lanes = {lane: Model() for lane in Lane}
+    images = np.zeros(launches * tiles, schema.TILE_IMAGE)
+    images["loads"]["cycles"] = 77
+    clock = 1000
+
+    def later(most: int) -> int:
+        return int(rng.integers(1, most)) * 32
+
+    for launch in range(launches):
+        began = clock
+        for model in lanes.values():
+            model.last = clock
+            model.span(EventKind.GATE, clock + 320, True, iter=launch, tile=5, aux=9)
+            model.waited(EventKind.WAIT_BARRIER, clock + 300, clock + 640, True, iter=launch)
+            model.span(EventKind.PLAN, clock + 960, True, iter=launch)
+        clock += 960
+        free = dict.fromkeys(lanes, clock)  # when a lane takes up the next tile at the earliest
+        for n in range(tiles):
+            image = images[launch * tiles + n]
+            tile, gemm = image["tile"], 1 + n % 2
+            for name, value in {
+                "index": 10 * n + launch, "gemm": gemm, "expert": n % 7, "row_tile": n % 3,
+                "row0": 176 * (n % 2), "rows": int(rng.integers(1, 177)), "col_tile": n // 2 % 2,
+            }.items():  # fmt: skip
+                tile[name] = value
+            image["iter"] = launch
+            common = {"expert": int(tile["expert"]), "iter": launch}
+            of_tile = common | {"tile": int(tile["index"])}
+
+            # The scheduler, which may wait for the operands itself.
+            sched = lanes[Lane.SCHED]
+            has_work = free[Lane.SCHED]
+            sched.last = has_work
+            if rng.random() < 0.5:
+                begin = has_work + later(4)
+                end = begin + later(40)
+                kind = EventKind.WAIT_ROWS if gemm == 1 else EventKind.WAIT_H
+                image["wait_kind"], image["wait_lacking"] = kind, n + 1
+                image["wait_from"], image["wait_to"] = begin, end
+                sched.last = begin
+                sched.waited(kind, begin, end, True, **common, tile=int(tile["row_tile"]), aux=n)
+            handed = sched.last + later(4)
+            sched.span(EventKind.SCHEDULE, handed, False, **of_tile)
+            image["scheduled_from_ns"], image["scheduled_ns"] = has_work, handed
+            free[Lane.SCHED] = handed + later(60)
+
+            def wait(model: Model, until: int, image=image, common=common, tile=tile) -> None:
+                if image["wait_kind"]:
+                    model.waited(
+                        int(image["wait_kind"]), int(image["wait_from"]), until, False,
+                        **common, tile=int(tile["row_tile"]), aux=int(image["wait_lacking"]),
+                    )  # fmt: skip
+
+            for place, lane in enumerate((Lane.LOAD, Lane.COMM0, Lane.COMM1)):
+                if lane is not Lane.LOAD and (gemm == 2 or rng.random() < 0.3):
+                    continue
+                begin = max(handed, free[lane]) + later(3)
+                model, stamps = lanes[lane], image["loads"][place]
+                wait(model, int(image["wait_to"]))
+                model.last = max(model.last, begin)
+                end = max(begin, model.last) + later(50)
+                model.span(EventKind.LOAD, end, False, **of_tile, aux=77, stall_cycles=n)
+                stamps["begin_ns"], stamps["end_ns"], stamps["stall_cycles"] = begin, end, n
+                free[lane] = end
+            for group, lane in enumerate((Lane.MATH0, Lane.MATH1)):
+                model, stamps = lanes[lane], image["stamps"][group]
+                begin = max(handed, free[lane]) + later(3)
+                products = begin + later(50)
+                done = products if gemm == 1 else products + later(10)
+                stamps["begin_ns"], stamps["products_ns"], stamps["end_ns"] = begin, products, done
+                stamps["begin_cycles"], stamps["products_cycles"] = 0xFFFFFFF0, 0x20 + n
+                stamps["stall_cycles"] = n
+                wait(model, min(int(image["wait_to"]), begin))
+                model.last = begin
+                kind = EventKind.GEMM1 if gemm == 1 else EventKind.GEMM2
+                model.span(kind, products, False, **of_tile, aux=0x30 + n, stall_cycles=n)
+                column = int(tile["col_tile"]) * 2 * COLUMNS + group * COLUMNS
+                free[lane] = done
+                if gemm == 1 or column >= HIDDEN:
+                    model.last = done if gemm == 1 else products
+                    continue
+                row_bytes, rows = 2 * min(COLUMNS, HIDDEN - column), int(tile["rows"])
+                model.span(EventKind.GIVE_BACK, done, False, **of_tile, aux=rows * row_bytes)
+                ends = np.unique(np.append(rng.integers(1, 177, RANKS - 1), 176))
+                first = 0
+                if group == 0:
+                    image["returns"]["end"][: len(ends)] = ends + tile["row0"]
+                    image["returns"]["source"][: len(ends)] = np.arange(len(ends))[::-1]
+                for path in image["returns"]:
+                    if first >= rows:
+                        break
+                    end = min(int(path["end"]) - int(tile["row0"]), rows)
+                    model.put(
+                        EventKind.PUT, done, done, False, **of_tile,
+                        peer=int(path["source"]), aux=(end - first) * row_bytes,
+                    )  # fmt: skip
+                    first = end
+        clock = max(*free.values(), max(model.last for model in lanes.values())) + 32
+        for lane in (Lane.COMM0, Lane.COMM1, Lane.MATH0, Lane.MATH1):
+            lanes[lane].last = clock
+            lanes[lane].waited(EventKind.WAIT_RETURN, clock, clock + 96, True, iter=launch)
+            lanes[lane].span(EventKind.COMBINE, clock + 160, True, iter=launch, aux=1)
+        clock += 320
+        for model in lanes.values():
+            model.put(EventKind.LAUNCH, began, clock, True, iter=launch, aux=1234)
+        clock += 640
+    return lanes, images
+
+
+def as_records(rows: list[tuple[int, ...]]) -> np.ndarray:
+    return np.array(rows, schema.RECORD)
+
+
+def dump_of(ctas: list[dict[Lane, Model]], capacity: int, mode: RingMode) -> RingDump:
+    """Their rings, as a kernel with room for ``capacity`` records each leaves them."""
+    models = [cta[lane] for cta in ctas for lane in Lane]
+    headers = np.zeros(len(models), schema.RING_HEADER)
+    records = np.zeros((len(models), capacity), schema.RECORD)
+    for i, model in enumerate(models):
+        own = as_records(model.own)
+        headers["count"][i], headers["capacity"][i], headers["mode"][i] = len(own), capacity, mode
+        kept = own[:capacity] if mode is RingMode.KEEP_FIRST else own[-capacity:]
+        turn = len(own) % capacity if mode is RingMode.KEEP_LAST and len(own) > capacity else 0
+        records[i, : len(kept)] = np.roll(kept, turn)
+    return RingDump(headers, records)
+
+
+def logs(all_images: list[np.ndarray], room: int, mode: RingMode) -> np.ndarray:
+    kept = np.zeros((len(all_images), room), schema.TILE_IMAGE)
+    for to, images in zip(kept, all_images, strict=True):
+        own = images[:room] if mode is RingMode.KEEP_FIRST else images[-room:]
+        turn = len(images) % room if mode is RingMode.KEEP_LAST and len(images) > room else 0
+        to[: len(own)] = np.roll(own, turn)
+    return kept
+
+
+def merged(
+    ctas: list[dict[Lane, Model]],
+    all_images: list[np.ndarray],
+    mode: RingMode = RingMode.KEEP_FIRST,
+    *,
+    ring: int = 4096,
+    room: int = 512,
+    capacity: int = 1 << 14,
+) -> list[np.ndarray]:
+    """Each actor's records, oldest first, and that the header's count tells of all."""
+    written = np.array([len(images) for images in all_images])
+    dump = with_tiles(
+        dump_of(ctas, ring, mode), logs(all_images, room, mode), written,
+        capacity=capacity, ranks=RANKS, hidden=HIDDEN, columns=COLUMNS,
+    )  # fmt: skip
+    rings = from_dump(dump)
+    return [np.concatenate(rings.in_order(i)) for i in range(len(rings.headers))]
+
+
+@pytest.mark.parametrize("mode", list(RingMode))
+@pytest.mark.parametrize("seed", range(8))
+def test_records_are_those_that_each_lane_would_have_written(mode: RingMode, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    made = [cta_of(rng, 3, int(rng.integers(1, 40))) for _ in range(3)]
+    got = merged([cta for cta, _ in made], [images for _, images in made], mode)
+    expected = [as_records(cta[lane].all) for cta, _ in made for lane in Lane]
+    for ours, theirs, lane in zip(got, expected, 3 * list(Lane), strict=True):
+        np.testing.assert_array_equal(ours, theirs, err_msg=lane.name)
+
+
+@pytest.mark.parametrize("mode", list(RingMode))
+@pytest.mark.parametrize(("ring", "room"), [(4096, 20), (20, 512), (12, 24), (6, 3)])
+def test_what_is_left_of_full_logs_has_no_hole(mode: RingMode, ring: int, room: int) -> None:
+    """What is told of an actor is the beginning of all that it did, or the end."""
+    cta, images = cta_of(np.random.default_rng(1), 4, 20)
+    got = merged([cta], [images], mode, ring=ring, room=room)
+    for ours, lane in zip(got, Lane, strict=True):
+        theirs = as_records(cta[lane].all)
+        assert len(ours) <= len(theirs)
+        if mode is RingMode.KEEP_FIRST:
+            np.testing.assert_array_equal(ours, theirs[: len(ours)], err_msg=lane.name)
+        else:
+            # Of the first wait that is kept nobody knows what came before it.
+            np.testing.assert_array_equal(ours[2:], theirs[len(theirs) - len(ours) + 2 :])
+
+
+@pytest.mark.parametrize("mode", list(RingMode))
+def test_no_more_than_the_capacity_is_told_and_all_is_counted(mode: RingMode) -> None:
+    cta, images = cta_of(np.random.default_rng(2), 2, 30)
+    written = np.array([len(images)])
+    dump = with_tiles(
+        dump_of([cta], 4096, mode), logs([images], 60, mode), written,
+        capacity=25, ranks=RANKS, hidden=HIDDEN, columns=COLUMNS,
+    )  # fmt: skip
+    rings = from_dump(dump)
+    for actor, lane in enumerate(Lane):
+        theirs = as_records(cta[lane].all)
+        assert int(dump.headers["count"][actor]) == len(theirs)
+        assert int(rings.dropped[actor]) == max(0, len(theirs) - 25)
+        kept = theirs[:25] if mode is RingMode.KEEP_FIRST else theirs[-25:]
+        np.testing.assert_array_equal(np.concatenate(rings.in_order(actor)), kept)
+
+
+def test_each_image_that_is_lost_counts_once() -> None:
+    cta, images = cta_of(np.random.default_rng(3), 1, 50)
+    dump = with_tiles(
+        dump_of([cta], 4096, RingMode.KEEP_FIRST), logs([images], 30, RingMode.KEEP_FIRST),
+        np.array([50]), capacity=4096, ranks=RANKS, hidden=HIDDEN, columns=COLUMNS,
+    )  # fmt: skip
+    dropped = from_dump(dump).dropped
+    for lane in Lane:
+        of_tiles = len(cta[lane].all) - len(cta[lane].own)
+        assert dropped[lane] <= of_tiles + len(cta[lane].own)
+        assert (dropped[lane] >= 20) == (lane not in (Lane.COMM0, Lane.COMM1))
+
+
+def test_a_trace_without_tiles_stays_as_it_is() -> None:
+    cta, _ = cta_of(np.random.default_rng(4), 2, 1)
+    none = np.zeros(0, schema.TILE_IMAGE)
+    for ours, lane in zip(merged([cta], [none]), Lane, strict=True):
+        np.testing.assert_array_equal(ours, as_records(cta[lane].own), err_msg=lane.name)
+    empty = RingDump(np.zeros(0, schema.RING_HEADER), np.zeros((0, 0), schema.RECORD))
+    images = np.zeros((0, 0), schema.TILE_IMAGE)
+    untraced = with_tiles(
+        empty, images, np.zeros(0, np.int64), capacity=9, ranks=1, hidden=64, columns=COLUMNS
+    )
+    assert untraced.records.shape == (0, 0)
