@@ -106,7 +106,7 @@ def units(shape: dict, tokens: int) -> dict | None:
     Where so few tokens of a rank alone may go by units: the fields of the shape that these change.
     """
 
-def launch_args(shape: dict, heaps: Sequence[int], ranks: list, local_ranks: int, ring_capacity: int, keep_last: bool, iteration_base: int, deadline_ns: int, first_deadline_ns: int, slots: int, rings: int, records: int, images: int, images_written: int, image_capacity: int, fault: tuple[int, int, int], signals_at: int = 0, rows_at: int | None = None, by_units: bool = False, in_place: bool = True) -> bytes:
+def launch_args(shape: dict, heaps: Sequence[int], ranks: list, local_ranks: int, ring_capacity: int, keep_last: bool, iteration_base: int, deadline_ns: int, first_deadline_ns: int, slots: int, rings: int, records: int, images: int, images_written: int, steps: int, image_capacity: int, step_capacity: int, fault: tuple[int, int, int], signals_at: int = 0, rows_at: int | None = None, by_units: bool = False, in_place: bool = True) -> bytes:
     """
     The bytes of LaunchArgs.  Addresses are ints, 0 for none; `fault` is (lost_signal_rank, lost_signal_expert, never_starts_rank), 0xffffffff for none.  A heap's signals (what lies before the pool) begin at `signals_at` from its address, its rows (the pool and the rest) at `rows_at`: behind the signals where that is None.  `by_units`: few tokens go by units where they may, as units() says.  `in_place`: a rank alone reads its rows where they are, where it may.
     """

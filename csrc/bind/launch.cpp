@@ -186,7 +186,8 @@ nb::bytes launch_args(const nb::dict& shape, const std::vector<uintptr_t>& heaps
                       bool keep_last, uint32_t iteration_base, uint64_t deadline_ns,
                       uint64_t first_deadline_ns, uintptr_t slots, uintptr_t rings,
                       uintptr_t records, uintptr_t images, uintptr_t images_written,
-                      uint32_t image_capacity, std::tuple<uint32_t, uint32_t, uint32_t> fault,
+                      uintptr_t steps, uint32_t image_capacity, uint32_t step_capacity,
+                      std::tuple<uint32_t, uint32_t, uint32_t> fault,
                       uint64_t signals_at, std::optional<uint64_t> rows_at, bool by_units,
                       bool in_place) {
   const auto [lost_rank, lost_expert, never_starts] = fault;
@@ -239,7 +240,9 @@ nb::bytes launch_args(const nb::dict& shape, const std::vector<uintptr_t>& heaps
   args->records = reinterpret_cast<Record*>(records);
   args->images = reinterpret_cast<TileImage*>(images);
   args->images_written = reinterpret_cast<uint64_t*>(images_written);
+  args->steps = reinterpret_cast<StepImage*>(steps);
   args->image_capacity = image_capacity;
+  args->step_capacity = step_capacity;
   args->fault = {lost_rank, lost_expert};
   return nb::bytes(reinterpret_cast<const char*>(args.get()), sizeof(LaunchArgs));
 }
@@ -322,7 +325,8 @@ void bind_launch(nb::module_& m) {
       nb::arg("local_ranks"), nb::arg("ring_capacity"), nb::arg("keep_last"),
       nb::arg("iteration_base"), nb::arg("deadline_ns"), nb::arg("first_deadline_ns"),
       nb::arg("slots"), nb::arg("rings"), nb::arg("records"), nb::arg("images"),
-      nb::arg("images_written"), nb::arg("image_capacity"), nb::arg("fault"),
+      nb::arg("images_written"), nb::arg("steps"), nb::arg("image_capacity"),
+      nb::arg("step_capacity"), nb::arg("fault"),
       nb::arg("signals_at") = 0, nb::arg("rows_at") = nb::none(), nb::arg("by_units") = false,
       nb::arg("in_place") = true,
       "The bytes of LaunchArgs.  Addresses are ints, 0 for none; `fault` is "

@@ -14,6 +14,7 @@ namespace flashmoe {
 struct Record;
 struct RingHeader;
 struct TileImage;
+struct StepImage;
 
 // Withholds one rank's signal for one expert, to test the diagnosis on a GPU.
 struct FaultArgs {
@@ -80,7 +81,9 @@ struct LaunchArgs {
   FaultArgs fault;
   TileImage* images;         // [ranks of the launch][chunks][image_capacity], or null
   uint64_t* images_written;  // [ranks of the launch][chunks], ever
+  StepImage* steps;          // [ranks of the launch][chunks][step_capacity + 1][lanes], or null
   uint32_t image_capacity;
+  uint32_t step_capacity;  // launches
 };
 static_assert(sizeof(LaunchArgs) <= 32764, "a kernel's parameters hold at most 32,764 bytes");
 

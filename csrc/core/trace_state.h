@@ -29,8 +29,8 @@ struct TileLog<false> {};
 
 #ifndef FLASHMOE_NO_TRACE
 
+#include "core/images.h"
 #include "core/records.h"
-#include "core/tile_image.h"
 
 namespace flashmoe {
 
@@ -46,7 +46,8 @@ struct TraceState<P, true> {
   uint16_t iter;
   uint8_t iter_flags;
   uint8_t keep_last;
-  uint32_t place;  // of the next record, where the last ones are kept
+  uint32_t place;    // of the next record, where the last ones are kept
+  StepImage* steps;  // of this launch, on a GPU
 
   FLASHMOE_HD static uint64_t written_into(const RingHeader* ring) { return ring->count; }
 
@@ -88,6 +89,26 @@ struct TraceState<P, true> {
     ring->end_ns = now;
     ring->end_cycles = cycles;
     ring->count = count;
+  }
+
+  // Before begin_ring(): the lane's images of all launches, one behind the other `stride` apart, and one behind the last
+  // for launches that are not kept.
+  FLASHMOE_HD void steps_into(StepImage* of_lane, uint32_t stride, uint32_t most,
+                              uint32_t iteration) {
+    const uint32_t at = keep_last != 0 ? iteration % most : iteration < most ? iteration : most;
+    steps = of_lane + static_cast<uint64_t>(at) * stride;
+  }
+  FLASHMOE_HD void begin_steps() {
+    StepImage s{};
+    s.begin_ns = begin_ns;
+    s.iter = iter;
+    s.iter_flags = iter_flags;
+    *steps = s;
+  }
+  // A step has ended, at `now`.
+  FLASHMOE_HD void mark(Step step, uint64_t now) {
+    steps->end_ns[static_cast<uint32_t>(step)] = now;
+    last_ns = now;
   }
 
   // A wait begins that may never end: its record, and the count that makes a reader see it.

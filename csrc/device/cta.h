@@ -8,10 +8,10 @@
 #include "core/args.h"
 #include "core/course.h"
 #include "core/heap.h"
+#include "core/images.h"
 #include "core/plan.h"
 #include "core/shape.h"
 #include "core/sizes.h"
-#include "core/tile_image.h"
 #include "device/sync.h"
 #include "device/transport.h"
 
@@ -219,10 +219,7 @@ struct Shared : PutState<kPuts> {
   HeapLayout layout;
   Heap heaps[kMaxRanks];
   PlanTables tables;
-  TokenRange own;      // the chunk's tokens
-  uint64_t wait_from;  // of the scheduler's last wait on behalf of all lanes
-  uint64_t wait_to;
-  uint32_t wait_lacking;
+  TokenRange own;         // the chunk's tokens
   uint32_t status;        // Status, as this CTA knows it
   uint32_t epoch;         // of this launch
   uint32_t lacking_word;  // first of the words awaited together that is not there yet
@@ -321,12 +318,18 @@ __device__ __forceinline__ int led_lane() {
   return warp == kMathWarp + kTeamWarps ? static_cast<int>(Lane::k_math1) : -1;
 }
 
-// A span of every actor.
+// A step has ended, for every actor.  `value` goes into its image at `field`.
 template <bool kTraced>
-__device__ inline void record_all(Shared<kTraced>& sh, EventKind kind, uint32_t tile,
-                                  uint32_t aux) {
-  const int lane = led_lane();
-  if (lane >= 0) sh.actors[lane].span(kind, kNoPeer, kNoExpert, tile, aux);
+__device__ __forceinline__ void mark_all(Shared<kTraced>& sh, Step step,
+                                         uint32_t StepImage::* field = nullptr,
+                                         uint32_t value = 0) {
+  if constexpr (kTraced) {
+    const int lane = led_lane();
+    if (lane < 0) return;
+    GpuActor<kTraced>& actor = sh.actors[lane];
+    actor.mark(step, ptx::globaltimer());
+    if (field != nullptr) actor.steps->*field = value;
+  }
 }
 
 // Brings the launch's code into L2, of its lines each `step`-th from `first` on.  A launch may find none of it there, and

@@ -281,16 +281,12 @@ __device__ inline void dispatch_first(Shared<kTraced>& sh, const Place& place,
   const uint32_t warp = ptx::thread_id() / 32, thread = ptx::lane_id();
   if (sh.gathers) {
     const uint32_t rows = sh.tables.chunk_order[shape.experts];
-    const uint64_t now = kTraced ? ptx::globaltimer() : 0;
+    mark_all(sh, Step::kDispatch, &StepImage::rows, rows);  // before any of it is announced
     if (warp == 0) {
       ptx::fence_acq_rel_gpu();
       for (uint32_t e = thread; e < shape.experts; e += 32) {
         announce_expert(sh, place, fault, place.rank, e, 0, rows);
       }
-    }
-    if constexpr (kTraced) {
-      record_first(sh, place, now,
-                   DispatchUnit{place.rank, 0, shape.experts, 0, thread == 0 ? rows : 0});
     }
     return;
   }

@@ -110,6 +110,9 @@ __device__ __forceinline__ void enter(Shared<kTraced>& sh, const LaunchArgs& arg
     if constexpr (kTraced) {
       a.record_into(args.rings, args.records, actor, args.ring_capacity, args.keep_last != 0,
                     written);
+      a.steps_into(
+          args.steps + static_cast<uint64_t>(blockIdx.x) * (args.step_capacity + 1) * kLanes + lane,
+          kLanes, args.step_capacity, epoch - 1 - args.iteration_base);
     }
     a.abort_word = place.heap.at<uint64_t>(args.layout.abort_word);
     a.deadline_ns = epoch == 1 ? args.first_deadline_ns : args.deadline_ns;
@@ -119,6 +122,7 @@ __device__ __forceinline__ void enter(Shared<kTraced>& sh, const LaunchArgs& arg
     a.cta = static_cast<uint16_t>(place.chunk);
     a.begin(epoch, epoch - 1 - args.iteration_base);
     if constexpr (kTraced) {
+      a.begin_steps();
       if (schedules) {
         sh.log.begin(args.images + static_cast<uint64_t>(blockIdx.x) * args.image_capacity,
                      args.images_written + blockIdx.x, images, args.image_capacity,
@@ -275,11 +279,7 @@ __device__ inline void send_counts(Shared<kTraced>& sh, const Place& place) {
       }
     }
   }
-  const int led = led_lane();
-  if (led >= 0) {
-    sh.actors[led].span(EventKind::k_counts, kNoPeer, kNoExpert, kNoTile,
-                        threadIdx.x == 0 ? share * 8 : 0);
-  }
+  mark_all(sh, Step::kCounts, &StepImage::counts_bytes, threadIdx.x == 0 ? share * 8 : 0);
 }
 
 // Until the counts of all other ranks are here.  Nothing is written to a peer's rows before.
@@ -344,7 +344,7 @@ __device__ inline Status prepare(Shared<kTraced>& sh, const LaunchArgs& args, co
   if (!by_units(sh)) clear_own_counts(sh, place);
   const Status routed = run_gate<T>(sh, place, stages);
   if (sh.sliced == 0) prefetch_code_by_all(args);  // many tokens' x has gone through L2 since
-  record_all(sh, EventKind::k_gate, place.chunk, sh.own.tokens);
+  mark_all(sh, Step::kGate, &StepImage::tokens, sh.own.tokens);
   if (routed != Status::kOk) {
     if (threadIdx.x == 0 && routed == Status::kBadIds) raise_abort(sh, routed);
     return routed;
@@ -358,7 +358,7 @@ __device__ inline Status prepare(Shared<kTraced>& sh, const LaunchArgs& args, co
   send_counts(sh, place);
   if (!await_counts(sh, place)) return static_cast<Status>(sh.status);
   make_plan(sh, place);
-  record_all(sh, EventKind::k_plan, kNoTile, 0);
+  mark_all(sh, Step::kPlan);
   return pool_rows_needed(sh.tables, sh.shape) > sh.shape.pool_rows ? Status::kOverflow
                                                                     : Status::kOk;
 }

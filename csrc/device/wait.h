@@ -7,29 +7,19 @@
 
 namespace flashmoe {
 
-// The scheduler's leader waits for all lanes; the others record the same wait.  Ends in step; true if
-// the CTA goes on.
+// The scheduler's leader waits for all lanes; the host makes the same wait's record for each of the others.  Ends in
+// step; true if the CTA goes on.
 template <bool kTraced>
 __device__ inline bool wait_together(Shared<kTraced>& sh, const Awaited& what, const uint64_t* word,
                                      Until until, uint64_t target) {
   constexpr int kWaiter = static_cast<int>(Lane::k_sched);
-  const int lane = led_lane();
-  if (lane == kWaiter) {
-    sh.wait_from = kTraced ? ptx::globaltimer() : 0;
-    const uint64_t seen = ptx::load_acquire_sys(word);
-    sh.wait_lacking =
-        until == Until::kAtLeast && seen < target ? static_cast<uint32_t>(target - seen) : 0;
+  if (led_lane() == kWaiter) {
     const Status status = sh.actors[kWaiter].wait(what, word, until, target);
     if (status == Status::kHang) raise_abort(sh, status);
     sh.status = static_cast<uint32_t>(status);
-    // A wait that ended at its first try is no wait.
-    sh.wait_to = !kTraced || reached(seen, until, target) ? sh.wait_from : ptx::globaltimer();
   }
   __syncthreads();
   const Status status = static_cast<Status>(sh.status);
-  if (lane >= 0 && lane != kWaiter) {
-    sh.actors[lane].waited(what, sh.wait_from, sh.wait_to, sh.wait_lacking, status);
-  }
   __syncthreads();
   return status == Status::kOk;
 }

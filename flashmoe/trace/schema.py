@@ -76,6 +76,15 @@ class ActorState(IntEnum):
     DONE = 5
 
 
+class Step(IntEnum):
+    """Of a launch on a GPU, before the roles part."""
+
+    GATE = 0
+    COUNTS = 1
+    PLAN = 2
+    DISPATCH = 3
+
+
 class RingMode(IntEnum):
     """Which records a full ring keeps."""
 
@@ -181,7 +190,7 @@ RING_HEADER: Final = np.dtype(
         ("padding", "u1", (8,)),  # what alignas(128) adds
     ]
 )
-# In memory alone, never in a file: csrc/core/tile_image.h.
+# In memory alone, never in a file: csrc/core/images.h.
 _TILE: Final = np.dtype(
     [
         (name, "<u4")
@@ -219,6 +228,18 @@ TILE_IMAGE: Final = np.dtype(
         ("loads", _LOAD_STAMPS, (3,)),
         ("padding", "u1", (8,)),
         ("returns", _RETURN_PATH, (8,)),
+    ]
+)
+STEP_IMAGE: Final = np.dtype(
+    [
+        ("begin_ns", "<u8"),
+        ("end_ns", "<u8", (len(Step),)),
+        ("iter", "<u2"),
+        ("iter_flags", "<u2"),
+        ("tokens", "<u4"),
+        ("counts_bytes", "<u4"),
+        ("rows", "<u4"),
+        ("padding", "u1", (8,)),  # what alignas(64) adds
     ]
 )
 FLIGHT_SLOT: Final = np.dtype(

@@ -31,6 +31,7 @@ from flashmoe.world.base import (
 from flashmoe.world.gpu_abort import AbortWords
 from flashmoe.world.gpu_clock import GpuClock, measure_clock
 from flashmoe.world.gpu_results import HeapReader, read_images, read_rings
+from flashmoe.world.images import with_images
 from flashmoe.world.kernel import (
     ARCH,
     LANES,
@@ -43,7 +44,6 @@ from flashmoe.world.kernel import (
     unit_family,
     untuned,
 )
-from flashmoe.world.tile_images import with_tiles
 from flashmoe.world.tiles import extension, tile_plan
 
 if TYPE_CHECKING:
@@ -134,6 +134,7 @@ class GpuEngine:
         self._image_capacity = options.ring_capacity or sizing.image_capacity(
             config, self.tokens, self._shape
         )
+        self._step_capacity = min(self.ring_capacity, sizing.MOST_LAUNCHES)
         self._check_memory(weights)
         self._weights = self._place_weights(weights)
         self._iteration_base = 0
@@ -200,7 +201,9 @@ class GpuEngine:
         needed = moved + sizing.gpu_bytes(self.config, tokens, self._layout["bytes"])
         if self.options.traced:
             ctas = len(self.local) * self.sms_per_rank
-            needed += sizing.trace_bytes(ctas, self.ring_capacity, self._image_capacity)
+            needed += sizing.trace_bytes(
+                ctas, self.ring_capacity, self._image_capacity, self._step_capacity
+            )
         free, _ = torch.cuda.mem_get_info(self.device)
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         if needed > free:
@@ -252,9 +255,14 @@ class GpuEngine:
             **empty,
         )
         ctas = actors // LANES if traced else 0
-        self._images_written = torch.zeros(ctas, dtype=torch.int64, **empty)
         self._images = torch.empty(
             (ctas, self._image_capacity, schema.TILE_IMAGE.itemsize), dtype=torch.uint8, **empty
+        )
+        self._images_written = torch.zeros(ctas, dtype=torch.int64, **empty)
+        self._steps = torch.zeros(
+            (ctas, self._step_capacity + 1, LANES, schema.STEP_IMAGE.itemsize),
+            dtype=torch.uint8,
+            **empty,
         )
         self._allocate_heaps()
 
@@ -303,7 +311,9 @@ class GpuEngine:
             ring_capacity=self.ring_capacity,
             images=self._images.data_ptr() if options.traced else 0,
             images_written=self._images_written.data_ptr() if options.traced else 0,
+            steps=self._steps.data_ptr() if options.traced else 0,
             image_capacity=self._image_capacity,
+            step_capacity=self._step_capacity,
             keep_last=options.ring_mode == "keep-last",
             # Below zero once the epoch has begun anew; the kernel subtracts it in 32 bits.
             iteration_base=self._iteration_base & 0xFFFFFFFF,
@@ -477,12 +487,12 @@ class GpuEngine:
 
     def rings(self) -> RingDump:
         """Every actor's ring since construction or ``reset_rings``."""
-        dump = read_rings(self._rings, self._records, self.ring_capacity)
-        written = self._images_written.cpu().numpy()
-        return with_tiles(
-            dump,
-            read_images(self._images, written),
-            written,
+        images = read_images(
+            self._images, self._images_written, self._steps, self._launches - self._iteration_base
+        )
+        return with_images(
+            read_rings(self._rings, self._records, self.ring_capacity),
+            images,
             capacity=self.ring_capacity,
             ranks=self.options.ranks,
             hidden=self.config.hidden,
@@ -493,6 +503,7 @@ class GpuEngine:
         """Empties the rings; iterations restart at 0."""
         self._rings.zero_()
         self._images_written.zero_()
+        self._steps.zero_()
         self._iteration_base = self._launches
         self._write_args()
 
@@ -540,17 +551,8 @@ class GpuEngine:
 
     def close(self) -> None:
         """Frees everything; safe to call twice."""
-        for name in (
-            "_heaps",
-            "_x",
-            "_y",
-            "_ids",
-            "_routing_weights",
-            "_rings",
-            "_records",
-            "_images",
-            "_images_written",
-        ):
+        names = ("_heaps", "_x", "_y", "_ids", "_routing_weights", "_rings", "_records", "_images")
+        for name in (*names, "_images_written", "_steps"):
             setattr(self, name, [])
         self.__dict__.pop("_weights", None)
         self._memory.close()

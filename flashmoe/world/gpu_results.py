@@ -12,6 +12,7 @@ import torch
 from flashmoe.trace import schema
 from flashmoe.trace.diagnosis import NOT_SEEN
 from flashmoe.world.base import RankOutput, RingDump
+from flashmoe.world.images import Images
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,22 @@ def read_rings(headers: torch.Tensor, records: torch.Tensor, capacity: int) -> R
     return RingDump(read, written.reshape(-1).view(schema.RECORD).reshape(shape))
 
 
-def read_images(images: torch.Tensor, written: np.ndarray) -> np.ndarray:
-    """TILE_IMAGE [n, as many as any CTA's log holds], of bytes uint8 [n, capacity, image].
+def read_images(
+    tiles: torch.Tensor, tiles_made: torch.Tensor, steps: torch.Tensor, launches: int
+) -> Images:
+    """What n CTAs left of their tiles and launches, as far as their logs are filled.
 
-    ``written``: int64 [n], how many each CTA has made.
+    Bytes: ``tiles`` uint8 [n, capacity, image], ``steps`` uint8 [n, capacity + 1, lanes, image].
+    ``tiles_made``: int64 [n].
     """
-    stored = min(images.shape[1], int(written.max(initial=0)))
-    kept = images[:, :stored].contiguous().cpu().numpy()
-    return kept.reshape(-1).view(schema.TILE_IMAGE).reshape(len(written), stored)
+    made = tiles_made.cpu().numpy()
+    stored = min(tiles.shape[1], int(made.max(initial=0)))
+    kept = tiles[:, :stored].contiguous().cpu().numpy()
+    begun = min(steps.shape[1] - 1, launches)
+    first = steps[:, :begun].contiguous().cpu().numpy()
+    return Images(
+        kept.reshape(-1).view(schema.TILE_IMAGE).reshape(kept.shape[:2]),
+        made,
+        first.reshape(-1).view(schema.STEP_IMAGE).reshape(first.shape[:3]),
+        launches,
+    )

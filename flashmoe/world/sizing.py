@@ -16,6 +16,9 @@ LAUNCHES_PER_RING = 16
 MOST_RECORDS = 1 << 16
 """Of a GPU's ring of the default capacity."""
 
+MOST_LAUNCHES = 1 << 10
+"""Of which a GPU keeps the first steps."""
+
 
 def pool_rows(
     config: MoEConfig, ranks: int, rows: int, worst: int, heap_bytes: int, memory: int | None
@@ -57,11 +60,12 @@ def _tiles(config: MoEConfig, tokens: Sequence[int], shape: Mapping[str, Any]) -
     return 2 * row_tiles * columns // int(shape["chunks"])
 
 
-def trace_bytes(ctas: int, capacity: int, images: int) -> int:
-    """Bytes that the trace of so many CTAs takes on a GPU: a ring of ``capacity`` records of each
-    lane, and the ``images`` of tiles."""
-    ring = capacity * schema.RECORD.itemsize + schema.RING_HEADER.itemsize
-    return ctas * (schema.N_LANES * ring + images * schema.TILE_IMAGE.itemsize + 8)
+def trace_bytes(ctas: int, capacity: int, tiles: int, launches: int) -> int:
+    """Bytes that the trace of so many CTAs takes on a GPU: of each lane a ring of ``capacity``
+    records and the first steps of ``launches`` and one more, and images of ``tiles``."""
+    lane = capacity * schema.RECORD.itemsize + schema.RING_HEADER.itemsize
+    lane += (launches + 1) * schema.STEP_IMAGE.itemsize
+    return ctas * (schema.N_LANES * lane + tiles * schema.TILE_IMAGE.itemsize + 8)
 
 
 def gpu_bytes(config: MoEConfig, tokens: Sequence[int], heap_bytes: int) -> int:

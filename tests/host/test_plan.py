@@ -246,7 +246,7 @@ def launch_args(shape: dict[str, Any], in_place: bool = True, **changes: Any) ->
     heaps = [0x100000, 0x200000][: shape["world"]]
     packed: bytes = _host.launch_args(
         shape, heaps, [RANK_ARGS | changes], 1, 100, True, 3, 10, 40, 0x5555, 0x6666, 0x7777,
-        0x8888, 0x9999, 50, (none, none, none), in_place=in_place,
+        0x8888, 0x9999, 0xAAAA, 50, 16, (none, none, none), in_place=in_place,
     )  # fmt: skip
     return packed
 
@@ -266,7 +266,7 @@ def test_launch_args_hold_what_they_were_given() -> None:
     fields = np.frombuffer(whole[at : at + 40], np.uint64).tolist()
     assert fields == [0x1111, 0, 0x4444, 0, 0]
     assert np.frombuffer(whole[at + 40 : at + 52], np.uint32).tolist() == [1, 7, 8]
-    for address in (0x100000, 0x200000, *range(0x5555, 0x9999 + 1, 0x1111)):
+    for address in (0x100000, 0x200000, *range(0x5555, 0xAAAA + 1, 0x1111)):
         assert address.to_bytes(8, "little") in whole
     assert pack(tokens=8) != whole
     # Only a rank alone can leave its rows where they are.

@@ -81,5 +81,6 @@ def test_bytes_on_a_gpu_are_those_of_its_tensors() -> None:
     due = 2 * 1000 + 2 * x.numel() * x.element_size()
     assert sizing.gpu_bytes(UNEVEN, (7, 9), 1000) == due
     ring = schema.RING_HEADER.itemsize + 11 * schema.RECORD.itemsize
-    due = 5 * (6 * ring + 13 * schema.TILE_IMAGE.itemsize + 8)
-    assert sizing.trace_bytes(5, 11, 13) == due
+    steps = (17 + 1) * schema.STEP_IMAGE.itemsize
+    due = 5 * (6 * (ring + steps) + 13 * schema.TILE_IMAGE.itemsize + 8)
+    assert sizing.trace_bytes(5, 11, 13, 17) == due

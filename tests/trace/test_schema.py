@@ -140,12 +140,13 @@ def test_offsets_are_those_the_compiler_gives(tmp_path: Path) -> None:
         "RingHeader": schema.RING_HEADER,
         "FlightSlot": schema.FLIGHT_SLOT,
         "TileImage": schema.TILE_IMAGE,
+        "StepImage": schema.STEP_IMAGE,
         "Tile": schema.TILE_IMAGE["tile"],
         "TileStamps": schema.TILE_IMAGE["stamps"].base,
         "LoadStamps": schema.TILE_IMAGE["loads"].base,
         "ReturnPath": schema.TILE_IMAGE["returns"].base,
     }
-    named = ("records", "flight", "tile_image")
+    named = ("records", "flight", "images")
     headers = [f'#include "core/{name}.h"' for name in named]
     lines = [*headers, "using namespace flashmoe;"]
     for name, dtype in structs.items():

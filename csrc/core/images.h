@@ -1,5 +1,6 @@
-// What a kernel leaves of a tile that is done: the host makes the records of it (flashmoe/world/tile_images.py).  A
-// record is some fifty instructions, and a tile has a dozen; this is one copy of what its task says anyway.
+// What a kernel leaves for the host to make records of (flashmoe/world/images.py).  A record is some fifty instructions;
+// a tile has a dozen, of which its task says most anyway, and what comes before the tiles is run once, while its code
+// is fetched.
 #pragma once
 
 #include <cstddef>
@@ -54,5 +55,21 @@ FLASHMOE_HD uint32_t image_bytes(uint32_t ranks) {
   return static_cast<uint32_t>(offsetof(TileImage, returns) + ranks * sizeof(ReturnPath));
 }
 static_assert(sizeof(ReturnPath) == 16, "a bulk copy moves multiples of 16 bytes");
+
+// Steps of a launch before the roles part, those that every lane goes through.
+enum class Step : uint32_t { kGate = 0, kCounts = 1, kPlan = 2, kDispatch = 3 };
+inline constexpr uint32_t kSteps = 4;
+
+// By the lane itself; the scheduler's own records say what all of them awaited meanwhile.
+struct alignas(64) StepImage {
+  uint64_t begin_ns;
+  uint64_t end_ns[kSteps];  // 0: not reached, or a record of the lane's own
+  uint16_t iter;            // as in a Record
+  uint16_t iter_flags;
+  uint32_t tokens;        // that the CTA has routed
+  uint32_t counts_bytes;  // that this lane speaks for
+  uint32_t rows;          // of the CTA, which stay where they are
+};
+static_assert(sizeof(StepImage) == 64, "no two lanes share more than a line");
 
 }  // namespace flashmoe

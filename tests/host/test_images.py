@@ -1,4 +1,4 @@
-"""Records of tiles: what each lane would have written itself, told one by one by a plain model."""
+"""What is made of images: what each lane would have written itself, told by a plain model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flashmoe.trace import schema
 from flashmoe.trace.rings import from_dump
 from flashmoe.trace.schema import EventKind, Lane, RingMode
 from flashmoe.world.base import RingDump
-from flashmoe.world.tile_images import with_tiles
+from flashmoe.world.images import Images, with_images
 
 HIDDEN, COLUMNS, RANKS = 320, 128, 3
 
@@ -45,13 +45,20 @@ class Model:
         self.last = end
 
 
-def cta_of(
-    rng: np.random.Generator, launches: int, tiles: int
-) -> tuple[dict[Lane, Model], np.ndarray]:
-    """A CTA's lanes and the images of its tiles, as its kernel's threads would leave them."""
+@dataclass
+class Cta:
+    """A CTA's lanes and what its kernel's threads leave of them."""
+
+    lanes: dict[Lane, Model]
+    tiles: np.ndarray
+    steps: np.ndarray  # [launches, lanes]
+
+
+def cta_of(rng: np.random.Generator, launches: int, tiles: int) -> Cta:
     lanes = {lane: Model() for lane in Lane}
     images = np.zeros(launches * tiles, schema.TILE_IMAGE)
     images["loads"]["cycles"] = 77
+    steps = np.zeros((launches, len(Lane)), schema.STEP_IMAGE)
     clock = 1000
 
     def later(most: int) -> int:
@@ -59,12 +66,35 @@ def cta_of(
 
     for launch in range(launches):
         began = clock
-        for model in lanes.values():
-            model.last = clock
-            model.span(EventKind.GATE, clock + 320, True, iter=launch, tile=5, aux=9)
-            model.waited(EventKind.WAIT_BARRIER, clock + 300, clock + 640, True, iter=launch)
-            model.span(EventKind.PLAN, clock + 960, True, iter=launch)
-        clock += 960
+        rows = int(rng.integers(0, 40))
+        waits = rng.random() < 0.7
+        for lane, model in lanes.items():
+            step, n, common = steps[launch, lane], int(lane), {"iter": launch}
+            step["begin_ns"] = model.last = clock
+            step["iter"], step["tokens"], step["counts_bytes"] = launch, 9, 8 * n
+            step["rows"] = rows
+            gate = clock + 320 + 32 * n
+            model.span(EventKind.GATE, gate, False, **common, tile=5, aux=9)
+            if waits:
+                # The scheduler waits for all, and writes that down; the others' gates end sooner.
+                mine = lane is Lane.SCHED
+                model.waited(EventKind.WAIT_BARRIER, clock + 512, clock + 640, mine, **common)
+            counts, plan = clock + 704 + 32 * n, clock + 960
+            model.span(EventKind.COUNTS, counts, False, **common, aux=8 * n)
+            model.span(EventKind.PLAN, plan, False, **common)
+            step["end_ns"] = [gate, counts, plan, 0]
+            warps = {Lane.MATH0: range(4, 8), Lane.MATH1: range(8, 12)}.get(lane, [n])
+            share = sum(row % 12 in warps for row in range(rows))
+            moved = clock + 1024 + 32 * n
+            step["end_ns"][3] = moved
+            if share:
+                model.span(
+                    EventKind.DISPATCH, moved, False, **common,
+                    peer=2, expert=0, tile=5, aux=share * HIDDEN * 2,
+                )  # fmt: skip
+            else:
+                model.last = moved
+        clock += 1248
         free = dict.fromkeys(lanes, clock)  # when a lane takes up the next tile at the earliest
         for n in range(tiles):
             image = images[launch * tiles + n]
@@ -155,51 +185,57 @@ def cta_of(
         for model in lanes.values():
             model.put(EventKind.LAUNCH, began, clock, True, iter=launch, aux=1234)
         clock += 640
-    return lanes, images
+    return Cta(lanes, images, steps)
 
 
 def as_records(rows: list[tuple[int, ...]]) -> np.ndarray:
     return np.array(rows, schema.RECORD)
 
 
-def dump_of(ctas: list[dict[Lane, Model]], capacity: int, mode: RingMode) -> RingDump:
+def dump_of(ctas: list[Cta], capacity: int, mode: RingMode) -> RingDump:
     """Their rings, as a kernel with room for ``capacity`` records each leaves them."""
-    models = [cta[lane] for cta in ctas for lane in Lane]
+    models = [cta.lanes[lane] for cta in ctas for lane in Lane]
     headers = np.zeros(len(models), schema.RING_HEADER)
+    headers["rank"], headers["cta"] = 2, 5
     records = np.zeros((len(models), capacity), schema.RECORD)
     for i, model in enumerate(models):
         own = as_records(model.own)
         headers["count"][i], headers["capacity"][i], headers["mode"][i] = len(own), capacity, mode
-        kept = own[:capacity] if mode is RingMode.KEEP_FIRST else own[-capacity:]
-        turn = len(own) % capacity if mode is RingMode.KEEP_LAST and len(own) > capacity else 0
-        records[i, : len(kept)] = np.roll(kept, turn)
+        records[i, : min(len(own), capacity)] = log_of(own, capacity, mode)
     return RingDump(headers, records)
 
 
-def logs(all_images: list[np.ndarray], room: int, mode: RingMode) -> np.ndarray:
-    kept = np.zeros((len(all_images), room), schema.TILE_IMAGE)
-    for to, images in zip(kept, all_images, strict=True):
-        own = images[:room] if mode is RingMode.KEEP_FIRST else images[-room:]
-        turn = len(images) % room if mode is RingMode.KEEP_LAST and len(images) > room else 0
-        to[: len(own)] = np.roll(own, turn)
-    return kept
+def log_of(made: np.ndarray, room: int, mode: RingMode) -> np.ndarray:
+    """What a log with so much room holds, where it holds it."""
+    if mode is RingMode.KEEP_FIRST or len(made) <= room:
+        return made[:room]
+    return np.roll(made[-room:], len(made) % room, axis=0)
 
 
-def merged(
-    ctas: list[dict[Lane, Model]],
-    all_images: list[np.ndarray],
+def dumped(
+    ctas: list[Cta],
     mode: RingMode = RingMode.KEEP_FIRST,
     *,
     ring: int = 4096,
     room: int = 512,
+    launches: int = 16,
     capacity: int = 1 << 14,
-) -> list[np.ndarray]:
-    """Each actor's records, oldest first, and that the header's count tells of all."""
-    written = np.array([len(images) for images in all_images])
-    dump = with_tiles(
-        dump_of(ctas, ring, mode), logs(all_images, room, mode), written,
+) -> RingDump:
+    """What is told of them, where their kernel had room for so much."""
+    tiles = np.zeros((len(ctas), room), schema.TILE_IMAGE)
+    for to, cta in zip(tiles, ctas, strict=True):
+        to[: min(room, len(cta.tiles))] = log_of(cta.tiles, room, mode)
+    steps = np.stack([log_of(cta.steps, launches, mode) for cta in ctas])
+    made = np.array([len(cta.tiles) for cta in ctas])
+    images = Images(tiles, made, steps, len(ctas[0].steps))
+    return with_images(
+        dump_of(ctas, ring, mode), images,
         capacity=capacity, ranks=RANKS, hidden=HIDDEN, columns=COLUMNS,
     )  # fmt: skip
+
+
+def in_order(dump: RingDump) -> list[np.ndarray]:
+    """Each actor's records, oldest first."""
     rings = from_dump(dump)
     return [np.concatenate(rings.in_order(i)) for i in range(len(rings.headers))]
 
@@ -209,21 +245,28 @@ def merged(
 def test_records_are_those_that_each_lane_would_have_written(mode: RingMode, seed: int) -> None:
     rng = np.random.default_rng(seed)
     made = [cta_of(rng, 3, int(rng.integers(1, 40))) for _ in range(3)]
-    got = merged([cta for cta, _ in made], [images for _, images in made], mode)
-    expected = [as_records(cta[lane].all) for cta, _ in made for lane in Lane]
-    for ours, theirs, lane in zip(got, expected, 3 * list(Lane), strict=True):
+    dump = dumped(made, mode)
+    assert not from_dump(dump).dropped.any()
+    expected = [as_records(cta.lanes[lane].all) for cta in made for lane in Lane]
+    for ours, theirs, lane in zip(in_order(dump), expected, 3 * list(Lane), strict=True):
         np.testing.assert_array_equal(ours, theirs, err_msg=lane.name)
 
 
 @pytest.mark.parametrize("mode", list(RingMode))
-@pytest.mark.parametrize(("ring", "room"), [(4096, 20), (20, 512), (12, 24), (6, 3)])
-def test_what_is_left_of_full_logs_has_no_hole(mode: RingMode, ring: int, room: int) -> None:
+@pytest.mark.parametrize(
+    ("ring", "room", "launches"),
+    [(4096, 20, 16), (20, 512, 16), (12, 24, 16), (6, 3, 2), (4096, 512, 1), (4096, 60, 3)],
+)
+def test_what_is_left_of_full_logs_has_no_hole(
+    mode: RingMode, ring: int, room: int, launches: int
+) -> None:
     """What is told of an actor is the beginning of all that it did, or the end."""
-    cta, images = cta_of(np.random.default_rng(1), 4, 20)
-    got = merged([cta], [images], mode, ring=ring, room=room)
-    for ours, lane in zip(got, Lane, strict=True):
-        theirs = as_records(cta[lane].all)
-        assert len(ours) <= len(theirs)
+    cta = cta_of(np.random.default_rng(1), 4, 20)
+    dump = dumped([cta], mode, ring=ring, room=room, launches=launches)
+    for actor, (ours, lane) in enumerate(zip(in_order(dump), Lane, strict=True)):
+        theirs = as_records(cta.lanes[lane].all)
+        assert len(ours) < len(theirs)
+        assert from_dump(dump).dropped[actor] > 0
         if mode is RingMode.KEEP_FIRST:
             np.testing.assert_array_equal(ours, theirs[: len(ours)], err_msg=lane.name)
         else:
@@ -233,42 +276,40 @@ def test_what_is_left_of_full_logs_has_no_hole(mode: RingMode, ring: int, room: 
 
 @pytest.mark.parametrize("mode", list(RingMode))
 def test_no_more_than_the_capacity_is_told_and_all_is_counted(mode: RingMode) -> None:
-    cta, images = cta_of(np.random.default_rng(2), 2, 30)
-    written = np.array([len(images)])
-    dump = with_tiles(
-        dump_of([cta], 4096, mode), logs([images], 60, mode), written,
-        capacity=25, ranks=RANKS, hidden=HIDDEN, columns=COLUMNS,
-    )  # fmt: skip
-    rings = from_dump(dump)
+    cta = cta_of(np.random.default_rng(2), 2, 30)
+    dump = dumped([cta], mode, room=60, capacity=25)
     for actor, lane in enumerate(Lane):
-        theirs = as_records(cta[lane].all)
+        theirs = as_records(cta.lanes[lane].all)
         assert int(dump.headers["count"][actor]) == len(theirs)
-        assert int(rings.dropped[actor]) == max(0, len(theirs) - 25)
         kept = theirs[:25] if mode is RingMode.KEEP_FIRST else theirs[-25:]
-        np.testing.assert_array_equal(np.concatenate(rings.in_order(actor)), kept)
+        np.testing.assert_array_equal(in_order(dump)[actor], kept)
 
 
-def test_each_image_that_is_lost_counts_once() -> None:
-    cta, images = cta_of(np.random.default_rng(3), 1, 50)
-    dump = with_tiles(
-        dump_of([cta], 4096, RingMode.KEEP_FIRST), logs([images], 30, RingMode.KEEP_FIRST),
-        np.array([50]), capacity=4096, ranks=RANKS, hidden=HIDDEN, columns=COLUMNS,
-    )  # fmt: skip
-    dropped = from_dump(dump).dropped
+@pytest.mark.parametrize(("room", "launches", "lost"), [(30, 16, 20), (64, 2, 3)])
+def test_what_is_lost_counts_once(room: int, launches: int, lost: int) -> None:
+    cta = cta_of(np.random.default_rng(3), 5, 10)
+    dropped = from_dump(dumped([cta], room=room, launches=launches)).dropped
     for lane in Lane:
-        of_tiles = len(cta[lane].all) - len(cta[lane].own)
-        assert dropped[lane] <= of_tiles + len(cta[lane].own)
-        assert (dropped[lane] >= 20) == (lane not in (Lane.COMM0, Lane.COMM1))
+        told = len(cta.lanes[lane].all) - len(
+            in_order(dumped([cta], room=room, launches=launches))[lane]
+        )
+        assert 0 < dropped[lane] <= told
+        if lane not in (Lane.COMM0, Lane.COMM1):
+            assert dropped[lane] >= lost
 
 
-def test_a_trace_without_tiles_stays_as_it_is() -> None:
-    cta, _ = cta_of(np.random.default_rng(4), 2, 1)
-    none = np.zeros(0, schema.TILE_IMAGE)
-    for ours, lane in zip(merged([cta], [none]), Lane, strict=True):
-        np.testing.assert_array_equal(ours, as_records(cta[lane].own), err_msg=lane.name)
+def test_a_launch_that_ended_early_tells_what_came_to_an_end() -> None:
+    cta = cta_of(np.random.default_rng(4), 1, 1)
+    cta.steps["end_ns"][:, :, 1:] = 0
+    for lane, records in zip(Lane, in_order(dumped([cta])), strict=True):
+        kinds = records["kind"].tolist()
+        assert EventKind.GATE in kinds
+        assert not {EventKind.COUNTS, EventKind.PLAN, EventKind.DISPATCH} & set(kinds), lane
+
+
+def test_nothing_comes_of_an_untraced_run() -> None:
     empty = RingDump(np.zeros(0, schema.RING_HEADER), np.zeros((0, 0), schema.RECORD))
-    images = np.zeros((0, 0), schema.TILE_IMAGE)
-    untraced = with_tiles(
-        empty, images, np.zeros(0, np.int64), capacity=9, ranks=1, hidden=64, columns=COLUMNS
-    )
+    tiles, steps = np.zeros((0, 0), schema.TILE_IMAGE), np.zeros((0, 0, 6), schema.STEP_IMAGE)
+    images = Images(tiles, np.zeros(0, np.int64), steps, 3)
+    untraced = with_images(empty, images, capacity=9, ranks=1, hidden=64, columns=COLUMNS)
     assert untraced.records.shape == (0, 0)

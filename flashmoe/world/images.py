@@ -1,0 +1,338 @@
+"""Records made of what a GPU's kernel left of each tile and launch (csrc/core/images.h).
+
+The kernel copies what a tile's task says anyway as it is, and stamps the ends of a launch's first
+steps; to make a dozen records of a tile there, or five of a launch, would cost each SM more than
+that.  What comes out is what each lane would have written itself: spans of an actor do not overlap,
+and a wait that was over before the actor came is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from flashmoe.trace import schema
+from flashmoe.trace.rings import Rings, from_dump
+from flashmoe.trace.schema import EventKind, Lane, RecordFlag, RingMode, Step
+from flashmoe.world.base import RingDump
+
+LONGEST: Final = 0xFFFFFFFF
+"""ns; what a record's duration says of that and of all that is longer."""
+
+WARPS: Final[dict[Lane, range]] = {
+    **{lane: range(int(lane), int(lane) + 1) for lane in Lane if lane < Lane.MATH0},
+    Lane.MATH0: range(4, 8),
+    Lane.MATH1: range(8, 12),
+}
+"""Of a CTA, those that each lane speaks for."""
+
+WAITED_TOGETHER: Final = (EventKind.WAIT_BARRIER, EventKind.WAIT_COUNTS, EventKind.WAIT_LOGITS)
+"""Waits that the scheduler goes through for all lanes of its CTA."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """What the kernel left beside the rings, of n CTAs.
+
+    ``tiles``: TILE_IMAGE [n, tiles each]; ``tiles_made``: int64 [n], how many each has made, of
+    which a full log kept what its rings keep.  ``steps``: STEP_IMAGE [n, launches, lanes], those
+    never begun zero; ``launches``: how many there were.
+    """
+
+    tiles: np.ndarray
+    tiles_made: np.ndarray
+    steps: np.ndarray
+    launches: int
+
+
+def with_images(
+    dump: RingDump, images: Images, *, capacity: int, ranks: int, hidden: int, columns: int
+) -> RingDump:
+    """``dump`` with the records of tiles and first steps among those that the lanes wrote
+    themselves.
+
+    ``capacity`` is the most records of an actor, ``columns`` the weight rows of a math group's half
+    of a tile.  Of what was not kept nobody knows how many records it would have made: a tile counts
+    as one of each lane that has to do with every tile, a launch as one of each.
+    """
+    made = _Made(dump, images, ranks == 1)  # several dispatch their rows
+    for lane, cta, steps in _steps(images.steps, dump.headers, hidden):
+        made.add(lane, cta, steps)
+    for cta, waits in _together(made.rings):
+        for lane in Lane:
+            if lane is not Lane.SCHED:
+                made.add(lane, cta, waits)
+    for lane, tile, spans in _tiles(made.tiles, ranks, hidden, columns):
+        made.add(lane, made.cta[tile], spans)
+    return made.merged(capacity)
+
+
+_OWN, _STEP, _TOGETHER, _TILE = range(4)  # where a span comes from
+
+
+@dataclass
+class _Spans:
+    """Spans, RECORD [n], and what the scheduler awaited for each before it.
+
+    ``source``: int [n].  ``waits``: RECORD [n] as they would be, of kind 0 where there was none,
+    their ends ``wait_to`` uint64 [n].
+    """
+
+    records: np.ndarray
+    source: np.ndarray
+    waits: np.ndarray
+    wait_to: np.ndarray
+
+    @classmethod
+    def without_waits(cls, records: np.ndarray, source: int) -> _Spans:
+        n = len(records)
+        none = np.zeros(n, schema.RECORD)
+        return cls(records, np.full(n, source), none, np.zeros(n, np.uint64))
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Spans]) -> _Spans:
+        return cls(
+            np.concatenate([part.records for part in parts]),
+            np.concatenate([part.source for part in parts]),
+            np.concatenate([part.waits for part in parts]),
+            np.concatenate([part.wait_to for part in parts]),
+        )
+
+    def __getitem__(self, which: Any) -> _Spans:
+        return _Spans(
+            self.records[which], self.source[which], self.waits[which], self.wait_to[which]
+        )
+
+
+class _Made:
+    """What is made, by actor, and its merging with the records of the rings."""
+
+    def __init__(self, dump: RingDump, images: Images, gathers: bool) -> None:
+        self._gathers = gathers
+        self.rings = from_dump(dump)
+        self._last = bool((dump.headers["mode"] == RingMode.KEEP_LAST).any())
+        room = images.tiles.shape[1]
+        self._tiles_lost = np.maximum(images.tiles_made - room, 0)
+        self._launches_lost = max(0, images.launches - images.steps.shape[1])
+        kept = [
+            np.roll(own, -(int(count) % room)) if self._last and count > room else own[:count]
+            for own, count in zip(images.tiles, images.tiles_made, strict=True)
+        ]
+        self.cta = np.repeat(np.arange(len(kept)), [len(own) for own in kept])
+        """Of each of ``tiles``."""
+        self.tiles: np.ndarray = np.concatenate([images.tiles[:0].reshape(-1), *kept])
+        self._spans: list[_Spans] = []
+        self._actors: list[np.ndarray] = []
+
+    def add(self, lane: Lane, cta: np.ndarray, spans: _Spans) -> None:
+        """``spans`` of a lane, each of the CTA that ``cta`` says."""
+        self._spans.append(spans)
+        self._actors.append(cta * schema.N_LANES + int(lane))
+
+    def merged(self, capacity: int) -> RingDump:
+        """All of them, at most ``capacity`` of an actor."""
+        actors = np.concatenate(self._actors)
+        order = np.argsort(actors, kind="stable")
+        spans = _Spans.joined(self._spans)[order]
+        begins = np.searchsorted(actors[order], np.arange(len(self.rings.headers) + 1))
+        headers = self.rings.headers.copy()
+        rows = []
+        for actor, lost_own in enumerate(self.rings.dropped.tolist()):
+            own = np.concatenate(self.rings.in_order(actor))
+            mine = spans[begins[actor] : begins[actor + 1]]
+            lost_tiles = int(self._tiles_lost[actor // schema.N_LANES])
+            lost = {_OWN: lost_own, _STEP: self._launches_lost, _TILE: lost_tiles}
+            sources = [source for source in lost if lost[source]]
+            records, gone = self._merge(own, mine, sources, self._told(actor))
+            over = max(0, len(records) - capacity)
+            records = records[over:] if self._last else records[:capacity]
+            if actor % schema.N_LANES in (Lane.COMM0, Lane.COMM1):
+                lost[_TILE] = 0
+            dropped = sum(lost.values()) + gone + over
+            headers["count"][actor] = len(records) + dropped
+            headers["capacity"][actor] = len(records) if dropped else capacity
+            if self._last and dropped and len(records):
+                # The oldest lies where the next record would have gone.
+                records = np.roll(records, dropped % len(records))
+            rows.append(records)
+        most = max((len(row) for row in rows), default=0)
+        merged = np.zeros((len(rows), most), schema.RECORD)
+        for to, row in zip(merged, rows, strict=True):
+            to[: len(row)] = row
+        return RingDump(headers, merged)
+
+    def _told(self, actor: int) -> list[int]:
+        """The times, ns, from which on or up to which logs of the CTA tell all of an actor that has
+        no place of its own in what they kept."""
+        cta, lane = divmod(actor, schema.N_LANES)
+        sched, place = cta * schema.N_LANES + Lane.SCHED, 0 if self._last else -1
+        times = []
+        if lane != Lane.SCHED and self.rings.dropped[sched]:
+            ends = _ends(np.concatenate(self.rings.in_order(sched)))
+            times.append(int(ends[place]) if len(ends) else 0)
+        if lane in (Lane.COMM0, Lane.COMM1) and self._gathers and self._tiles_lost[cta]:
+            # Of a tile that a group multiplies all before it have been loaded.
+            tile = self.tiles[self.cta == cta][place]
+            times.append(int(tile["stamps"]["begin_ns"][0] if self._last else tile["scheduled_ns"]))
+        return times
+
+    def _merge(
+        self, own: np.ndarray, made: _Spans, lost: Sequence[int], told: Sequence[int]
+    ) -> tuple[np.ndarray, int]:
+        """One actor's records in the order of their ends, and how many were left out because others
+        before them, or after, of the sources ``lost`` or beyond the times ``told`` are not there.
+        """
+        if len(made.records) == 0:
+            return own, 0
+        # The actor wrote its own ones in order; a launch ends behind all that is made of it.
+        times = [_ends(made.records), np.maximum.accumulate(_ends(own))]
+        order = np.argsort(np.concatenate(times), kind="stable")
+        in_order = np.concatenate(times)[order]
+        every = _Spans.joined([made, _Spans.without_waits(own, _OWN)])[order]
+        places = [np.flatnonzero(every.source == source) for source in lost]
+        places = [at for at in places if len(at)]
+        first, until = 0, len(order)
+        if self._last:
+            first = max([0, *(int(at[0]) for at in places), *np.searchsorted(in_order, told)])
+        else:
+            ends = np.searchsorted(in_order, told, "right")
+            until = min([until, *(int(at[-1]) + 1 for at in places), *ends])
+        gone = len(order) - (until - first)
+        every = every[first:until]
+        is_made = every.source != _OWN
+        records, waits = every.records.copy(), every.waits.copy()
+        ends = _ends(records)
+        # What came before has ended.
+        before = np.concatenate([np.zeros(1, np.uint64), np.maximum.accumulate(ends)])[:-1]
+        waits["t0_ns"] = np.maximum(waits["t0_ns"], before)
+        awaited = (waits["kind"] != 0) & (waits["t0_ns"] < every.wait_to)
+        _set_end(waits, np.where(awaited, every.wait_to, waits["t0_ns"]))
+        before = np.where(awaited, every.wait_to, before)
+        late = is_made & (records["t0_ns"] < before)
+        records["t0_ns"][late] = np.minimum(before, ends)[late]
+        records[late] = _set_end(records[late], ends[late])
+        over = is_made & np.isin(records["kind"], WAITED_TOGETHER) & (records["dur_ns"] == 0)
+        records = np.insert(records, np.flatnonzero(awaited), waits[awaited])
+        stays = np.insert(~over, np.flatnonzero(awaited), True)
+        return records[stays], gone
+
+
+def _ends(records: np.ndarray) -> np.ndarray:
+    ends: np.ndarray = records["t0_ns"] + records["dur_ns"]
+    return ends
+
+
+def _set_end(records: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Gives ``records`` the durations with which they end at ``end``, uint64, or as they began."""
+    took = np.maximum(end, records["t0_ns"]) - records["t0_ns"]
+    records["dur_ns"] = np.minimum(took, LONGEST)
+    saturated = np.where(took >= LONGEST, RecordFlag.SATURATED, 0).astype(np.uint8)
+    records["flags"] = records["flags"] & ~np.uint8(RecordFlag.SATURATED) | saturated
+    return records
+
+
+def _steps(
+    steps: np.ndarray, headers: np.ndarray, hidden: int
+) -> Iterator[tuple[Lane, np.ndarray, _Spans]]:
+    """(lane, the CTAs they are of, spans): the first steps of each launch."""
+    of_ctas = headers[:: schema.N_LANES]
+    for lane in Lane:
+        cta, launch = np.nonzero(steps["begin_ns"][:, :, lane])
+        images = steps[cta, launch, lane]
+        # Rows that stay in place: warp w of 12 speaks for the w-th, and every 12th from there.
+        warps = np.array(WARPS[lane])
+        rows = np.maximum((images["rows"].astype(np.int64)[:, None] + 11 - warps) // 12, 0)
+        moved = np.minimum(rows.sum(axis=1) * hidden * 2, LONGEST)
+        told = images["end_ns"] != 0
+        told[:, Step.DISPATCH] &= moved != 0
+        kinds = (EventKind.GATE, EventKind.COUNTS, EventKind.PLAN, EventKind.DISPATCH)
+        for step, kind in zip(Step, kinds, strict=True):
+            of = np.flatnonzero(told[:, step])
+            image, chunk = images[of], of_ctas[cta[of]]
+            records = np.zeros(len(of), schema.RECORD)
+            records["t0_ns"], records["kind"] = image["begin_ns"], kind
+            records["flags"], records["iter"] = image["iter_flags"], image["iter"]
+            records["peer"], records["expert"] = schema.NO_PEER, schema.NO_EXPERT
+            records["tile"] = schema.NO_TILE
+            if step is Step.GATE:
+                records["tile"], records["aux"] = chunk["cta"], image["tokens"]
+            elif step is Step.COUNTS:
+                records["aux"] = image["counts_bytes"]
+            elif step is Step.DISPATCH:
+                records["peer"], records["expert"] = chunk["rank"], 0
+                records["tile"], records["aux"] = chunk["cta"], moved[of]
+            _set_end(records, image["end_ns"][:, step])
+            yield lane, cta[of], _Spans.without_waits(records, _STEP)
+
+
+def _together(rings: Rings) -> Iterator[tuple[np.ndarray, _Spans]]:
+    """(the CTA they are of, spans): what each CTA's scheduler awaited for all its lanes."""
+    for actor in range(int(Lane.SCHED), len(rings.headers), schema.N_LANES):
+        own = np.concatenate(rings.in_order(actor))
+        waits = own[np.isin(own["kind"], WAITED_TOGETHER) & (own["flags"] & RecordFlag.OPEN == 0)]
+        cta = np.full(len(waits), actor // schema.N_LANES)
+        yield cta, _Spans.without_waits(waits, _TOGETHER)
+
+
+def _tiles(
+    images: np.ndarray, ranks: int, hidden: int, columns: int
+) -> Iterator[tuple[Lane, np.ndarray, _Spans]]:
+    """(lane, the images they are of, spans), each actor's in the order of an image's steps."""
+    every = np.arange(len(images))
+    tile = images["tile"]
+
+    def records_of(
+        of: np.ndarray, kind: np.ndarray | EventKind, begin: np.ndarray, end: np.ndarray
+    ) -> np.ndarray:
+        records = np.zeros(len(of), schema.RECORD)
+        records["t0_ns"], records["kind"] = begin, kind
+        records["flags"], records["iter"] = images["iter_flags"][of], images["iter"][of]
+        records["expert"], records["tile"] = tile["expert"][of], tile["index"][of]
+        records["peer"] = schema.NO_PEER
+        return _set_end(records, end)
+
+    def awaited(of: np.ndarray, records: np.ndarray, until: np.ndarray) -> _Spans:
+        begin = images["wait_from"][of]
+        waits = records_of(of, images["wait_kind"][of].astype(np.uint8), begin, until)
+        waits["tile"], waits["aux"] = tile["row_tile"][of], images["wait_lacking"][of]
+        return _Spans(records, np.full(len(of), _TILE), waits, until)
+
+    begin, end = images["scheduled_from_ns"], images["scheduled_ns"]
+    yield (
+        Lane.SCHED,
+        every,
+        _Spans.without_waits(records_of(every, EventKind.SCHEDULE, begin, end), _TILE),
+    )
+    for place, lane in enumerate((Lane.LOAD, Lane.COMM0, Lane.COMM1)):
+        of = np.flatnonzero(images["loads"]["begin_ns"][:, place])
+        stamps = images["loads"][of, place]
+        records = records_of(of, EventKind.LOAD, stamps["begin_ns"], stamps["end_ns"])
+        records["aux"], records["stall_cycles"] = stamps["cycles"], stamps["stall_cycles"]
+        yield lane, of, awaited(of, records, images["wait_to"][of])
+    for group, lane in enumerate((Lane.MATH0, Lane.MATH1)):
+        stamps = images["stamps"][:, group]
+        kind = np.where(tile["gemm"] == 1, np.uint8(EventKind.GEMM1), np.uint8(EventKind.GEMM2))
+        records = records_of(every, kind, stamps["begin_ns"], stamps["products_ns"])
+        records["aux"] = stamps["products_cycles"] - stamps["begin_cycles"]
+        records["stall_cycles"] = stamps["stall_cycles"]
+        until = np.minimum(images["wait_to"], stamps["begin_ns"])
+        yield lane, every, awaited(every, records, until)
+        column = tile["col_tile"].astype(np.int64) * 2 * columns + group * columns
+        of = np.flatnonzero((tile["gemm"] == 2) & (column < hidden))
+        row_bytes = 2 * np.minimum(columns, hidden - column[of])
+        stamps, rows = stamps[of], tile["rows"][of].astype(np.int64)
+        records = records_of(of, EventKind.GIVE_BACK, stamps["products_ns"], stamps["end_ns"])
+        records["aux"] = rows * row_bytes
+        yield lane, of, _Spans.without_waits(records, _TILE)
+        first = np.zeros(len(of), np.int64)
+        for turn in range(ranks):
+            to = np.flatnonzero(first < rows)
+            path, at = images["returns"][of[to], turn], stamps["end_ns"][to]
+            end = np.minimum(path["end"] - tile["row0"][of[to]].astype(np.int64), rows[to])
+            records = records_of(of[to], EventKind.PUT, at, at)
+            records["peer"], records["aux"] = path["source"], (end - first[to]) * row_bytes[to]
+            yield lane, of[to], _Spans.without_waits(records, _TILE)
+            first[to] = end
