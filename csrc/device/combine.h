@@ -237,28 +237,31 @@ struct TeamCombiner {
   const Place& place;
   GpuActor<kTraced>& actor;
   CombineTeam& team;
-  uint32_t warp;  // of the group
+  uint32_t warp;        // of the group
+  bool worked = false;  // it has summed something that is not in the trace
 
   __device__ __forceinline__ bool leads() const { return warp == 0 && threadIdx.x % 32 == 0; }
-  __device__ __forceinline__ void record(bool even_none) {
+  // What the group has summed since its actor last waited.
+  __device__ __forceinline__ void record() {
     if constexpr (kTraced) {
       if (!leads()) return;
       const uint32_t tokens = atomicExch(&team.summed, 0);
-      if (tokens != 0 || even_none) {
+      if (tokens != 0 || worked) {
         actor.span(EventKind::k_combine, kNoPeer, kNoExpert, place.chunk, tokens);
       }
+      worked = false;
     }
   }
   // Of a token in parts, whoever sums the first counts it.
   __device__ __forceinline__ void summed(uint32_t tokens) {
     if constexpr (kTraced) {
       if (threadIdx.x % 32 == 0) atomicAdd(&team.summed, tokens);
-      record(true);
+      worked = true;
     }
   }
   // By the first warp, for whichever lacks them.
   __device__ __forceinline__ Status await_first(uint32_t from, uint32_t tokens) {
-    record(false);
+    record();
     const Status status = await_returns(sh, place, actor, from, tokens);
     if (!leads()) return status;
     if (status == Status::kHang) raise_abort(sh, status);
@@ -270,13 +273,21 @@ struct TeamCombiner {
     return status;
   }
   __device__ inline Status await(uint32_t from, uint32_t tokens, const Result& next) {
+    const uint32_t lane = threadIdx.x % 32;
+    uint64_t* word = place.heap.at<uint64_t>(sh.layout.returned) + next.tile;
     if (warp == 0) {
+      if constexpr (kTraced && !kPuts) {
+        // No wait: what is summed next goes into the same span.
+        if (__all_sync(0xffffffffu, ptx::load_relaxed_sys(word) >= place.epoch)) {
+          ptx::load_acquire_sys(word);
+          __syncwarp();
+          return Status::kOk;
+        }
+      }
       const Status status = await_first(from, tokens);
       if (leads()) actor.skip();
       return status;
     }
-    const uint32_t lane = threadIdx.x % 32;
-    uint64_t* word = place.heap.at<uint64_t>(sh.layout.returned) + next.tile;
     for (bool asked = false; !__all_sync(0xffffffffu, ptx::load_relaxed_sys(word) >= place.epoch);
          asked = true) {
       if (lane == 0 && !asked) {
@@ -314,7 +325,7 @@ struct TeamCombiner {
       __nanosleep(50);
     }
     __threadfence_block();
-    record(false);
+    record();
     return Status::kOk;
   }
 };
