@@ -56,19 +56,20 @@ FLASHMOE_HD uint32_t image_bytes(uint32_t ranks) {
 }
 static_assert(sizeof(ReturnPath) == 16, "a bulk copy moves multiples of 16 bytes");
 
-// Steps of a launch before the roles part, those that every lane goes through.
+// Steps of a launch before the roles part, which every lane goes through.
 enum class Step : uint32_t { kGate = 0, kCounts = 1, kPlan = 2, kDispatch = 3 };
 inline constexpr uint32_t kSteps = 4;
 
-// By the lane itself; the scheduler's own records say what all of them awaited meanwhile.
+// Of a launch, by the lane itself; the scheduler's own records say what all of them awaited before the roles parted.
 struct alignas(64) StepImage {
   uint64_t begin_ns;
   uint64_t end_ns[kSteps];  // 0: not reached, or a record of the lane's own
+  uint64_t left_ns;         // 0: not yet
   uint16_t iter;            // as in a Record
   uint16_t iter_flags;
   uint32_t tokens;        // that the CTA has routed
   uint32_t counts_bytes;  // that this lane speaks for
-  uint32_t rows;          // of the CTA, which stay where they are
+  uint32_t cycles;        // from begin to end
 };
 static_assert(sizeof(StepImage) == 64, "no two lanes share more than a line");
 

@@ -281,7 +281,7 @@ __device__ inline void dispatch_first(Shared<kTraced>& sh, const Place& place,
   const uint32_t warp = ptx::thread_id() / 32, thread = ptx::lane_id();
   if (sh.gathers) {
     const uint32_t rows = sh.tables.chunk_order[shape.experts];
-    mark_all(sh, Step::kDispatch, &StepImage::rows, rows);  // before any of it is announced
+    mark_all(sh, Step::kDispatch);  // before any of it is announced
     if (warp == 0) {
       ptx::fence_acq_rel_gpu();
       for (uint32_t e = thread; e < shape.experts; e += 32) {

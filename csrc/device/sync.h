@@ -15,6 +15,7 @@ inline constexpr uint32_t kWarps = kThreads / 32;
 struct Record;
 
 struct GpuPlatform {
+  static constexpr bool kImages = true;  // the host makes records of what is left to it
   static __device__ __forceinline__ uint64_t load(const uint64_t* word) {
     return ptx::load_acquire_sys(word);
   }

@@ -12,6 +12,7 @@
 namespace flashmoe {
 
 struct HostPlatform {
+  static constexpr bool kImages = false;
   static uint64_t load(const uint64_t* word) {
     return std::atomic_ref<uint64_t>(*const_cast<uint64_t*>(word)).load(std::memory_order_acquire);
   }

@@ -234,12 +234,12 @@ STEP_IMAGE: Final = np.dtype(
     [
         ("begin_ns", "<u8"),
         ("end_ns", "<u8", (len(Step),)),
+        ("left_ns", "<u8"),
         ("iter", "<u2"),
         ("iter_flags", "<u2"),
         ("tokens", "<u4"),
         ("counts_bytes", "<u4"),
-        ("rows", "<u4"),
-        ("padding", "u1", (8,)),  # what alignas(64) adds
+        ("cycles", "<u4"),
     ]
 )
 FLIGHT_SLOT: Final = np.dtype(

@@ -495,6 +495,7 @@ class GpuEngine:
             images,
             capacity=self.ring_capacity,
             ranks=self.options.ranks,
+            top_k=self.config.top_k,
             hidden=self.config.hidden,
             columns=extension().TILE_WEIGHT_ROWS // 2,
         )

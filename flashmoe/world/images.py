@@ -29,6 +29,13 @@ WARPS: Final[dict[Lane, range]] = {
 }
 """Of a CTA, those that each lane speaks for."""
 
+STEP_KIND: Final = {
+    Step.GATE: EventKind.GATE,
+    Step.COUNTS: EventKind.COUNTS,
+    Step.PLAN: EventKind.PLAN,
+    Step.DISPATCH: EventKind.DISPATCH,
+}
+
 WAITED_TOGETHER: Final = (EventKind.WAIT_BARRIER, EventKind.WAIT_COUNTS, EventKind.WAIT_LOGITS)
 """Waits that the scheduler goes through for all lanes of its CTA."""
 
@@ -49,7 +56,14 @@ class Images:
 
 
 def with_images(
-    dump: RingDump, images: Images, *, capacity: int, ranks: int, hidden: int, columns: int
+    dump: RingDump,
+    images: Images,
+    *,
+    capacity: int,
+    ranks: int,
+    top_k: int,
+    hidden: int,
+    columns: int,
 ) -> RingDump:
     """``dump`` with the records of tiles and first steps among those that the lanes wrote
     themselves.
@@ -59,7 +73,7 @@ def with_images(
     as one of each lane that has to do with every tile, a launch as one of each.
     """
     made = _Made(dump, images, ranks == 1)  # several dispatch their rows
-    for lane, cta, steps in _steps(images.steps, dump.headers, hidden):
+    for lane, cta, steps in _steps(images.steps, dump.headers, top_k, hidden):
         made.add(lane, cta, steps)
     for cta, waits in _together(made.rings):
         for lane in Lane:
@@ -187,11 +201,13 @@ class _Made:
         """
         if len(made.records) == 0:
             return own, 0
-        # The actor wrote its own ones in order; a launch ends behind all that is made of it.
+        # The actor wrote its own ones in order; a launch ends behind all that was done in it.
         times = [_ends(made.records), np.maximum.accumulate(_ends(own))]
-        order = np.argsort(np.concatenate(times), kind="stable")
-        in_order = np.concatenate(times)[order]
-        every = _Spans.joined([made, _Spans.without_waits(own, _OWN)])[order]
+        every = _Spans.joined([made, _Spans.without_waits(own, _OWN)])
+        in_order = np.concatenate(times)
+        is_launch = every.records["kind"] == EventKind.LAUNCH
+        order = np.lexsort((is_launch, in_order))
+        every, in_order = every[order], in_order[order]
         places = [np.flatnonzero(every.source == source) for source in lost]
         places = [at for at in places if len(at)]
         first, until = 0, len(order)
@@ -211,7 +227,7 @@ class _Made:
         awaited = (waits["kind"] != 0) & (waits["t0_ns"] < every.wait_to)
         _set_end(waits, np.where(awaited, every.wait_to, waits["t0_ns"]))
         before = np.where(awaited, every.wait_to, before)
-        late = is_made & (records["t0_ns"] < before)
+        late = is_made & (records["kind"] != EventKind.LAUNCH) & (records["t0_ns"] < before)
         records["t0_ns"][late] = np.minimum(before, ends)[late]
         records[late] = _set_end(records[late], ends[late])
         over = is_made & np.isin(records["kind"], WAITED_TOGETHER) & (records["dur_ns"] == 0)
@@ -235,37 +251,44 @@ def _set_end(records: np.ndarray, end: np.ndarray) -> np.ndarray:
 
 
 def _steps(
-    steps: np.ndarray, headers: np.ndarray, hidden: int
+    steps: np.ndarray, headers: np.ndarray, top_k: int, hidden: int
 ) -> Iterator[tuple[Lane, np.ndarray, _Spans]]:
-    """(lane, the CTAs they are of, spans): the first steps of each launch."""
+    """(lane, the CTAs they are of, spans): the first steps of launches, and launches themselves."""
     of_ctas = headers[:: schema.N_LANES]
     for lane in Lane:
         cta, launch = np.nonzero(steps["begin_ns"][:, :, lane])
         images = steps[cta, launch, lane]
         # Rows that stay in place: warp w of 12 speaks for the w-th, and every 12th from there.
-        warps = np.array(WARPS[lane])
-        rows = np.maximum((images["rows"].astype(np.int64)[:, None] + 11 - warps) // 12, 0)
-        moved = np.minimum(rows.sum(axis=1) * hidden * 2, LONGEST)
-        told = images["end_ns"] != 0
-        told[:, Step.DISPATCH] &= moved != 0
-        kinds = (EventKind.GATE, EventKind.COUNTS, EventKind.PLAN, EventKind.DISPATCH)
-        for step, kind in zip(Step, kinds, strict=True):
-            of = np.flatnonzero(told[:, step])
-            image, chunk = images[of], of_ctas[cta[of]]
+        rows, warps = images["tokens"].astype(np.int64) * top_k, np.array(WARPS[lane])
+        share = np.maximum((rows[:, None] + 11 - warps) // 12, 0).sum(axis=1)
+
+        def records_of(
+            of: np.ndarray, kind: EventKind, end: np.ndarray, images: np.ndarray = images
+        ) -> np.ndarray:
             records = np.zeros(len(of), schema.RECORD)
-            records["t0_ns"], records["kind"] = image["begin_ns"], kind
-            records["flags"], records["iter"] = image["iter_flags"], image["iter"]
+            records["t0_ns"], records["kind"] = images["begin_ns"][of], kind
+            records["flags"], records["iter"] = images["iter_flags"][of], images["iter"][of]
             records["peer"], records["expert"] = schema.NO_PEER, schema.NO_EXPERT
             records["tile"] = schema.NO_TILE
+            return _set_end(records, end[of])
+
+        for step, kind in STEP_KIND.items():
+            end = images["end_ns"][:, step]
+            of = np.flatnonzero((end != 0) & (share != 0) if step is Step.DISPATCH else end)
+            records, chunk = records_of(of, kind, end), of_ctas[cta[of]]
             if step is Step.GATE:
-                records["tile"], records["aux"] = chunk["cta"], image["tokens"]
+                records["tile"], records["aux"] = chunk["cta"], images["tokens"][of]
             elif step is Step.COUNTS:
-                records["aux"] = image["counts_bytes"]
+                records["aux"] = images["counts_bytes"][of]
             elif step is Step.DISPATCH:
                 records["peer"], records["expert"] = chunk["rank"], 0
-                records["tile"], records["aux"] = chunk["cta"], moved[of]
-            _set_end(records, image["end_ns"][:, step])
+                records["tile"] = chunk["cta"]
+                records["aux"] = np.minimum(share * hidden * 2, LONGEST)[of]
             yield lane, cta[of], _Spans.without_waits(records, _STEP)
+        of = np.flatnonzero(images["left_ns"])
+        records = records_of(of, EventKind.LAUNCH, images["left_ns"])
+        records["aux"] = images["cycles"][of]
+        yield lane, cta[of], _Spans.without_waits(records, _STEP)
 
 
 def _together(rings: Rings) -> Iterator[tuple[np.ndarray, _Spans]]:

@@ -13,7 +13,7 @@ from flashmoe.trace.schema import EventKind, Lane, RingMode
 from flashmoe.world.base import RingDump
 from flashmoe.world.images import Images, with_images
 
-HIDDEN, COLUMNS, RANKS = 320, 128, 3
+HIDDEN, COLUMNS, RANKS, TOP_K = 320, 128, 3, 2
 
 
 @dataclass
@@ -66,15 +66,14 @@ def cta_of(rng: np.random.Generator, launches: int, tiles: int) -> Cta:
 
     for launch in range(launches):
         began = clock
-        rows = int(rng.integers(0, 40))
+        tokens = int(rng.integers(0, 20))
         waits = rng.random() < 0.7
         for lane, model in lanes.items():
             step, n, common = steps[launch, lane], int(lane), {"iter": launch}
             step["begin_ns"] = model.last = clock
-            step["iter"], step["tokens"], step["counts_bytes"] = launch, 9, 8 * n
-            step["rows"] = rows
+            step["iter"], step["tokens"], step["counts_bytes"] = launch, tokens, 8 * n
             gate = clock + 320 + 32 * n
-            model.span(EventKind.GATE, gate, False, **common, tile=5, aux=9)
+            model.span(EventKind.GATE, gate, False, **common, tile=5, aux=tokens)
             if waits:
                 # The scheduler waits for all, and writes that down; the others' gates end sooner.
                 mine = lane is Lane.SCHED
@@ -84,7 +83,7 @@ def cta_of(rng: np.random.Generator, launches: int, tiles: int) -> Cta:
             model.span(EventKind.PLAN, plan, False, **common)
             step["end_ns"] = [gate, counts, plan, 0]
             warps = {Lane.MATH0: range(4, 8), Lane.MATH1: range(8, 12)}.get(lane, [n])
-            share = sum(row % 12 in warps for row in range(rows))
+            share = sum(row % 12 in warps for row in range(tokens * TOP_K))
             moved = clock + 1024 + 32 * n
             step["end_ns"][3] = moved
             if share:
@@ -182,8 +181,9 @@ def cta_of(rng: np.random.Generator, launches: int, tiles: int) -> Cta:
             lanes[lane].waited(EventKind.WAIT_RETURN, clock, clock + 96, True, iter=launch)
             lanes[lane].span(EventKind.COMBINE, clock + 160, True, iter=launch, aux=1)
         clock += 320
+        steps["left_ns"][launch], steps["cycles"][launch] = clock, 1234
         for model in lanes.values():
-            model.put(EventKind.LAUNCH, began, clock, True, iter=launch, aux=1234)
+            model.put(EventKind.LAUNCH, began, clock, False, iter=launch, aux=1234)
         clock += 640
     return Cta(lanes, images, steps)
 
@@ -230,7 +230,7 @@ def dumped(
     images = Images(tiles, made, steps, len(ctas[0].steps))
     return with_images(
         dump_of(ctas, ring, mode), images,
-        capacity=capacity, ranks=RANKS, hidden=HIDDEN, columns=COLUMNS,
+        capacity=capacity, ranks=RANKS, top_k=TOP_K, hidden=HIDDEN, columns=COLUMNS,
     )  # fmt: skip
 
 
@@ -301,15 +301,17 @@ def test_what_is_lost_counts_once(room: int, launches: int, lost: int) -> None:
 def test_a_launch_that_ended_early_tells_what_came_to_an_end() -> None:
     cta = cta_of(np.random.default_rng(4), 1, 1)
     cta.steps["end_ns"][:, :, 1:] = 0
+    cta.steps["left_ns"] = 0
     for lane, records in zip(Lane, in_order(dumped([cta])), strict=True):
         kinds = records["kind"].tolist()
         assert EventKind.GATE in kinds
-        assert not {EventKind.COUNTS, EventKind.PLAN, EventKind.DISPATCH} & set(kinds), lane
+        ended = {EventKind.COUNTS, EventKind.PLAN, EventKind.DISPATCH, EventKind.LAUNCH}
+        assert not ended & set(kinds), lane
 
 
 def test_nothing_comes_of_an_untraced_run() -> None:
     empty = RingDump(np.zeros(0, schema.RING_HEADER), np.zeros((0, 0), schema.RECORD))
     tiles, steps = np.zeros((0, 0), schema.TILE_IMAGE), np.zeros((0, 0, 6), schema.STEP_IMAGE)
     images = Images(tiles, np.zeros(0, np.int64), steps, 3)
-    untraced = with_images(empty, images, capacity=9, ranks=1, hidden=64, columns=COLUMNS)
+    untraced = with_images(empty, images, capacity=9, ranks=1, top_k=2, hidden=64, columns=COLUMNS)
     assert untraced.records.shape == (0, 0)
