@@ -395,7 +395,12 @@ template <class T, bool kTraced>
 __device__ inline Status combine(Shared<kTraced>& sh, const Place& place, uint32_t group,
                                  char* stages) {
   GpuActor<kTraced>& actor = sh.actors[static_cast<int>(Lane::k_math0) + group];
-  if (ptx::thread_id() % kGroupThreads == 0) actor.skip();  // its tiles are no spans of its own yet
+  if constexpr (kTraced) {
+    if (ptx::thread_id() % kGroupThreads == 0) {
+      actor.skip();  // the spans of its tiles are not its own
+      actor.doing(EventKind::k_combine, kNoPeer, kNoExpert, place.chunk);
+    }
+  }
   ptx::mbarrier_wait(&sh.order_full, 0);
   if (sh.shape.top_k > 32) return combine_in_step<T>(sh, place, group);
   // Neither group reads tiles from the stages any more.

@@ -46,7 +46,7 @@ class Rings:
 
     @property
     def dropped(self) -> np.ndarray:
-        """int64 [n]: records each ring had no room for; exact, since a ring's count is."""
+        """int64 [n]: records each ring had no room for; on a GPU at least (with_images())."""
         return dropped(self.headers)
 
     def in_order(self, ring: int) -> list[np.ndarray]:

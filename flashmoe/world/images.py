@@ -8,9 +8,9 @@ and a wait that was over before the actor came is none.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -91,34 +91,14 @@ _OWN, _STEP, _TOGETHER, _TILE = range(4)  # where a span comes from
 class _Spans:
     """Spans, RECORD [n], and what the scheduler awaited for each before it.
 
-    ``source``: int [n].  ``waits``: RECORD [n] as they would be, of kind 0 where there was none,
-    their ends ``wait_to`` uint64 [n].
+    ``waits``: RECORD [n] as they would be, of kind 0 where there was none, their ends ``wait_to``
+    uint64 [n]; both None where nothing was.
     """
 
     records: np.ndarray
-    source: np.ndarray
-    waits: np.ndarray
-    wait_to: np.ndarray
-
-    @classmethod
-    def without_waits(cls, records: np.ndarray, source: int) -> _Spans:
-        n = len(records)
-        none = np.zeros(n, schema.RECORD)
-        return cls(records, np.full(n, source), none, np.zeros(n, np.uint64))
-
-    @classmethod
-    def joined(cls, parts: Sequence[_Spans]) -> _Spans:
-        return cls(
-            np.concatenate([part.records for part in parts]),
-            np.concatenate([part.source for part in parts]),
-            np.concatenate([part.waits for part in parts]),
-            np.concatenate([part.wait_to for part in parts]),
-        )
-
-    def __getitem__(self, which: Any) -> _Spans:
-        return _Spans(
-            self.records[which], self.source[which], self.waits[which], self.wait_to[which]
-        )
+    source: int
+    waits: np.ndarray | None = None
+    wait_to: np.ndarray | None = None
 
 
 class _Made:
@@ -148,35 +128,102 @@ class _Made:
 
     def merged(self, capacity: int) -> RingDump:
         """All of them, at most ``capacity`` of an actor."""
-        actors = np.concatenate(self._actors)
-        order = np.argsort(actors, kind="stable")
-        spans = _Spans.joined(self._spans)[order]
-        begins = np.searchsorted(actors[order], np.arange(len(self.rings.headers) + 1))
+        every = self._in_order()
+        actors = len(self.rings.headers)
+        lost = self._lost(actors)
+        every, gone = self._without_holes(every, lost)
+        records, of = _resolved(every)
+        held = np.bincount(of, minlength=actors)
+        over = np.maximum(held - capacity, 0)
+        place = np.arange(len(of)) - np.repeat(np.cumsum(held) - held, held)
+        fits = place >= over[of] if self._last else place < capacity
+        records, of, place = records[fits], of[fits], (place - self._last * over[of])[fits]
+        held -= over
+        dropped = lost[_OWN] + lost[_STEP] + gone + over
+        moves = np.isin(np.arange(actors) % schema.N_LANES, (Lane.COMM0, Lane.COMM1))
+        dropped += np.where(moves, 0, lost[_TILE])
+        if self._last:
+            # The oldest lies where the next record would have gone.
+            place = (place + np.where(dropped != 0, dropped, 0)[of]) % np.maximum(held, 1)[of]
         headers = self.rings.headers.copy()
-        rows = []
-        for actor, lost_own in enumerate(self.rings.dropped.tolist()):
-            own = np.concatenate(self.rings.in_order(actor))
-            mine = spans[begins[actor] : begins[actor + 1]]
-            lost_tiles = int(self._tiles_lost[actor // schema.N_LANES])
-            lost = {_OWN: lost_own, _STEP: self._launches_lost, _TILE: lost_tiles}
-            sources = [source for source in lost if lost[source]]
-            records, gone = self._merge(own, mine, sources, self._told(actor))
-            over = max(0, len(records) - capacity)
-            records = records[over:] if self._last else records[:capacity]
-            if actor % schema.N_LANES in (Lane.COMM0, Lane.COMM1):
-                lost[_TILE] = 0
-            dropped = sum(lost.values()) + gone + over
-            headers["count"][actor] = len(records) + dropped
-            headers["capacity"][actor] = len(records) if dropped else capacity
-            if self._last and dropped and len(records):
-                # The oldest lies where the next record would have gone.
-                records = np.roll(records, dropped % len(records))
-            rows.append(records)
-        most = max((len(row) for row in rows), default=0)
-        merged = np.zeros((len(rows), most), schema.RECORD)
-        for to, row in zip(merged, rows, strict=True):
-            to[: len(row)] = row
+        headers["count"] = held + dropped
+        headers["capacity"] = np.where(dropped != 0, held, capacity)
+        merged = np.zeros((actors, int(held.max(initial=0))), schema.RECORD)
+        merged[of, place] = records
         return RingDump(headers, merged)
+
+    def _in_order(self) -> _Every:
+        """All spans and records, each actor's in the order of their ends.
+
+        An actor wrote its own ones in order, whatever their ends; a launch ends behind all that was
+        done in it.
+        """
+        own = [np.concatenate(self.rings.in_order(i)) for i in range(len(self.rings.headers))]
+        sizes = [len(records) for records in own]
+        made = [span.records for span in self._spans]
+        records = np.concatenate([*made, *own])
+        actor = np.concatenate([*self._actors, np.repeat(np.arange(len(own)), sizes)])
+        source = np.concatenate(
+            [*(np.full(len(span.records), span.source, np.int8) for span in self._spans),
+             np.full(sum(sizes), _OWN, np.int8)]
+        )  # fmt: skip
+        waited = [span for span in self._spans if span.waits is not None]
+        wait = np.full(len(records), -1)
+        begin = np.cumsum([0, *(len(span.records) for span in self._spans)])
+        first = 0
+        for at, span in zip(begin, self._spans, strict=False):
+            if span.waits is not None:
+                wait[at : at + len(span.records)] = np.arange(first, first + len(span.records))
+                first += len(span.records)
+        waits = np.concatenate([np.zeros(0, schema.RECORD), *(s.waits for s in waited)])
+        wait_to = np.concatenate([np.zeros(0, np.uint64), *(s.wait_to for s in waited)])
+        time = _ends(records)
+        mine = len(records) - sum(sizes)
+        time[mine:] = _latest(time[mine:], actor[mine:])
+        is_launch = records["kind"] == EventKind.LAUNCH
+        order = np.lexsort((is_launch, time, actor))
+        return _Every(
+            records[order], actor[order], source[order], time[order], wait[order], waits, wait_to
+        )
+
+    def _lost(self, actors: int) -> dict[int, np.ndarray]:
+        """int64 [actors] by source: how much of it, of an actor, is not there."""
+        return {
+            _OWN: self.rings.dropped,
+            _STEP: np.full(actors, self._launches_lost),
+            _TILE: np.repeat(self._tiles_lost, schema.N_LANES),
+        }
+
+    def _without_holes(
+        self, every: _Every, lost: Mapping[int, np.ndarray]
+    ) -> tuple[_Every, np.ndarray]:
+        """``every`` without what came behind, or before, something of the same actor that is not
+        there; and how many records of each actor that were."""
+        actors = len(self.rings.headers)
+        gone = np.zeros(actors, np.int64)
+        if not any(of_source.any() for of_source in lost.values()):
+            return every, gone
+        stays = np.ones(len(every.records), bool)
+        begins = np.searchsorted(every.actor, np.arange(actors + 1))
+        for actor in range(actors):
+            part = slice(begins[actor], begins[actor + 1])
+            source, time = every.source[part], every.time[part]
+            if (source == _OWN).all():
+                continue
+            told = self._told(actor)
+            places = [
+                np.flatnonzero(source == one) for one, of_source in lost.items() if of_source[actor]
+            ]
+            places = [at for at in places if len(at)]
+            first, until = 0, len(source)
+            if self._last:
+                first = max([0, *(int(at[0]) for at in places), *np.searchsorted(time, told)])
+            else:
+                ends = np.searchsorted(time, told, "right")
+                until = min([until, *(int(at[-1]) + 1 for at in places), *ends])
+            stays[part][:first] = stays[part][until:] = False
+            gone[actor] = len(source) - max(0, until - first)
+        return every[stays], gone
 
     def _told(self, actor: int) -> list[int]:
         """The times, ns, from which on or up to which logs of the CTA tell all of an actor that has
@@ -193,47 +240,72 @@ class _Made:
             times.append(int(tile["stamps"]["begin_ns"][0] if self._last else tile["scheduled_ns"]))
         return times
 
-    def _merge(
-        self, own: np.ndarray, made: _Spans, lost: Sequence[int], told: Sequence[int]
-    ) -> tuple[np.ndarray, int]:
-        """One actor's records in the order of their ends, and how many were left out because others
-        before them, or after, of the sources ``lost`` or beyond the times ``told`` are not there.
-        """
-        if len(made.records) == 0:
-            return own, 0
-        # The actor wrote its own ones in order; a launch ends behind all that was done in it.
-        times = [_ends(made.records), np.maximum.accumulate(_ends(own))]
-        every = _Spans.joined([made, _Spans.without_waits(own, _OWN)])
-        in_order = np.concatenate(times)
-        is_launch = every.records["kind"] == EventKind.LAUNCH
-        order = np.lexsort((is_launch, in_order))
-        every, in_order = every[order], in_order[order]
-        places = [np.flatnonzero(every.source == source) for source in lost]
-        places = [at for at in places if len(at)]
-        first, until = 0, len(order)
-        if self._last:
-            first = max([0, *(int(at[0]) for at in places), *np.searchsorted(in_order, told)])
-        else:
-            ends = np.searchsorted(in_order, told, "right")
-            until = min([until, *(int(at[-1]) + 1 for at in places), *ends])
-        gone = len(order) - (until - first)
-        every = every[first:until]
-        is_made = every.source != _OWN
-        records, waits = every.records.copy(), every.waits.copy()
-        ends = _ends(records)
-        # What came before has ended.
-        before = np.concatenate([np.zeros(1, np.uint64), np.maximum.accumulate(ends)])[:-1]
-        waits["t0_ns"] = np.maximum(waits["t0_ns"], before)
-        awaited = (waits["kind"] != 0) & (waits["t0_ns"] < every.wait_to)
-        _set_end(waits, np.where(awaited, every.wait_to, waits["t0_ns"]))
-        before = np.where(awaited, every.wait_to, before)
-        late = is_made & (records["kind"] != EventKind.LAUNCH) & (records["t0_ns"] < before)
-        records["t0_ns"][late] = np.minimum(before, ends)[late]
-        records[late] = _set_end(records[late], ends[late])
-        over = is_made & np.isin(records["kind"], WAITED_TOGETHER) & (records["dur_ns"] == 0)
-        records = np.insert(records, np.flatnonzero(awaited), waits[awaited])
-        stays = np.insert(~over, np.flatnonzero(awaited), True)
-        return records[stays], gone
+
+@dataclass
+class _Every:
+    """Spans and records of all actors, one actor's behind the other's.
+
+    ``wait``: int [n], which of ``waits`` may come before it, or -1; these end at ``wait_to``.
+    """
+
+    records: np.ndarray
+    actor: np.ndarray
+    source: np.ndarray
+    time: np.ndarray
+    wait: np.ndarray
+    waits: np.ndarray
+    wait_to: np.ndarray
+
+    def __getitem__(self, which: np.ndarray) -> _Every:
+        return _Every(
+            self.records[which],
+            self.actor[which],
+            self.source[which],
+            self.time[which],
+            self.wait[which],
+            self.waits,
+            self.wait_to,
+        )
+
+
+def _resolved(every: _Every) -> tuple[np.ndarray, np.ndarray]:
+    """The records, with waits among them, and whose they are: nothing that is made begins before
+    what came before it has ended, and what was over by then is no wait."""
+    records, actor = every.records, every.actor
+    ends = _ends(records)
+    is_made = every.source != _OWN
+    before = np.concatenate([np.zeros(1, np.uint64), _latest(ends, actor)])[:-1]
+    before[np.concatenate([np.ones(1, bool), actor[1:] != actor[:-1]])[: len(before)]] = 0
+    at = np.flatnonzero(every.wait >= 0)
+    waits, to = every.waits[every.wait[at]], every.wait_to[every.wait[at]]
+    waits["t0_ns"] = np.maximum(waits["t0_ns"], before[at])
+    awaited = (waits["kind"] != 0) & (waits["t0_ns"] < to)
+    at, to = at[awaited], to[awaited]
+    waits = _set_end(waits[awaited], to)
+    before[at] = to
+    late = is_made & (records["kind"] != EventKind.LAUNCH) & (records["t0_ns"] < before)
+    records["t0_ns"][late] = np.minimum(before, ends)[late]
+    records[late] = _set_end(records[late], ends[late])
+    stays = ~(is_made & np.isin(records["kind"], WAITED_TOGETHER) & (records["dur_ns"] == 0))
+    has_wait = np.zeros(len(records), np.int64)
+    has_wait[at] = 1
+    place = np.cumsum(stays + has_wait) - 1
+    all_of_them = np.zeros(int(place[-1]) + 1 if len(place) else 0, schema.RECORD)
+    of = np.zeros(len(all_of_them), np.int64)
+    all_of_them[place[stays]], of[place[stays]] = records[stays], actor[stays]
+    all_of_them[place[at] - 1], of[place[at] - 1] = waits, actor[at]
+    return all_of_them, of
+
+
+def _latest(ends: np.ndarray, actor: np.ndarray) -> np.ndarray:
+    """uint64 [n]: the latest of an actor's ``ends`` so far; ``actor`` does not fall."""
+    if len(ends) == 0:
+        return ends
+    least = ends.min()
+    reach = ends.max() - least + np.uint64(1)  # no actor's number times that is near 2^64
+    offset = actor.astype(np.uint64) * reach
+    latest: np.ndarray = np.maximum.accumulate(ends - least + offset) - offset + least
+    return latest
 
 
 def _ends(records: np.ndarray) -> np.ndarray:
@@ -284,11 +356,11 @@ def _steps(
                 records["peer"], records["expert"] = chunk["rank"], 0
                 records["tile"] = chunk["cta"]
                 records["aux"] = np.minimum(share * hidden * 2, LONGEST)[of]
-            yield lane, cta[of], _Spans.without_waits(records, _STEP)
+            yield lane, cta[of], _Spans(records, _STEP)
         of = np.flatnonzero(images["left_ns"])
         records = records_of(of, EventKind.LAUNCH, images["left_ns"])
         records["aux"] = images["cycles"][of]
-        yield lane, cta[of], _Spans.without_waits(records, _STEP)
+        yield lane, cta[of], _Spans(records, _STEP)
 
 
 def _together(rings: Rings) -> Iterator[tuple[np.ndarray, _Spans]]:
@@ -297,7 +369,7 @@ def _together(rings: Rings) -> Iterator[tuple[np.ndarray, _Spans]]:
         own = np.concatenate(rings.in_order(actor))
         waits = own[np.isin(own["kind"], WAITED_TOGETHER) & (own["flags"] & RecordFlag.OPEN == 0)]
         cta = np.full(len(waits), actor // schema.N_LANES)
-        yield cta, _Spans.without_waits(waits, _TOGETHER)
+        yield cta, _Spans(waits, _TOGETHER)
 
 
 def _tiles(
@@ -321,13 +393,13 @@ def _tiles(
         begin = images["wait_from"][of]
         waits = records_of(of, images["wait_kind"][of].astype(np.uint8), begin, until)
         waits["tile"], waits["aux"] = tile["row_tile"][of], images["wait_lacking"][of]
-        return _Spans(records, np.full(len(of), _TILE), waits, until)
+        return _Spans(records, _TILE, waits, until)
 
     begin, end = images["scheduled_from_ns"], images["scheduled_ns"]
     yield (
         Lane.SCHED,
         every,
-        _Spans.without_waits(records_of(every, EventKind.SCHEDULE, begin, end), _TILE),
+        _Spans(records_of(every, EventKind.SCHEDULE, begin, end), _TILE),
     )
     for place, lane in enumerate((Lane.LOAD, Lane.COMM0, Lane.COMM1)):
         of = np.flatnonzero(images["loads"]["begin_ns"][:, place])
@@ -349,7 +421,7 @@ def _tiles(
         stamps, rows = stamps[of], tile["rows"][of].astype(np.int64)
         records = records_of(of, EventKind.GIVE_BACK, stamps["products_ns"], stamps["end_ns"])
         records["aux"] = rows * row_bytes
-        yield lane, of, _Spans.without_waits(records, _TILE)
+        yield lane, of, _Spans(records, _TILE)
         first = np.zeros(len(of), np.int64)
         for turn in range(ranks):
             to = np.flatnonzero(first < rows)
@@ -357,5 +429,5 @@ def _tiles(
             end = np.minimum(path["end"] - tile["row0"][of[to]].astype(np.int64), rows[to])
             records = records_of(of[to], EventKind.PUT, at, at)
             records["peer"], records["aux"] = path["source"], (end - first[to]) * row_bytes[to]
-            yield lane, of[to], _Spans.without_waits(records, _TILE)
+            yield lane, of[to], _Spans(records, _TILE)
             first[to] = end
