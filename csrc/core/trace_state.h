@@ -1,6 +1,6 @@
 // What only a traced actor has: its ring, and how records get into it.
 //
-// Nothing of a trace's bytes is known beyond this header: an untraced actor has no part of it, and a
+// Nothing of a record's bytes is known beyond this header: an untraced actor has no part of it, and a
 // build with FLASHMOE_NO_TRACE compiles none of it and can make no traced actor.  A test holds the
 // machine code of an untraced kernel to that of such a build (tests/device/test_zero_when_off.py).
 #pragma once

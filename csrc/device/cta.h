@@ -135,9 +135,9 @@ struct Barriers : GateBarriers {
   uint64_t full[kMostStages];
   uint64_t empty[kMostStages];
   uint64_t moved;  // first CTA: no comm warp of the pair needs pieces any more
-  // The load lane and the math threads are done with a task.  Comm warps that gather need not count: math cannot finish
-  // a task before gather_end() without their part of each stage, and at the first one behind that they return,
-  // having read what it is.  If traced they do, since what they stamp comes after that part.
+  // The load lane and the math threads are done with a task.  Comm warps that gather count only if traced, since what they
+  // stamp comes after all they bring.  Else math cannot finish a task before gather_end() without their part of each
+  // stage, and at the first one behind that they return, having read what it is.
   uint64_t task_empty[kTasks];
   uint64_t task_full[kTasks];
   uint64_t pair_full[kTasks];   // second CTA: a message is here, of kMessageBytes

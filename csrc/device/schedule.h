@@ -181,7 +181,7 @@ struct TaskRing {
   __device__ __forceinline__ void hand_over(const Tile& tile, const PairMessage& message) {
     const uint32_t slot = handed % kTasks;
     Task& task = sh.tasks[slot];
-    if constexpr (kTraced) ptx::bulk_wait_read<0>();  // of the image of the tile before
+    if constexpr (kTraced) ptx::bulk_wait_read<0>();  // images of tiles before
     task.tile = tile;
     task.blocks = tile.rows == 0 ? 0 : ceil_div(depth_of(sh.shape, tile.gemm), kTileK);
     task.turns = message.turns;
@@ -204,6 +204,7 @@ struct TaskRing {
   }
   // Every role leaves by the same way out, whatever ended the launch.  All tiles are published.
   __device__ __forceinline__ void hand_over_exit() {
+    if constexpr (kTraced) ptx::bulk_wait_read<0>();
     sh.tasks[handed % kTasks].tile.gemm = 0;
     ptx::mbarrier_arrive(&sh.task_full[handed % kTasks]);
     if constexpr (kTraced) {

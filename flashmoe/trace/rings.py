@@ -1,4 +1,4 @@
-"""rings.bin: every actor's ring, byte for byte as the engine wrote it."""
+"""rings.bin: every actor's ring, byte for byte as the engine handed it over."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def held(headers: np.ndarray) -> np.ndarray:
 def oldest(header: np.void) -> int:
     """Where in the ring's memory its oldest record lies."""
     count, capacity = int(header["count"]), int(header["capacity"])
-    if header["mode"] != RingMode.KEEP_LAST or count <= capacity:
+    if header["mode"] != RingMode.KEEP_LAST or count <= capacity or capacity == 0:
         return 0
     return count % capacity
 

@@ -105,7 +105,7 @@ class EngineOptions:
 
 @dataclass
 class RingDump:
-    """All rings as the engine wrote them, one entry an actor, in (rank, cta, lane) order.
+    """All rings as the engine hands them over, one entry an actor, in (rank, cta, lane) order.
 
     ``headers``: structured array of ``flashmoe.trace.schema.RING_HEADER`` [n].  ``records``:
     structured array of ``RECORD`` [n, capacity]; only the first min(count, capacity) of a row were

@@ -31,7 +31,7 @@ from flashmoe.world.base import (
 from flashmoe.world.gpu_abort import AbortWords
 from flashmoe.world.gpu_clock import GpuClock, measure_clock
 from flashmoe.world.gpu_results import HeapReader, read_images, read_rings
-from flashmoe.world.images import with_images
+from flashmoe.world.images import Images, with_images
 from flashmoe.world.kernel import (
     ARCH,
     LANES,
@@ -131,14 +131,17 @@ class GpuEngine:
         self.ring_capacity = options.ring_capacity or sizing.ring_capacity(
             config, self.tokens, self._shape, self._cut.waves
         )
-        self._image_capacity = options.ring_capacity or sizing.image_capacity(
-            config, self.tokens, self._shape
-        )
-        self._step_capacity = min(self.ring_capacity, sizing.MOST_LAUNCHES)
+        self._step_capacity = sizing.launches_of(self.ring_capacity)
+        if options.ring_capacity is None:
+            self._image_capacity = sizing.image_capacity(config, self.tokens, self._shape)
+            self._step_capacity = min(self._step_capacity, sizing.MOST_LAUNCHES)
+        else:
+            self._image_capacity = sizing.tiles_of(options.ring_capacity)
         self._check_memory(weights)
         self._weights = self._place_weights(weights)
         self._iteration_base = 0
         self._launches = 0
+        self._steps_aside: Images | None = None
         self._allocate()
         self._write_args()
         self._clock: ClockInfo | None = None
@@ -375,6 +378,7 @@ class GpuEngine:
                 "use fewer tokens (-T)",
             )
         iteration = self._launches - 1 - self._iteration_base
+        self._put_steps_aside()
         self._allocate_heaps()
         self._clear_slots()
         self._launches = 0
@@ -487,21 +491,33 @@ class GpuEngine:
 
     def rings(self) -> RingDump:
         """Every actor's ring since construction or ``reset_rings``."""
-        images = read_images(
-            self._images, self._images_written, self._steps, self._launches - self._iteration_base
-        )
+        options = self.options
         return with_images(
             read_rings(self._rings, self._records, self.ring_capacity),
-            images,
+            self._read_images(),
             capacity=self.ring_capacity,
-            ranks=self.options.ranks,
+            gathers=options.ranks == 1 and options.in_place,
+            ranks=options.ranks,
             top_k=self.config.top_k,
             hidden=self.config.hidden,
             columns=extension().TILE_WEIGHT_ROWS // 2,
         )
 
+    def _read_images(self) -> Images:
+        return read_images(
+            self._images, self._images_written, self._steps, self._launches - self._iteration_base
+        ).behind(self._steps_aside)
+
+    def _put_steps_aside(self) -> None:
+        """Before epochs begin anew: a launch's steps lie where its iteration says, and what is
+        there already would be overwritten."""
+        if self.options.traced:
+            self._steps_aside = self._read_images()
+            self._steps.zero_()
+
     def reset_rings(self) -> None:
         """Empties the rings; iterations restart at 0."""
+        self._steps_aside = None
         self._rings.zero_()
         self._images_written.zero_()
         self._steps.zero_()
@@ -542,6 +558,7 @@ class GpuEngine:
             heap[: self._layout["pool"]].zero_()
         torch.cuda.synchronize(self.device)
         self._clear_slots()
+        self._put_steps_aside()
         self._launches = 0
         self._iteration_base = 0
         self._write_args()

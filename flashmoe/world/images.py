@@ -54,12 +54,20 @@ class Images:
     steps: np.ndarray
     launches: int
 
+    def behind(self, others: Images | None) -> Images:
+        """With the launches of ``others``, which came before."""
+        if others is None:
+            return self
+        steps = np.concatenate([others.steps, self.steps], axis=1)
+        return Images(self.tiles, self.tiles_made, steps, others.launches + self.launches)
+
 
 def with_images(
     dump: RingDump,
     images: Images,
     *,
     capacity: int,
+    gathers: bool,
     ranks: int,
     top_k: int,
     hidden: int,
@@ -68,11 +76,12 @@ def with_images(
     """``dump`` with the records of tiles and first steps among those that the lanes wrote
     themselves.
 
-    ``capacity`` is the most records of an actor, ``columns`` the weight rows of a math group's half
-    of a tile.  Of what was not kept nobody knows how many records it would have made: a tile counts
-    as one of each lane that has to do with every tile, a launch as one of each.
+    ``capacity`` is the most records of an actor, ``gathers`` whether comm warps bring rows of
+    tiles, ``columns`` the weight rows of a math group's half of a tile.  Of what was not kept
+    nobody knows how many records it would have made: a tile counts as one of each lane that has to
+    do with every tile, a launch as one of each.
     """
-    made = _Made(dump, images, ranks == 1)  # several dispatch their rows
+    made = _Made(dump, images, gathers)
     for lane, cta, steps in _steps(images.steps, dump.headers, top_k, hidden):
         made.add(lane, cta, steps)
     for cta, waits in _together(made.rings):
@@ -130,7 +139,7 @@ class _Made:
         """All of them, at most ``capacity`` of an actor."""
         every = self._in_order()
         actors = len(self.rings.headers)
-        lost = self._lost(actors)
+        lost = self._lost()
         every, gone = self._without_holes(every, lost)
         records, of = _resolved(every)
         held = np.bincount(of, minlength=actors)
@@ -145,9 +154,9 @@ class _Made:
         if self._last:
             # The oldest lies where the next record would have gone.
             place = (place + np.where(dropped != 0, dropped, 0)[of]) % np.maximum(held, 1)[of]
-        headers = self.rings.headers.copy()
-        headers["count"] = held + dropped
-        headers["capacity"] = np.where(dropped != 0, held, capacity)
+        headers, began = self.rings.headers.copy(), self.rings.began
+        headers["count"][began] = (held + dropped)[began]
+        headers["capacity"][began] = np.where(dropped != 0, held, capacity)[began]
         merged = np.zeros((actors, int(held.max(initial=0))), schema.RECORD)
         merged[of, place] = records
         return RingDump(headers, merged)
@@ -181,16 +190,18 @@ class _Made:
         mine = len(records) - sum(sizes)
         time[mine:] = _latest(time[mine:], actor[mine:])
         is_launch = records["kind"] == EventKind.LAUNCH
-        order = np.lexsort((is_launch, time, actor))
+        # What a lane wrote, and took time, ends before what ends at the same tick of the clock.
+        is_own = np.isin(source, (_OWN, _TOGETHER)) & (records["dur_ns"] != 0)
+        order = np.lexsort((~is_own, is_launch, time, actor))
         return _Every(
             records[order], actor[order], source[order], time[order], wait[order], waits, wait_to
         )
 
-    def _lost(self, actors: int) -> dict[int, np.ndarray]:
+    def _lost(self) -> dict[int, np.ndarray]:
         """int64 [actors] by source: how much of it, of an actor, is not there."""
         return {
             _OWN: self.rings.dropped,
-            _STEP: np.full(actors, self._launches_lost),
+            _STEP: self._launches_lost * self.rings.began.astype(np.int64),
             _TILE: np.repeat(self._tiles_lost, schema.N_LANES),
         }
 

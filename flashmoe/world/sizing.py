@@ -17,7 +17,7 @@ MOST_RECORDS = 1 << 16
 """Of a GPU's ring of the default capacity."""
 
 MOST_LAUNCHES = 1 << 10
-"""Of which a GPU keeps the first steps."""
+"""Of which a GPU keeps the first steps, where its rings have the default capacity."""
 
 
 def pool_rows(
@@ -47,10 +47,21 @@ def ring_capacity(
     return min(records * LAUNCHES_PER_RING, MOST_RECORDS)
 
 
+def tiles_of(capacity: int) -> int:
+    """Tiles whose images are kept beside rings of so many records: each is one or more of a lane,
+    and most lanes have others."""
+    return max(1, capacity // 4)
+
+
+def launches_of(capacity: int) -> int:
+    """Launches whose first steps are kept beside rings of so many records."""
+    return max(1, capacity // 8)
+
+
 def image_capacity(config: MoEConfig, tokens: Sequence[int], shape: Mapping[str, Any]) -> int:
     """Tiles that a CTA on a GPU may run in LAUNCHES_PER_RING launches, as in :func:`ring_capacity`,
     while its lanes' records of them would fit theirs."""
-    return min(max(_tiles(config, tokens, shape), 1) * LAUNCHES_PER_RING, MOST_RECORDS // 4)
+    return min(max(_tiles(config, tokens, shape), 1) * LAUNCHES_PER_RING, tiles_of(MOST_RECORDS))
 
 
 def _tiles(config: MoEConfig, tokens: Sequence[int], shape: Mapping[str, Any]) -> int:

@@ -188,6 +188,9 @@ def cta_of(rng: np.random.Generator, launches: int, tiles: int) -> Cta:
     return Cta(lanes, images, steps)
 
 
+EMPTY = (np.zeros(0, schema.TILE_IMAGE), np.zeros((0, 6), schema.STEP_IMAGE))
+
+
 def as_records(rows: list[tuple[int, ...]]) -> np.ndarray:
     return np.array(rows, schema.RECORD)
 
@@ -196,7 +199,7 @@ def dump_of(ctas: list[Cta], capacity: int, mode: RingMode) -> RingDump:
     """Their rings, as a kernel with room for ``capacity`` records each leaves them."""
     models = [cta.lanes[lane] for cta in ctas for lane in Lane]
     headers = np.zeros(len(models), schema.RING_HEADER)
-    headers["rank"], headers["cta"] = 2, 5
+    headers["rank"], headers["cta"], headers["magic"] = 2, 5, schema.RING_MAGIC
     records = np.zeros((len(models), capacity), schema.RECORD)
     for i, model in enumerate(models):
         own = as_records(model.own)
@@ -230,7 +233,7 @@ def dumped(
     images = Images(tiles, made, steps, len(ctas[0].steps))
     return with_images(
         dump_of(ctas, ring, mode), images,
-        capacity=capacity, ranks=RANKS, top_k=TOP_K, hidden=HIDDEN, columns=COLUMNS,
+        capacity=capacity, gathers=True, ranks=RANKS, top_k=TOP_K, hidden=HIDDEN, columns=COLUMNS,
     )  # fmt: skip
 
 
@@ -313,5 +316,56 @@ def test_nothing_comes_of_an_untraced_run() -> None:
     empty = RingDump(np.zeros(0, schema.RING_HEADER), np.zeros((0, 0), schema.RECORD))
     tiles, steps = np.zeros((0, 0), schema.TILE_IMAGE), np.zeros((0, 0, 6), schema.STEP_IMAGE)
     images = Images(tiles, np.zeros(0, np.int64), steps, 3)
-    untraced = with_images(empty, images, capacity=9, ranks=1, top_k=2, hidden=64, columns=COLUMNS)
+    untraced = with_images(
+        empty, images, capacity=9, gathers=True, ranks=1, top_k=2, hidden=64, columns=COLUMNS
+    )
     assert untraced.records.shape == (0, 0)
+
+
+def test_a_wait_ends_before_what_ends_at_the_same_tick() -> None:
+    """Its record stays behind the one that opened it, and it is a wait of all lanes."""
+    dump = dump_of([Cta({lane: Model() for lane in Lane}, *EMPTY)], 8, RingMode.KEEP_FIRST)
+    kind = EventKind.WAIT_BARRIER
+    dump.headers["count"][Lane.SCHED] = 2
+    none = (0xFFFF, 0xFFFF, 0, 0xFFFFFFFF, 3, 0)
+    open_, closed = (2048, 0, kind, schema.RecordFlag.OPEN, *none), (2048, 2048, kind, 0, *none)
+    dump.records[Lane.SCHED, :2] = as_records([open_, closed])
+    steps = np.zeros((1, 1, 6), schema.STEP_IMAGE)
+    steps["begin_ns"], steps["end_ns"] = 1024, [2048, 4096, 4160, 0]
+    steps["left_ns"] = 4160
+    images = Images(np.zeros((1, 0), schema.TILE_IMAGE), np.zeros(1, np.int64), steps, 1)
+    told = in_order(
+        with_images(dump, images, capacity=99, gathers=True, ranks=1, top_k=1, hidden=64, columns=1)
+    )
+    for lane, records in zip(Lane, told, strict=True):
+        names = [schema.NAME_OF[one] for one in records["kind"]]
+        opened = ["wait_barrier"] if lane is Lane.SCHED else []
+        assert names == ["gate", *opened, "wait_barrier", "counts", "plan", "launch"]
+        assert records["dur_ns"].tolist()[-4:] == [2048, 0, 64, 3136]
+
+
+def test_launches_before_epochs_began_anew_are_told_too() -> None:
+    cta = cta_of(np.random.default_rng(5), 3, 4)
+    made = np.array([len(cta.tiles)])
+    before = Images(cta.tiles[None, :0], made * 0, cta.steps[None, :2], 2)
+    after = Images(cta.tiles[None], made, cta.steps[None, 2:], 1)
+    dump = with_images(
+        dump_of([cta], 4096, RingMode.KEEP_FIRST), after.behind(before),
+        capacity=4096, gathers=True, ranks=RANKS, top_k=TOP_K, hidden=HIDDEN, columns=COLUMNS,
+    )  # fmt: skip
+    assert not from_dump(dump).dropped.any()
+    for ours, lane in zip(in_order(dump), Lane, strict=True):
+        np.testing.assert_array_equal(ours, as_records(cta.lanes[lane].all), err_msg=lane.name)
+    assert after.behind(None) is after
+
+
+def test_actors_that_never_began_lost_nothing() -> None:
+    cta = cta_of(np.random.default_rng(6), 2, 4)
+    dump = dump_of([cta], 4096, RingMode.KEEP_FIRST)
+    dump.headers["magic"], dump.headers["count"], dump.headers["capacity"] = 0, 0, 0
+    steps = np.zeros((1, 1, 6), schema.STEP_IMAGE)
+    images = Images(np.zeros((1, 0), schema.TILE_IMAGE), np.zeros(1, np.int64), steps, 2)
+    told = with_images(
+        dump, images, capacity=99, gathers=True, ranks=1, top_k=1, hidden=64, columns=1
+    )
+    assert not told.headers["count"].any() and not told.headers["capacity"].any()

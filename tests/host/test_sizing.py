@@ -73,7 +73,15 @@ def test_rings_hold_launches_and_have_an_end(tokens: int, most: bool) -> None:
     # A tile is a record or more of each lane.
     tiles = sizing.image_capacity(config, (tokens, tokens), shape)
     assert tiles <= found
-    assert (tiles == sizing.MOST_RECORDS // 4) == most
+    assert (tiles == sizing.tiles_of(sizing.MOST_RECORDS)) == most
+
+
+@pytest.mark.parametrize("capacity", [1, 7, 8, 1000])
+def test_images_take_no_more_than_the_rings_beside_them(capacity: int) -> None:
+    tiles, launches = sizing.tiles_of(capacity), sizing.launches_of(capacity)
+    assert 1 <= launches <= tiles <= max(1, capacity // 4)
+    rings = sizing.trace_bytes(10, capacity, 0, 0)
+    assert sizing.trace_bytes(10, capacity, tiles, launches) < 2 * rings
 
 
 def test_bytes_on_a_gpu_are_those_of_its_tensors() -> None:
