@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -512,7 +513,8 @@ class GpuEngine:
         """Before epochs begin anew: a launch's steps lie where its iteration says, and what is
         there already would be overwritten."""
         if self.options.traced:
-            self._steps_aside = self._read_images()
+            images = self._read_images()
+            self._steps_aside = replace(images, steps=images.steps.copy())
             self._steps.zero_()
 
     def reset_rings(self) -> None:

@@ -6,11 +6,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+import torch
 
+from flashmoe.config import MoEConfig
 from flashmoe.trace import schema
 from flashmoe.trace.rings import from_dump
 from flashmoe.trace.schema import EventKind, Lane, RingMode
-from flashmoe.world.base import RingDump
+from flashmoe.world.base import EngineOptions, RingDump
+from flashmoe.world.gpu_engine import GpuEngine
 from flashmoe.world.images import Images, with_images
 
 HIDDEN, COLUMNS, RANKS, TOP_K = 320, 128, 3, 2
@@ -369,3 +372,41 @@ def test_actors_that_never_began_lost_nothing() -> None:
         dump, images, capacity=99, gathers=True, ranks=1, top_k=1, hidden=64, columns=1
     )
     assert not told.headers["count"].any() and not told.headers["capacity"].any()
+
+
+def as_bytes(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array.view(np.uint8).reshape(*array.shape, -1).copy())
+
+
+def test_an_engine_hands_over_what_its_kernel_left() -> None:
+    """On memory of the CPU: all but the launches themselves."""
+    cta = cta_of(np.random.default_rng(7), 3, 5)
+    engine = GpuEngine.__new__(GpuEngine)
+    engine.options = EngineOptions(ranks=RANKS, traced=True)
+    engine.config = MoEConfig(HIDDEN, 256, experts=8, top_k=TOP_K)
+    engine.ring_capacity = 4096
+    dump = dump_of([cta], 4096, RingMode.KEEP_FIRST)
+    engine._rings, engine._records = as_bytes(dump.headers), as_bytes(dump.records)
+    tiles = np.zeros((1, 20), schema.TILE_IMAGE)
+    tiles[0, :15] = cta.tiles
+    engine._images, engine._images_written = as_bytes(tiles), torch.tensor([15])
+    steps = np.zeros((1, 9, 6), schema.STEP_IMAGE)
+    engine._steps_aside = None
+
+    def told() -> list[np.ndarray]:
+        return in_order(engine.rings())
+
+    # Two launches, of which the second is run again as the third: its steps lie in the same place.
+    steps[0, :2] = cta.steps[:2]
+    engine._steps, engine._launches, engine._iteration_base = as_bytes(steps), 2, 0
+    engine._put_steps_aside()
+    assert not engine._steps.any()
+    steps[0, :2] = 0
+    steps[0, 1] = cta.steps[2]
+    engine._steps, engine._launches, engine._iteration_base = as_bytes(steps), 1, -1
+    for ours, lane in zip(told(), Lane, strict=True):
+        np.testing.assert_array_equal(ours, as_records(cta.lanes[lane].all), err_msg=lane.name)
+    engine._write_args = lambda: None  # type: ignore[method-assign]
+    engine.reset_rings()
+    assert engine._steps_aside is None and engine._iteration_base == 1
+    assert not any(len(records) for records in told())
