@@ -187,9 +187,8 @@ nb::bytes launch_args(const nb::dict& shape, const std::vector<uintptr_t>& heaps
                       uint64_t first_deadline_ns, uintptr_t slots, uintptr_t rings,
                       uintptr_t records, uintptr_t images, uintptr_t images_written,
                       uintptr_t steps, uint32_t image_capacity, uint32_t step_capacity,
-                      std::tuple<uint32_t, uint32_t, uint32_t> fault,
-                      uint64_t signals_at, std::optional<uint64_t> rows_at, bool by_units,
-                      bool in_place) {
+                      std::tuple<uint32_t, uint32_t, uint32_t> fault, uint64_t signals_at,
+                      std::optional<uint64_t> rows_at, bool by_units, bool in_place) {
   const auto [lost_rank, lost_expert, never_starts] = fault;
   const Shape s = shape_from_dict(shape);
   if (s.world > kMaxRanks || heaps.size() != s.world) {
@@ -326,9 +325,8 @@ void bind_launch(nb::module_& m) {
       nb::arg("iteration_base"), nb::arg("deadline_ns"), nb::arg("first_deadline_ns"),
       nb::arg("slots"), nb::arg("rings"), nb::arg("records"), nb::arg("images"),
       nb::arg("images_written"), nb::arg("steps"), nb::arg("image_capacity"),
-      nb::arg("step_capacity"), nb::arg("fault"),
-      nb::arg("signals_at") = 0, nb::arg("rows_at") = nb::none(), nb::arg("by_units") = false,
-      nb::arg("in_place") = true,
+      nb::arg("step_capacity"), nb::arg("fault"), nb::arg("signals_at") = 0,
+      nb::arg("rows_at") = nb::none(), nb::arg("by_units") = false, nb::arg("in_place") = true,
       "The bytes of LaunchArgs.  Addresses are ints, 0 for none; `fault` is "
       "(lost_signal_rank, lost_signal_expert, never_starts_rank), 0xffffffff for none.  A heap's "
       "signals (what lies before the pool) begin at `signals_at` from its address, its rows (the "
