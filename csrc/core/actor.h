@@ -9,8 +9,9 @@
 //   4. end() once, when the actor leaves the launch.
 //
 // `P` is the platform: static functions load(word) (acquire), peek(word) (relaxed), now_ns, cycles, relax,
-// put_slot, put_record, and kImages: whether the host makes the records of launches.  `kTraced` false compiles every record away; the flight recorder, the
-// deadline and the abort stay.  On the GPU one lane of the warp runs these.
+// put_slot and put_record, and kImages, whether the host makes the records of launches.  `kTraced` false
+// compiles every record away; the flight recorder, the deadline and the abort stay.  On the GPU one lane of
+// the warp runs these.
 #pragma once
 
 #include <cstdint>

@@ -8,14 +8,14 @@ and a wait that was over before the actor came is none.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
 from flashmoe.trace import schema
-from flashmoe.trace.rings import Rings, from_dump
+from flashmoe.trace.rings import from_dump
 from flashmoe.trace.schema import EventKind, Lane, RecordFlag, RingMode, Step
 from flashmoe.world.base import RingDump
 
@@ -84,7 +84,7 @@ def with_images(
     made = _Made(dump, images, gathers)
     for lane, cta, steps in _steps(images.steps, dump.headers, top_k, hidden):
         made.add(lane, cta, steps)
-    for cta, waits in _together(made.rings):
+    for cta, waits in _together(made.own):
         for lane in Lane:
             if lane is not Lane.SCHED:
                 made.add(lane, cta, waits)
@@ -116,6 +116,8 @@ class _Made:
     def __init__(self, dump: RingDump, images: Images, gathers: bool) -> None:
         self._gathers = gathers
         self.rings = from_dump(dump)
+        self.own = [np.concatenate(self.rings.in_order(i)) for i in range(len(self.rings.headers))]
+        """What each actor wrote itself, oldest first."""
         self._last = bool((dump.headers["mode"] == RingMode.KEEP_LAST).any())
         room = images.tiles.shape[1]
         self._tiles_lost = np.maximum(images.tiles_made - room, 0)
@@ -153,7 +155,7 @@ class _Made:
         dropped += np.where(moves, 0, lost[_TILE])
         if self._last:
             # The oldest lies where the next record would have gone.
-            place = (place + np.where(dropped != 0, dropped, 0)[of]) % np.maximum(held, 1)[of]
+            place = (place + dropped[of]) % held[of]
         headers, began = self.rings.headers.copy(), self.rings.began
         headers["count"][began] = (held + dropped)[began]
         headers["capacity"][began] = np.where(dropped != 0, held, capacity)[began]
@@ -167,11 +169,10 @@ class _Made:
         An actor wrote its own ones in order, whatever their ends; a launch ends behind all that was
         done in it.
         """
-        own = [np.concatenate(self.rings.in_order(i)) for i in range(len(self.rings.headers))]
-        sizes = [len(records) for records in own]
+        sizes = [len(records) for records in self.own]
         made = [span.records for span in self._spans]
-        records = np.concatenate([*made, *own])
-        actor = np.concatenate([*self._actors, np.repeat(np.arange(len(own)), sizes)])
+        records = np.concatenate([*made, *self.own])
+        actor = np.concatenate([*self._actors, np.repeat(np.arange(len(sizes)), sizes)])
         source = np.concatenate(
             [*(np.full(len(span.records), span.source, np.int8) for span in self._spans),
              np.full(sum(sizes), _OWN, np.int8)]
@@ -243,7 +244,7 @@ class _Made:
         sched, place = cta * schema.N_LANES + Lane.SCHED, 0 if self._last else -1
         times = []
         if lane != Lane.SCHED and self.rings.dropped[sched]:
-            ends = _ends(np.concatenate(self.rings.in_order(sched)))
+            ends = _ends(self.own[sched])
             times.append(int(ends[place]) if len(ends) else 0)
         if lane in (Lane.COMM0, Lane.COMM1) and self._gathers and self._tiles_lost[cta]:
             # Of a tile that a group multiplies all before it have been loaded.
@@ -285,8 +286,8 @@ def _resolved(every: _Every) -> tuple[np.ndarray, np.ndarray]:
     records, actor = every.records, every.actor
     ends = _ends(records)
     is_made = every.source != _OWN
-    before = np.concatenate([np.zeros(1, np.uint64), _latest(ends, actor)])[:-1]
-    before[np.concatenate([np.ones(1, bool), actor[1:] != actor[:-1]])[: len(before)]] = 0
+    before = np.zeros(len(ends), np.uint64)  # of an actor's first, nothing came before it
+    before[1:] = np.where(actor[1:] == actor[:-1], _latest(ends, actor)[:-1], 0)
     at = np.flatnonzero(every.wait >= 0)
     waits, to = every.waits[every.wait[at]], every.wait_to[every.wait[at]]
     waits["t0_ns"] = np.maximum(waits["t0_ns"], before[at])
@@ -333,6 +334,18 @@ def _set_end(records: np.ndarray, end: np.ndarray) -> np.ndarray:
     return records
 
 
+def _begun(
+    images: np.ndarray, kind: np.ndarray | EventKind, begin: np.ndarray, end: np.ndarray
+) -> np.ndarray:
+    """RECORD [n], one of each of ``images``, of nobody and nothing in particular."""
+    records = np.zeros(len(images), schema.RECORD)
+    records["t0_ns"], records["kind"] = begin, kind
+    records["flags"], records["iter"] = images["iter_flags"], images["iter"]
+    records["peer"], records["expert"] = schema.NO_PEER, schema.NO_EXPERT
+    records["tile"] = schema.NO_TILE
+    return _set_end(records, end)
+
+
 def _steps(
     steps: np.ndarray, headers: np.ndarray, top_k: int, hidden: int
 ) -> Iterator[tuple[Lane, np.ndarray, _Spans]]:
@@ -341,24 +354,15 @@ def _steps(
     for lane in Lane:
         cta, launch = np.nonzero(steps["begin_ns"][:, :, lane])
         images = steps[cta, launch, lane]
+        begin = images["begin_ns"]
         # Rows that stay in place: warp w of 12 speaks for the w-th, and every 12th from there.
         rows, warps = images["tokens"].astype(np.int64) * top_k, np.array(WARPS[lane])
         share = np.maximum((rows[:, None] + 11 - warps) // 12, 0).sum(axis=1)
 
-        def records_of(
-            of: np.ndarray, kind: EventKind, end: np.ndarray, images: np.ndarray = images
-        ) -> np.ndarray:
-            records = np.zeros(len(of), schema.RECORD)
-            records["t0_ns"], records["kind"] = images["begin_ns"][of], kind
-            records["flags"], records["iter"] = images["iter_flags"][of], images["iter"][of]
-            records["peer"], records["expert"] = schema.NO_PEER, schema.NO_EXPERT
-            records["tile"] = schema.NO_TILE
-            return _set_end(records, end[of])
-
         for step, kind in STEP_KIND.items():
             end = images["end_ns"][:, step]
             of = np.flatnonzero((end != 0) & (share != 0) if step is Step.DISPATCH else end)
-            records, chunk = records_of(of, kind, end), of_ctas[cta[of]]
+            records, chunk = _begun(images[of], kind, begin[of], end[of]), of_ctas[cta[of]]
             if step is Step.GATE:
                 records["tile"], records["aux"] = chunk["cta"], images["tokens"][of]
             elif step is Step.COUNTS:
@@ -369,18 +373,19 @@ def _steps(
                 records["aux"] = np.minimum(share * hidden * 2, LONGEST)[of]
             yield lane, cta[of], _Spans(records, _STEP)
         of = np.flatnonzero(images["left_ns"])
-        records = records_of(of, EventKind.LAUNCH, images["left_ns"])
+        records = _begun(images[of], EventKind.LAUNCH, begin[of], images["left_ns"][of])
         records["aux"] = images["cycles"][of]
         yield lane, cta[of], _Spans(records, _STEP)
 
 
-def _together(rings: Rings) -> Iterator[tuple[np.ndarray, _Spans]]:
-    """(the CTA they are of, spans): what each CTA's scheduler awaited for all its lanes."""
-    for actor in range(int(Lane.SCHED), len(rings.headers), schema.N_LANES):
-        own = np.concatenate(rings.in_order(actor))
+def _together(written: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, _Spans]]:
+    """(the CTA they are of, spans): what each CTA's scheduler awaited for all its lanes.
+
+    ``written``: the records that each actor wrote itself.
+    """
+    for cta, own in enumerate(written[Lane.SCHED :: schema.N_LANES]):
         waits = own[np.isin(own["kind"], WAITED_TOGETHER) & (own["flags"] & RecordFlag.OPEN == 0)]
-        cta = np.full(len(waits), actor // schema.N_LANES)
-        yield cta, _Spans(waits, _TOGETHER)
+        yield np.full(len(waits), cta), _Spans(waits, _TOGETHER)
 
 
 def _tiles(
@@ -393,12 +398,9 @@ def _tiles(
     def records_of(
         of: np.ndarray, kind: np.ndarray | EventKind, begin: np.ndarray, end: np.ndarray
     ) -> np.ndarray:
-        records = np.zeros(len(of), schema.RECORD)
-        records["t0_ns"], records["kind"] = begin, kind
-        records["flags"], records["iter"] = images["iter_flags"][of], images["iter"][of]
+        records = _begun(images[of], kind, begin, end)
         records["expert"], records["tile"] = tile["expert"][of], tile["index"][of]
-        records["peer"] = schema.NO_PEER
-        return _set_end(records, end)
+        return records
 
     def awaited(of: np.ndarray, records: np.ndarray, until: np.ndarray) -> _Spans:
         begin = images["wait_from"][of]
@@ -407,11 +409,8 @@ def _tiles(
         return _Spans(records, _TILE, waits, until)
 
     begin, end = images["scheduled_from_ns"], images["scheduled_ns"]
-    yield (
-        Lane.SCHED,
-        every,
-        _Spans(records_of(every, EventKind.SCHEDULE, begin, end), _TILE),
-    )
+    records = records_of(every, EventKind.SCHEDULE, begin, end)
+    yield Lane.SCHED, every, _Spans(records, _TILE)
     for place, lane in enumerate((Lane.LOAD, Lane.COMM0, Lane.COMM1)):
         of = np.flatnonzero(images["loads"]["begin_ns"][:, place])
         stamps = images["loads"][of, place]
