@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -31,8 +30,7 @@ from flashmoe.world.base import (
 )
 from flashmoe.world.gpu_abort import AbortWords
 from flashmoe.world.gpu_clock import GpuClock, measure_clock
-from flashmoe.world.gpu_results import HeapReader, read_images, read_rings
-from flashmoe.world.images import Images, with_images
+from flashmoe.world.gpu_results import HeapReader
 from flashmoe.world.kernel import (
     ARCH,
     LANES,
@@ -46,6 +44,7 @@ from flashmoe.world.kernel import (
     untuned,
 )
 from flashmoe.world.tiles import extension, tile_plan
+from flashmoe.world.trace_memory import TraceMemory
 
 if TYPE_CHECKING:
     from flashmoe.config import MoEConfig, MoEWeights
@@ -142,7 +141,6 @@ class GpuEngine:
         self._weights = self._place_weights(weights)
         self._iteration_base = 0
         self._launches = 0
-        self._steps_aside: Images | None = None
         self._allocate()
         self._write_args()
         self._clock: ClockInfo | None = None
@@ -249,24 +247,13 @@ class GpuEngine:
             [torch.empty(s, dtype=torch.float32, **empty) for s in shape] if external else None
         )
         self._slots_address, self._slots = self._make_slots(actors)
-        traced = self.options.traced
-        self._rings = torch.zeros(
-            actors if traced else 0, schema.RING_HEADER.itemsize, dtype=torch.uint8, **empty
-        )
-        self._records = torch.empty(
-            (actors if traced else 0, self.ring_capacity, schema.RECORD.itemsize),
-            dtype=torch.uint8,
-            **empty,
-        )
-        ctas = actors // LANES if traced else 0
-        self._images = torch.empty(
-            (ctas, self._image_capacity, schema.TILE_IMAGE.itemsize), dtype=torch.uint8, **empty
-        )
-        self._images_written = torch.zeros(ctas, dtype=torch.int64, **empty)
-        self._steps = torch.zeros(
-            (ctas, self._step_capacity + 1, LANES, schema.STEP_IMAGE.itemsize),
-            dtype=torch.uint8,
-            **empty,
+        # An untraced engine's is of no CTA.
+        self._trace = TraceMemory(
+            self.options.traced * actors // LANES,
+            self.ring_capacity,
+            self._image_capacity,
+            self._step_capacity,
+            self.device,
         )
         self._allocate_heaps()
 
@@ -310,14 +297,7 @@ class GpuEngine:
             first_deadline_s=options.first_deadline_s,
             slots=self._slots_address,
             fault=arguments.fault_args(options.faults),
-            rings=self._rings.data_ptr() if options.traced else 0,
-            records=self._records.data_ptr() if options.traced else 0,
-            ring_capacity=self.ring_capacity,
-            images=self._images.data_ptr() if options.traced else 0,
-            images_written=self._images_written.data_ptr() if options.traced else 0,
-            steps=self._steps.data_ptr() if options.traced else 0,
-            image_capacity=self._image_capacity,
-            step_capacity=self._step_capacity,
+            **self._trace.arguments(),
             keep_last=options.ring_mode == "keep-last",
             # Below zero once the epoch has begun anew; the kernel subtracts it in 32 bits.
             iteration_base=self._iteration_base & 0xFFFFFFFF,
@@ -378,8 +358,8 @@ class GpuEngine:
                 f"the GPU and {free / 1e9:.1f} GB are free",
                 "use fewer tokens (-T)",
             )
-        iteration = self._launches - 1 - self._iteration_base
-        self._put_steps_aside()
+        iteration = self._iterations() - 1
+        self._trace.put_steps_aside(self._iterations())
         self._allocate_heaps()
         self._clear_slots()
         self._launches = 0
@@ -414,7 +394,7 @@ class GpuEngine:
         return Launch(
             status=Status(status),
             elapsed_ms=begin.elapsed_time(end),
-            iteration=self._launches - 1 - self._iteration_base,
+            iteration=self._iterations() - 1,
             rows_needed=max(w >> 32 for w in words),
         )
 
@@ -493,10 +473,8 @@ class GpuEngine:
     def rings(self) -> RingDump:
         """Every actor's ring since construction or ``reset_rings``."""
         options = self.options
-        return with_images(
-            read_rings(self._rings, self._records, self.ring_capacity),
-            self._read_images(),
-            capacity=self.ring_capacity,
+        return self._trace.dump(
+            self._iterations(),
             gathers=options.ranks == 1 and options.in_place,
             ranks=options.ranks,
             top_k=self.config.top_k,
@@ -504,25 +482,13 @@ class GpuEngine:
             columns=extension().TILE_WEIGHT_ROWS // 2,
         )
 
-    def _read_images(self) -> Images:
-        return read_images(
-            self._images, self._images_written, self._steps, self._launches - self._iteration_base
-        ).behind(self._steps_aside)
-
-    def _put_steps_aside(self) -> None:
-        """Before epochs begin anew: a launch's steps lie where its iteration says, and what is
-        there already would be overwritten."""
-        if self.options.traced:
-            images = self._read_images()
-            self._steps_aside = replace(images, steps=images.steps.copy())
-            self._steps.zero_()
+    def _iterations(self) -> int:
+        """Launches since the rings were emptied."""
+        return self._launches - self._iteration_base
 
     def reset_rings(self) -> None:
         """Empties the rings; iterations restart at 0."""
-        self._steps_aside = None
-        self._rings.zero_()
-        self._images_written.zero_()
-        self._steps.zero_()
+        self._trace.empty()
         self._iteration_base = self._launches
         self._write_args()
 
@@ -560,7 +526,7 @@ class GpuEngine:
             heap[: self._layout["pool"]].zero_()
         torch.cuda.synchronize(self.device)
         self._clear_slots()
-        self._put_steps_aside()
+        self._trace.put_steps_aside(self._iterations())
         self._launches = 0
         self._iteration_base = 0
         self._write_args()
@@ -571,8 +537,8 @@ class GpuEngine:
 
     def close(self) -> None:
         """Frees everything; safe to call twice."""
-        names = ("_heaps", "_x", "_y", "_ids", "_routing_weights", "_rings", "_records", "_images")
-        for name in (*names, "_images_written", "_steps"):
+        for name in ("_heaps", "_x", "_y", "_ids", "_routing_weights"):
             setattr(self, name, [])
-        self.__dict__.pop("_weights", None)
+        for name in ("_weights", "_trace"):
+            self.__dict__.pop(name, None)
         self._memory.close()

@@ -15,6 +15,7 @@ from flashmoe.trace.schema import EventKind, Lane, RingMode
 from flashmoe.world.base import EngineOptions, RingDump
 from flashmoe.world.gpu_engine import GpuEngine
 from flashmoe.world.images import Images, with_images
+from flashmoe.world.trace_memory import TraceMemory
 
 HIDDEN, COLUMNS, RANKS, TOP_K = 320, 128, 3, 2
 
@@ -384,29 +385,33 @@ def test_an_engine_hands_over_what_its_kernel_left() -> None:
     engine = GpuEngine.__new__(GpuEngine)
     engine.options = EngineOptions(ranks=RANKS, traced=True)
     engine.config = MoEConfig(HIDDEN, 256, experts=8, top_k=TOP_K)
-    engine.ring_capacity = 4096
+    memory = engine._trace = TraceMemory(1, 4096, 20, 8, torch.device("cpu"))
     dump = dump_of([cta], 4096, RingMode.KEEP_FIRST)
-    engine._rings, engine._records = as_bytes(dump.headers), as_bytes(dump.records)
-    tiles = np.zeros((1, 20), schema.TILE_IMAGE)
-    tiles[0, :15] = cta.tiles
-    engine._images, engine._images_written = as_bytes(tiles), torch.tensor([15])
-    steps = np.zeros((1, 9, 6), schema.STEP_IMAGE)
-    engine._steps_aside = None
+    memory._headers[:], memory._records[:] = as_bytes(dump.headers), as_bytes(dump.records)
+    memory._images[0, :15], memory._images_made[0] = as_bytes(cta.tiles), 15
 
     def told() -> list[np.ndarray]:
         return in_order(engine.rings())
 
     # Two launches, of which the second is run again as the third: its steps lie in the same place.
-    steps[0, :2] = cta.steps[:2]
-    engine._steps, engine._launches, engine._iteration_base = as_bytes(steps), 2, 0
-    engine._put_steps_aside()
-    assert not engine._steps.any()
-    steps[0, :2] = 0
-    steps[0, 1] = cta.steps[2]
-    engine._steps, engine._launches, engine._iteration_base = as_bytes(steps), 1, -1
+    memory._steps[0, :2] = as_bytes(cta.steps[:2])
+    engine._launches, engine._iteration_base = 2, 0
+    memory.put_steps_aside(engine._iterations())
+    assert not memory._steps.any()
+    memory._steps[0, 1] = as_bytes(cta.steps[2])
+    engine._launches, engine._iteration_base = 1, -1
     for ours, lane in zip(told(), Lane, strict=True):
         np.testing.assert_array_equal(ours, as_records(cta.lanes[lane].all), err_msg=lane.name)
     engine._write_args = lambda: None  # type: ignore[method-assign]
     engine.reset_rings()
-    assert engine._steps_aside is None and engine._iteration_base == 1
+    assert engine._iteration_base == 1
     assert not any(len(records) for records in told())
+
+
+def test_an_untraced_engine_has_no_trace() -> None:
+    memory = TraceMemory(0, 4096, 20, 8, torch.device("cpu"))
+    addresses = {name: memory.arguments()[name] for name in ("rings", "records", "images", "steps")}
+    assert not any(addresses.values())
+    memory.put_steps_aside(3)
+    told = memory.dump(5, gathers=True, ranks=1, top_k=2, hidden=64, columns=COLUMNS)
+    assert len(told.headers) == 0 and told.records.shape == (0, 0)
