@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from flashmoe.digits import whole_number
+
 
 @contextmanager
 def nvml_session() -> Iterator[Any]:
@@ -62,8 +64,9 @@ def handle_of(nvml: Any, device: int) -> Any:
         if device >= len(names):
             return None
         name = names[device]
-    if name.isascii() and name.isdecimal():
-        return ask(nvml, nvml.nvmlDeviceGetHandleByIndex, int(name))
+    number = whole_number(name)
+    if number is not None:
+        return ask(nvml, nvml.nvmlDeviceGetHandleByIndex, number)
     return ask(nvml, nvml.nvmlDeviceGetHandleByUUID, name)
 
 

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashmoe_cli.request import shape, usage, whole_number
+from flashmoe.digits import whole_number
+from flashmoe_cli.request import shape, usage
 
 if TYPE_CHECKING:
     from flashmoe.bench.shapes import Shape

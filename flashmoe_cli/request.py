@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flashmoe.config import MoEConfig
+from flashmoe.digits import whole_number
 from flashmoe.errors import FlashmoeError
 from flashmoe.presets import preset
 from flashmoe.world.base import Fault
@@ -20,15 +21,6 @@ DEFAULT_PRESET = "tiny"
 def usage(message: str, hint: str) -> FlashmoeError:
     """A misuse of the command line, as an error with exit code 2."""
     return FlashmoeError(message, hint, exit_code=2)
-
-
-def whole_number(text: str) -> int | None:
-    """The number that ``text`` writes in digits, spaces around it aside; None where it is none.
-
-    Digits beyond ASCII count as none, and so do more than 64 bits hold.
-    """
-    text = text.strip()
-    return int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else None
 
 
 def shape(name: str | None, overrides: dict[str, Any]) -> tuple[str, MoEConfig, int]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from flashmoe.digits import whole_number
+
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -30,7 +32,7 @@ def available_bytes() -> int | None:
     if kib is not None:
         limits.append(kib * 1024)
     for most, current, stat, cache in _LIMITS:
-        limit, used = _number(_read(_CGROUP / most)), _number(_read(_CGROUP / current))
+        limit, used = whole_number(_read(_CGROUP / most)), whole_number(_read(_CGROUP / current))
         if limit is not None and used is not None:
             used -= min(_named(_CGROUP / stat, cache) or 0, used)
             limits.append(max(0, limit - used))
@@ -42,13 +44,8 @@ def _named(path: Path, name: str) -> int | None:
     for line in _read(path).splitlines():
         words = line.split()
         if len(words) > 1 and words[0] == name:
-            return _number(words[1])
+            return whole_number(words[1])
     return None
-
-
-def _number(text: str) -> int | None:
-    text = text.strip()
-    return int(text) if text.isascii() and text.isdecimal() else None
 
 
 def _read(path: Path) -> str:

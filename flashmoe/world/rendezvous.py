@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from flashmoe.digits import whole_number
 from flashmoe.errors import FlashmoeError
 
 if TYPE_CHECKING:
@@ -70,11 +71,12 @@ def find_place(env: Mapping[str, str]) -> Place | None:
 def _number(env: Mapping[str, str], *names: str, default: int | None = None) -> int:
     for name in names:
         if name in env:
-            if not (env[name].isascii() and env[name].isdecimal()):
+            number = whole_number(env[name])
+            if number is None:
                 raise FlashmoeError(
                     f"{name} is {env[name]!r}, which is no number", "unset it, or set it right", 2
                 )
-            return int(env[name])
+            return number
     if default is None:
         raise FlashmoeError(
             f"{names[0]} is not set, though the variables beside it are",
