@@ -18,13 +18,13 @@ struct alignas(16) ReturnPath {
   uint32_t source;
 };
 
-// By the leader of a math group.
+// By the leader of a math group.  Both clocks are read as it begins; what follows by one of them, and the host knows how
+// they go: from one tile's begin to the next one's.
 struct TileStamps {
   uint64_t begin_ns;
-  uint64_t products_ns;  // GEMM2's products are done; of GEMM1 the same as the end
-  uint64_t end_ns;       // all is stored
   uint32_t begin_cycles;
-  uint32_t products_cycles;
+  uint32_t products_cycles;  // GEMM2's products are done; of GEMM1 the same as the end
+  uint32_t end_cycles;       // all is stored
   uint32_t stall_cycles;
 };
 

@@ -110,18 +110,11 @@ __device__ __forceinline__ TileStamps* led_stamps(Task& task) {
   return thread % kGroupThreads == 0 ? &task.stamps[thread / kGroupThreads] : nullptr;
 }
 
-// Both clocks, when a math group was last done with something.
-struct Moment {
-  uint64_t ns;
-  uint32_t cycles;
-  static __device__ __forceinline__ Moment now() { return {ptx::globaltimer(), ptx::clock32()}; }
-};
-
 // One tile whose rows are at most kN: its products, its stores, its stamps.
 template <class T, bool kGated, uint32_t kN, bool kTraced>
 __device__ __forceinline__ void run_tile(Shared<kTraced>& sh, const Place& place, char* stages,
                                          StageCursor& cursor, Task& task, uint32_t group,
-                                         const StageRelease& release, Moment& ended) {
+                                         const StageRelease& release) {
   const Tile& tile = task.tile;
   float sums[2][kN / 2];
   const GroupWeights weights(kGated && tile.gemm == 1, group);
@@ -135,20 +128,17 @@ __device__ __forceinline__ void run_tile(Shared<kTraced>& sh, const Place& place
   }
   // Over weight rows that only this group's products have read.
   char* buffer = stages + cursor.offset(last) + weights.of_group;
-  // Clocks are read by all threads, since a branch takes longer.
+  // The clock is read by all threads, since a branch takes longer.
   auto stamp_products = [&] {
     if constexpr (kTraced) {
-      ended = Moment::now();
-      if (TileStamps* stamps = led_stamps(task)) {
-        stamps->products_ns = stamps->end_ns = ended.ns;
-        stamps->products_cycles = ended.cycles;
-      }
+      const uint32_t now = ptx::clock32();
+      if (TileStamps* stamps = led_stamps(task)) stamps->products_cycles = stamps->end_cycles = now;
     }
   };
   auto stamp_end = [&] {
     if constexpr (kTraced) {
-      ended = Moment::now();
-      if (TileStamps* stamps = led_stamps(task)) stamps->end_ns = ended.ns;
+      const uint32_t now = ptx::clock32();
+      if (TileStamps* stamps = led_stamps(task)) stamps->end_cycles = now;
     }
   };
   // A GEMM1 tile's span holds its activation; what GEMM2 gives back is a span of its own.
@@ -172,9 +162,9 @@ __device__ __forceinline__ void run_tile(Shared<kTraced>& sh, const Place& place
 template <class T, bool kGated, bool kTraced>
 __device__ __forceinline__ void multiply_tile(Shared<kTraced>& sh, const Place& place, char* stages,
                                               StageCursor& cursor, Task& task, uint32_t group,
-                                              const StageRelease& release, Moment& ended) {
-#define FLASHMOE_TILE(n)                                                          \
-  run_tile<T, kGated, n>(sh, place, stages, cursor, task, group, release, ended); \
+                                              const StageRelease& release) {
+#define FLASHMOE_TILE(n)                                                   \
+  run_tile<T, kGated, n>(sh, place, stages, cursor, task, group, release); \
   break;
   const uint32_t rows = task.tile.rows;
   if (rows == 0) {  // no tile, but the other CTA has one
@@ -228,20 +218,9 @@ __device__ __forceinline__ void multiply_tiles(Shared<kTraced>& sh, const Place&
   const bool leads = threadIdx.x % kGroupThreads == 0;
   const StageRelease release{place.to_other};
   StageCursor cursor;
-  Moment ended{};
-  [[maybe_unused]] bool passed = true;  // it did something else since
   for (uint32_t n = 0;; ++n) {
     const uint32_t slot = n % kTasks;
-    if constexpr (kTraced) {
-      // Clocks take long to read: where the next tile is there, it begins as the one before ends.
-      if (passed || !ptx::mbarrier_test(&sh.task_full[slot], n / kTasks & 1)) {
-        ptx::mbarrier_wait(&sh.task_full[slot], n / kTasks & 1);
-        ended = Moment::now();
-      }
-      __syncwarp();
-    } else {
-      ptx::mbarrier_wait(&sh.task_full[slot], n / kTasks & 1);
-    }
+    ptx::mbarrier_wait(&sh.task_full[slot], n / kTasks & 1);
     Task& task = sh.tasks[slot];
     const Tile& tile = task.tile;  // read when needed: the sums leave few registers
     if (tile.gemm == 0) return;
@@ -249,15 +228,14 @@ __device__ __forceinline__ void multiply_tiles(Shared<kTraced>& sh, const Place&
     if (leads) {
       GpuActor<kTraced>& actor = sh.actors[static_cast<int>(Lane::k_math0) + group];
       const EventKind kind = tile.gemm == 1 ? EventKind::k_gemm1 : EventKind::k_gemm2;
+      const uint64_t now = ptx::globaltimer();
       if constexpr (kTraced) {
-        task.stamps[group].begin_ns = ended.ns;
-        task.stamps[group].begin_cycles = ended.cycles;
+        task.stamps[group].begin_ns = now;
+        task.stamps[group].begin_cycles = ptx::clock32();
       }
-      actor.doing_since(kTraced ? ended.ns : ptx::globaltimer(), kind, kNoPeer, tile.expert,
-                        tile.index);
+      actor.doing_since(now, kind, kNoPeer, tile.expert, tile.index);
     }
-    if constexpr (kTraced) passed = task.tile.rows == 0 || task.turns != task.blocks;
-    multiply_tile<T, kGated>(sh, place, stages, cursor, task, group, release, ended);
+    multiply_tile<T, kGated>(sh, place, stages, cursor, task, group, release);
     // Every thread has read the task and stored its part, which the scheduler publishes.
     ptx::mbarrier_arrive(&sh.task_empty[slot]);
   }

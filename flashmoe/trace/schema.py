@@ -201,12 +201,10 @@ _TILE: Final = np.dtype(
 _TILE_STAMPS: Final = np.dtype(
     [
         ("begin_ns", "<u8"),
-        ("products_ns", "<u8"),
-        ("end_ns", "<u8"),
         ("begin_cycles", "<u4"),
         ("products_cycles", "<u4"),
+        ("end_cycles", "<u4"),
         ("stall_cycles", "<u4"),
-        ("padding", "<u4"),
     ]
 )
 _LOAD_STAMPS: Final = np.dtype(

@@ -88,12 +88,14 @@ def with_images(
         for lane in Lane:
             if lane is not Lane.SCHED:
                 made.add(lane, cta, waits)
-    for lane, tile, spans in _tiles(made.tiles, ranks, hidden, columns):
+    for lane, tile, spans in _tiles(made.tiles, made.cta, ranks, hidden, columns):
         made.add(lane, made.cta[tile], spans)
     return made.merged(capacity)
 
 
 _OWN, _STEP, _TOGETHER, _TILE = range(4)  # where a span comes from
+_WRAPS_NS: Final = 1 << 30
+"""Within that, 32 bits of an SM's clock tell how far it went: it goes at some 2 GHz."""
 
 
 @dataclass
@@ -388,10 +390,34 @@ def _together(written: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, _Span
         yield np.full(len(waits), cta), _Spans(waits, _TOGETHER)
 
 
+def _at(images: np.ndarray, cta: np.ndarray, group: int, cycles: np.ndarray) -> np.ndarray:
+    """uint64 [n], ns: when, after a math group had begun each tile, its SM's clock stood at
+    ``cycles``, uint32.
+
+    That clock goes as it does from a tile's begin to that of the next one which the CTA runs in the
+    same launch, for the last from the one before, and for a tile alone as while it was loaded.
+    """
+    stamps = images["stamps"][:, group]
+    begin, clock = stamps["begin_ns"], stamps["begin_cycles"]
+    load = images["loads"][:, 0]
+    took, ticks = load["end_ns"] - load["begin_ns"], load["cycles"].copy()
+    to_next, ticks_to_next = begin[1:] - begin[:-1], clock[1:] - clock[:-1]
+    launch = [cta, images["iter"], images["iter_flags"]]
+    follows = np.all([of[1:] == of[:-1] for of in launch], axis=0) & (to_next < _WRAPS_NS)
+    took[1:][follows], ticks[1:][follows] = to_next[follows], ticks_to_next[follows]
+    took[:-1][follows], ticks[:-1][follows] = to_next[follows], ticks_to_next[follows]
+    since = (cycles - clock) * (took / np.maximum(ticks, 1))
+    at: np.ndarray = begin + np.rint(since).astype(np.uint64)
+    return at
+
+
 def _tiles(
-    images: np.ndarray, ranks: int, hidden: int, columns: int
+    images: np.ndarray, cta: np.ndarray, ranks: int, hidden: int, columns: int
 ) -> Iterator[tuple[Lane, np.ndarray, _Spans]]:
-    """(lane, the images they are of, spans), each actor's in the order of an image's steps."""
+    """(lane, the images they are of, spans), each actor's in the order of an image's steps.
+
+    ``cta``: that of each of ``images``, of which a CTA's are in order.
+    """
     every = np.arange(len(images))
     tile = images["tile"]
 
@@ -420,7 +446,9 @@ def _tiles(
     for group, lane in enumerate((Lane.MATH0, Lane.MATH1)):
         stamps = images["stamps"][:, group]
         kind = np.where(tile["gemm"] == 1, np.uint8(EventKind.GEMM1), np.uint8(EventKind.GEMM2))
-        records = records_of(every, kind, stamps["begin_ns"], stamps["products_ns"])
+        products = _at(images, cta, group, stamps["products_cycles"])
+        end = _at(images, cta, group, stamps["end_cycles"])
+        records = records_of(every, kind, stamps["begin_ns"], products)
         records["aux"] = stamps["products_cycles"] - stamps["begin_cycles"]
         records["stall_cycles"] = stamps["stall_cycles"]
         until = np.minimum(images["wait_to"], stamps["begin_ns"])
@@ -428,16 +456,17 @@ def _tiles(
         column = tile["col_tile"].astype(np.int64) * 2 * columns + group * columns
         of = np.flatnonzero((tile["gemm"] == 2) & (column < hidden))
         row_bytes = 2 * np.minimum(columns, hidden - column[of])
-        stamps, rows = stamps[of], tile["rows"][of].astype(np.int64)
-        records = records_of(of, EventKind.GIVE_BACK, stamps["products_ns"], stamps["end_ns"])
+        rows = tile["rows"][of].astype(np.int64)
+        records = records_of(of, EventKind.GIVE_BACK, products[of], end[of])
         records["aux"] = rows * row_bytes
         yield lane, of, _Spans(records, _TILE)
         first = np.zeros(len(of), np.int64)
         for turn in range(ranks):
             to = np.flatnonzero(first < rows)
-            path, at = images["returns"][of[to], turn], stamps["end_ns"][to]
-            end = np.minimum(path["end"] - tile["row0"][of[to]].astype(np.int64), rows[to])
+            path, at = images["returns"][of[to], turn], end[of[to]]
+            until_row = np.minimum(path["end"] - tile["row0"][of[to]].astype(np.int64), rows[to])
             records = records_of(of[to], EventKind.PUT, at, at)
-            records["peer"], records["aux"] = path["source"], (end - first[to]) * row_bytes[to]
+            records["peer"] = path["source"]
+            records["aux"] = (until_row - first[to]) * row_bytes[to]
             yield lane, of[to], _Spans(records, _TILE)
-            first[to] = end
+            first[to] = until_row

@@ -61,9 +61,12 @@ class Cta:
 def cta_of(rng: np.random.Generator, launches: int, tiles: int) -> Cta:
     lanes = {lane: Model() for lane in Lane}
     images = np.zeros(launches * tiles, schema.TILE_IMAGE)
-    images["loads"]["cycles"] = 77
     steps = np.zeros((launches, len(Lane)), schema.STEP_IMAGE)
     clock = 1000
+
+    def cycles_at(launch: int, ns: int) -> int:
+        """The low half of the SM's clock, at 2 or 3 GHz."""
+        return (0xFFFF0000 + (2 + launch % 2) * ns) % (1 << 32)
 
     def later(most: int) -> int:
         return int(rng.integers(1, most)) * 32
@@ -143,21 +146,24 @@ def cta_of(rng: np.random.Generator, launches: int, tiles: int) -> Cta:
                 wait(model, int(image["wait_to"]))
                 model.last = max(model.last, begin)
                 end = max(begin, model.last) + later(50)
-                model.span(EventKind.LOAD, end, False, **of_tile, aux=77, stall_cycles=n)
-                stamps["begin_ns"], stamps["end_ns"], stamps["stall_cycles"] = begin, end, n
+                took = (2 + launch % 2) * (end - begin)
+                model.span(EventKind.LOAD, end, False, **of_tile, aux=took, stall_cycles=n)
+                stamps["begin_ns"], stamps["end_ns"] = begin, end
+                stamps["cycles"], stamps["stall_cycles"] = took, n
                 free[lane] = end
             for group, lane in enumerate((Lane.MATH0, Lane.MATH1)):
                 model, stamps = lanes[lane], image["stamps"][group]
                 begin = max(handed, free[lane]) + later(3)
                 products = begin + later(50)
                 done = products if gemm == 1 else products + later(10)
-                stamps["begin_ns"], stamps["products_ns"], stamps["end_ns"] = begin, products, done
-                stamps["begin_cycles"], stamps["products_cycles"] = 0xFFFFFFF0, 0x20 + n
-                stamps["stall_cycles"] = n
+                stamps["begin_ns"], stamps["stall_cycles"] = begin, n
+                for name, ns in {"begin": begin, "products": products, "end": done}.items():
+                    stamps[f"{name}_cycles"] = cycles_at(launch, ns)
                 wait(model, min(int(image["wait_to"]), begin))
                 model.last = begin
                 kind = EventKind.GEMM1 if gemm == 1 else EventKind.GEMM2
-                model.span(kind, products, False, **of_tile, aux=0x30 + n, stall_cycles=n)
+                took = (2 + launch % 2) * (products - begin)
+                model.span(kind, products, False, **of_tile, aux=took, stall_cycles=n)
                 column = int(tile["col_tile"]) * 2 * COLUMNS + group * COLUMNS
                 free[lane] = done
                 if gemm == 1 or column >= HIDDEN:
@@ -257,6 +263,16 @@ def test_records_are_those_that_each_lane_would_have_written(mode: RingMode, see
     expected = [as_records(cta.lanes[lane].all) for cta in made for lane in Lane]
     for ours, theirs, lane in zip(in_order(dump), expected, 3 * list(Lane), strict=True):
         np.testing.assert_array_equal(ours, theirs, err_msg=lane.name)
+
+
+def test_clocks_go_from_tile_to_tile_as_the_groups_begins_say() -> None:
+    """What the load lane's clock says is asked where there is no other tile of the launch."""
+    cta = cta_of(np.random.default_rng(8), 2, 5)
+    cta.tiles["loads"]["cycles"] //= 7
+    for ours, lane in zip(in_order(dumped([cta])), Lane, strict=True):
+        theirs = as_records(cta.lanes[lane].all)
+        if lane in (Lane.MATH0, Lane.MATH1):
+            np.testing.assert_array_equal(ours, theirs, err_msg=lane.name)
 
 
 @pytest.mark.parametrize("mode", list(RingMode))
