@@ -238,7 +238,7 @@ nb::bytes launch_args(const nb::dict& shape, const std::vector<uintptr_t>& heaps
   args->rings = reinterpret_cast<RingHeader*>(rings);
   args->records = reinterpret_cast<Record*>(records);
   args->images = reinterpret_cast<TileImage*>(images);
-  args->images_written = reinterpret_cast<uint64_t*>(images_written);
+  args->images_written = reinterpret_cast<LogCursor*>(images_written);
   args->steps = reinterpret_cast<StepImage*>(steps);
   args->image_capacity = image_capacity;
   args->step_capacity = step_capacity;
@@ -278,6 +278,7 @@ nb::dict record_layout() {
     FLASHMOE_FIELD(RingHeader, cta);
     FLASHMOE_FIELD(RingHeader, lane);
     FLASHMOE_FIELD(RingHeader, mode);
+    FLASHMOE_FIELD(RingHeader, next);
     FLASHMOE_FIELD(RingHeader, reserved);
     all["RingHeader"] = fields;
   }

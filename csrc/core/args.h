@@ -14,6 +14,7 @@ namespace flashmoe {
 struct Record;
 struct RingHeader;
 struct TileImage;
+struct LogCursor;
 struct StepImage;
 
 // Withholds one rank's signal for one expert, to test the diagnosis on a GPU.
@@ -79,11 +80,11 @@ struct LaunchArgs {
   RingHeader* rings;  // the same, or null
   Record* records;    // the same, [ring_capacity] each
   FaultArgs fault;
-  TileImage* images;         // [ranks of the launch][chunks][image_capacity], or null
-  uint64_t* images_written;  // [ranks of the launch][chunks], ever
-  StepImage* steps;          // [ranks of the launch][chunks][step_capacity + 1][lanes], or null
+  TileImage* images;          // [ranks of the launch][chunks][image_capacity], or null
+  LogCursor* images_written;  // [ranks of the launch][chunks]
+  StepImage* steps;           // [ranks of the launch][chunks][step_capacity + 1][lanes], or null
   uint32_t image_capacity;
-  uint32_t step_capacity;  // launches
+  uint32_t step_capacity;  // launches; where the last ones are kept a power of two
 };
 static_assert(sizeof(LaunchArgs) <= 32764, "a kernel's parameters hold at most 32,764 bytes");
 

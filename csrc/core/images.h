@@ -56,6 +56,13 @@ FLASHMOE_HD uint32_t image_bytes(uint32_t ranks) {
 }
 static_assert(sizeof(ReturnPath) == 16, "a bulk copy moves multiples of 16 bytes");
 
+// How far a log has come that all launches write into.
+struct alignas(16) LogCursor {
+  uint64_t count;  // ever written
+  uint32_t next;   // where the next one goes
+  uint32_t unused;
+};
+
 // Steps of a launch before the roles part, which every lane goes through.
 enum class Step : uint32_t { kGate = 0, kCounts = 1, kPlan = 2, kDispatch = 3 };
 inline constexpr uint32_t kSteps = 4;
@@ -67,9 +74,9 @@ struct alignas(64) StepImage {
   uint64_t left_ns;         // 0: not yet
   uint16_t iter;            // as in a Record
   uint16_t iter_flags;
-  uint32_t tokens;        // that the CTA has routed
-  uint32_t counts_bytes;  // that this lane speaks for
-  uint32_t cycles;        // from begin to end
+  uint32_t tokens;  // that the CTA has routed
+  uint32_t sm;      // physical SM (%smid)
+  uint32_t cycles;  // from begin to end
 };
 static_assert(sizeof(StepImage) == 64, "no two lanes share more than a line");
 

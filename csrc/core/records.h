@@ -26,7 +26,8 @@ struct alignas(16) Record {
 };
 static_assert(sizeof(Record) == 32, "Record is 32 bytes in the file format");
 
-// Written by the one actor that owns the ring.  128 bytes, so that no two actors share a line.
+// Written by the one actor that owns the ring.  128 bytes, so that no two actors share a line.  On a GPU an actor writes how
+// far it has come; the host knows the rest (flashmoe/world/images.py).
 struct alignas(128) RingHeader {
   uint64_t count;     // records ever written; never saturates, so drops = max(0, count - capacity)
   uint64_t begin_ns;  // of the last launch
@@ -36,11 +37,12 @@ struct alignas(128) RingHeader {
   uint32_t magic;         // kRingMagic once the actor has begun
   uint32_t capacity;      // records
   uint16_t rank;
-  uint16_t sm;   // physical SM (%smid) on a GPU, index of the thread group on the host
-  uint16_t cta;  // index of the CTA within its rank
-  uint8_t lane;  // Lane
-  uint8_t mode;  // RingMode
-  uint8_t reserved[64];
+  uint16_t sm;    // physical SM (%smid) on a GPU, index of the thread group on the host
+  uint16_t cta;   // index of the CTA within its rank
+  uint8_t lane;   // Lane
+  uint8_t mode;   // RingMode
+  uint32_t next;  // for the writer alone: where the next record goes, if the last ones are kept
+  uint8_t reserved[60];
 };
 static_assert(sizeof(RingHeader) == 128, "RingHeader is 128 bytes in the file format");
 

@@ -34,13 +34,6 @@ struct TileLog<false> {};
 
 namespace flashmoe {
 
-// Where in a log with so much room, which keeps what came last, the next one goes.  Nearly always by 32 bits: a division
-// of 64 is a hundred instructions.
-FLASHMOE_HD uint32_t place_of(uint64_t written, uint32_t room) {
-  return written >> 32 == 0 ? static_cast<uint32_t>(written) % room
-                            : static_cast<uint32_t>(written % room);
-}
-
 template <class P>
 struct TraceState<P, true> {
   RingHeader* ring;
@@ -56,18 +49,20 @@ struct TraceState<P, true> {
   uint32_t place;    // of the next record, where the last ones are kept
   StepImage* steps;  // of this launch, on a GPU
 
-  FLASHMOE_HD static uint64_t written_into(const RingHeader* ring) { return ring->count; }
+  FLASHMOE_HD static LogCursor written_into(const RingHeader* ring) {
+    return {ring->count, ring->next};
+  }
 
-  // Before begin(): the actor's ring is the one at `index`, of `ring_capacity` records, into which `written` have
-  // been written.
+  // Before begin(): the actor's ring is the one at `index`, of `ring_capacity` records, which has come as far as
+  // `written`.
   FLASHMOE_HD void record_into(RingHeader* rings, Record* all, uint64_t index,
-                               uint32_t ring_capacity, bool keeps_last, uint64_t written) {
+                               uint32_t ring_capacity, bool keeps_last, const LogCursor& written) {
     ring = rings + index;
     records = all + index * ring_capacity;
     capacity = ring_capacity;
     keep_last = keeps_last ? 1 : 0;
-    count = written;
-    place = keeps_last && ring_capacity != 0 ? place_of(written, ring_capacity) : 0;
+    count = written.count;
+    place = written.next;
   }
 
   FLASHMOE_HD void begin_ring(uint32_t iteration, uint16_t rank, uint16_t sm, uint16_t cta,
@@ -76,6 +71,7 @@ struct TraceState<P, true> {
     iter_flags = iteration < 0xffffu ? 0 : kFlagIterWrapped;
     begin_ns = last_ns = P::now_ns();
     begin_cycles = P::cycles();
+    if constexpr (P::kImages) return;
     ring->begin_ns = begin_ns;
     ring->end_ns = 0;
     ring->begin_cycles = begin_cycles;
@@ -97,22 +93,31 @@ struct TraceState<P, true> {
     } else {
       write(EventKind::k_launch, 0, begin_ns, now - begin_ns, kNoPeer, kNoExpert, kNoTile,
             saturate_u32(cycles - begin_cycles), 0);
+      ring->end_ns = now;
+      ring->end_cycles = cycles;
     }
-    ring->end_ns = now;
-    ring->end_cycles = cycles;
+    publish();
+  }
+
+  // Lets a reader see what has been written, and the next launch go on from there.
+  FLASHMOE_HD void publish() {
     ring->count = count;
+    ring->next = place;
   }
 
   // Before begin_ring(): the lane's images of all launches, one behind the other `stride` apart, and one behind the last
-  // for launches that are not kept.
+  // for launches that are not kept.  Where the last ones are, `most` is a power of two.
   FLASHMOE_HD void steps_into(StepImage* of_lane, uint32_t stride, uint32_t most,
                               uint32_t iteration) {
-    const uint32_t at = keep_last != 0 ? iteration % most : iteration < most ? iteration : most;
+    const uint32_t at = keep_last != 0     ? iteration & (most - 1)
+                        : iteration < most ? iteration
+                                           : most;
     steps = of_lane + static_cast<uint64_t>(at) * stride;
   }
-  FLASHMOE_HD void begin_steps() {
+  FLASHMOE_HD void begin_steps(uint32_t sm) {
     StepImage s{};
     s.begin_ns = begin_ns;
+    s.sm = sm;
     s.iter = iter;
     s.iter_flags = iter_flags;
     *steps = s;
@@ -127,7 +132,7 @@ struct TraceState<P, true> {
   FLASHMOE_HD void open_wait(EventKind kind, uint64_t from, uint16_t peer, uint16_t expert,
                              uint32_t tile, uint32_t lacking) {
     write(kind, kFlagOpen, from, 0, peer, expert, tile, lacking, 0);
-    ring->count = count;
+    publish();
   }
 
   // Where the next record goes; null where it is only counted.
@@ -168,23 +173,24 @@ struct TraceState<P, true> {
 template <>
 struct TileLog<true> {
   TileImage* images;
-  uint64_t* written;           // for the host, of all launches
+  LogCursor* written;          // of all launches
   uint64_t count;              // the same, kept here meanwhile
   uint64_t scheduled_from_ns;  // of the tile that is handed over next
   uint32_t capacity;
   uint32_t place;  // of the next image; its capacity once it is full and keeps what came first
   uint32_t keep_last;
 
-  FLASHMOE_HD void begin(TileImage* of_cta, uint64_t* count_word, uint64_t so_far, uint32_t most,
-                         bool keeps_last) {
+  FLASHMOE_HD void begin(TileImage* of_cta, LogCursor* cursor, const LogCursor& so_far,
+                         uint32_t most, bool keeps_last) {
     images = of_cta;
-    written = count_word;
-    count = so_far;
+    written = cursor;
+    count = so_far.count;
+    place = so_far.next;
     capacity = most;
     keep_last = keeps_last ? 1 : 0;
-    place =
-        keeps_last ? place_of(so_far, most) : static_cast<uint32_t>(so_far < most ? so_far : most);
   }
+  // For the host, and for the next launch to go on from.
+  FLASHMOE_HD void publish() const { *written = {count, place, 0}; }
 
   // Where the next image goes; null where it is only counted.
   FLASHMOE_HD TileImage* next_place() {

@@ -66,7 +66,7 @@ __device__ __forceinline__ void enter(Shared<kTraced>& sh, const LaunchArgs& arg
   const int lane = led_lane();
   const uint64_t actor = static_cast<uint64_t>(blockIdx.x) * kLanes + lane;  // if it leads one
   const bool schedules = lane == static_cast<int>(Lane::k_sched);
-  [[maybe_unused]] uint64_t written = 0, images = 0;
+  [[maybe_unused]] LogCursor written{}, images{};
   if constexpr (kTraced) {
     if (lane >= 0) written = GpuActor<kTraced>::written_into(args.rings + actor);
     if (schedules) images = args.images_written[blockIdx.x];
@@ -122,7 +122,7 @@ __device__ __forceinline__ void enter(Shared<kTraced>& sh, const LaunchArgs& arg
     a.cta = static_cast<uint16_t>(place.chunk);
     a.begin(epoch, epoch - 1 - args.iteration_base);
     if constexpr (kTraced) {
-      a.begin_steps();
+      a.begin_steps(a.sm);
       if (schedules) {
         sh.log.begin(args.images + static_cast<uint64_t>(blockIdx.x) * args.image_capacity,
                      args.images_written + blockIdx.x, images, args.image_capacity,
@@ -247,20 +247,16 @@ template <bool kTraced>
 __device__ inline void send_counts(Shared<kTraced>& sh, const Place& place) {
   const Shape& shape = sh.shape;
   const uint32_t* own = own_rows(sh, place);
-  uint32_t share = 0;
   if (shape.world == 1) {  // for the diagnosis alone: the rank has summed them itself
     uint64_t* words = counts_words(place.heap, sh.layout, shape, place.epoch, place.rank);
     for (uint32_t e = place.chunk + threadIdx.x * shape.chunks; e < shape.experts;
          e += kThreads * shape.chunks) {
       ptx::store_relaxed_sys(words + e, static_cast<uint64_t>(place.epoch) << 32 | own[e]);
     }
-    if constexpr (kTraced) {
-      share = place.chunk < shape.experts ? ceil_div(shape.experts - place.chunk, shape.chunks) : 0;
-    }
   } else if (threadIdx.x < 32) {
-    share = place.chunk < shape.experts
-                ? ceil_div(shape.experts - place.chunk, shape.chunks) * shape.world
-                : 0;
+    const uint32_t share = place.chunk < shape.experts
+                               ? ceil_div(shape.experts - place.chunk, shape.chunks) * shape.world
+                               : 0;
     for (uint32_t i = threadIdx.x; i < share; i += 32) {
       const uint32_t to = i % shape.world, e = place.chunk + i / shape.world * shape.chunks;
       uint64_t* word = counts_words(sh.heaps[to], sh.layout, shape, place.epoch, place.rank) + e;
@@ -279,7 +275,7 @@ __device__ inline void send_counts(Shared<kTraced>& sh, const Place& place) {
       }
     }
   }
-  mark_all(sh, Step::kCounts, &StepImage::counts_bytes, threadIdx.x == 0 ? share * 8 : 0);
+  mark_all(sh, Step::kCounts);
 }
 
 // Until the counts of all other ranks are here.  Nothing is written to a peer's rows before.

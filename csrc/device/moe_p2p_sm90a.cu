@@ -31,7 +31,7 @@ extern "C" __global__ void flashmoe_clock_probe(uint64_t* out, char* scratch,
   actor.slot = slot;
   actor.record_into(reinterpret_cast<RingHeader*>(scratch),
                     reinterpret_cast<Record*>(scratch + sizeof(RingHeader) * 2), 0, kRecords, false,
-                    0);
+                    {});
   actor.abort_word = &never;
   actor.begin(1, 0);
   const uint64_t begin_ns = ptx::globaltimer(), begin_cycles = clock64();

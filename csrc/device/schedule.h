@@ -209,7 +209,7 @@ struct TaskRing {
     ptx::mbarrier_arrive(&sh.task_full[handed % kTasks]);
     if constexpr (kTraced) {
       ptx::bulk_wait_all();
-      *sh.log.written = sh.log.count;
+      sh.log.publish();
     }
   }
 };

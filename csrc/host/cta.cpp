@@ -37,7 +37,7 @@ void Cta<kTraced>::run(Lane lane) {
   a.slot = &m_.slots[actor];
   if constexpr (kTraced) {
     a.record_into(m_.rings.get(), m_.records.get(), actor, m_.config.ring_capacity,
-                  m_.config.keep_last, m_.rings[actor].count);
+                  m_.config.keep_last, LaneActor::written_into(&m_.rings[actor]));
   }
   a.abort_word = heap_.at<uint64_t>(l_.abort_word);
   a.deadline_ns = epoch_ == 1 ? m_.config.first_deadline_ns : m_.config.deadline_ns;

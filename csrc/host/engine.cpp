@@ -328,7 +328,7 @@ double Engine::record_cost_ns() {
   RingHeader ring{};
   Actor<HostPlatform, true> a{};
   a.slot = &slot;
-  a.record_into(&ring, records.data(), 0, kRecords, false, 0);
+  a.record_into(&ring, records.data(), 0, kRecords, false, {});
   a.begin(1, 0);
   double best = std::numeric_limits<double>::max();
   for (int attempt = 0; attempt < 5; ++attempt) {

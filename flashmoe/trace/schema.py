@@ -186,7 +186,8 @@ RING_HEADER: Final = np.dtype(
         ("cta", "<u2"),
         ("lane", "u1"),
         ("mode", "u1"),
-        ("reserved", "u1", (64,)),
+        ("next", "<u4"),
+        ("reserved", "u1", (60,)),
         ("padding", "u1", (8,)),  # what alignas(128) adds
     ]
 )
@@ -228,6 +229,7 @@ TILE_IMAGE: Final = np.dtype(
         ("returns", _RETURN_PATH, (8,)),
     ]
 )
+LOG_CURSOR: Final = np.dtype([("count", "<u8"), ("next", "<u4"), ("unused", "<u4")])
 STEP_IMAGE: Final = np.dtype(
     [
         ("begin_ns", "<u8"),
@@ -236,7 +238,7 @@ STEP_IMAGE: Final = np.dtype(
         ("iter", "<u2"),
         ("iter_flags", "<u2"),
         ("tokens", "<u4"),
-        ("counts_bytes", "<u4"),
+        ("sm", "<u4"),
         ("cycles", "<u4"),
     ]
 )

@@ -15,6 +15,7 @@ import torch
 from flashmoe import tuning
 from flashmoe.errors import FlashmoeError
 from flashmoe.trace import schema
+from flashmoe.trace.schema import RingMode
 from flashmoe.weights import torch_dtype
 from flashmoe.world import arguments, sizing
 from flashmoe.world.base import (
@@ -31,6 +32,7 @@ from flashmoe.world.base import (
 from flashmoe.world.gpu_abort import AbortWords
 from flashmoe.world.gpu_clock import GpuClock, measure_clock
 from flashmoe.world.gpu_results import HeapReader
+from flashmoe.world.images import Work
 from flashmoe.world.kernel import (
     ARCH,
     LANES,
@@ -249,10 +251,12 @@ class GpuEngine:
         self._slots_address, self._slots = self._make_slots(actors)
         # An untraced engine's is of no CTA.
         self._trace = TraceMemory(
-            self.options.traced * actors // LANES,
+            self.local if self.options.traced else (),
+            self.sms_per_rank,
             self.ring_capacity,
             self._image_capacity,
             self._step_capacity,
+            RingMode.KEEP_LAST if self.options.ring_mode == "keep-last" else RingMode.KEEP_FIRST,
             self.device,
         )
         self._allocate_heaps()
@@ -298,7 +302,6 @@ class GpuEngine:
             slots=self._slots_address,
             fault=arguments.fault_args(options.faults),
             **self._trace.arguments(),
-            keep_last=options.ring_mode == "keep-last",
             # Below zero once the epoch has begun anew; the kernel subtracts it in 32 bits.
             iteration_base=self._iteration_base & 0xFFFFFFFF,
             by_units=self._by_units,
@@ -473,14 +476,16 @@ class GpuEngine:
     def rings(self) -> RingDump:
         """Every actor's ring since construction or ``reset_rings``."""
         options = self.options
-        return self._trace.dump(
-            self._iterations(),
-            gathers=options.ranks == 1 and options.in_place,
+        work = Work(
             ranks=options.ranks,
+            chunks=self.sms_per_rank,
+            experts=self.config.experts,
             top_k=self.config.top_k,
             hidden=self.config.hidden,
             columns=extension().TILE_WEIGHT_ROWS // 2,
+            gathers=options.ranks == 1 and options.in_place,
         )
+        return self._trace.dump(self._iterations(), work)
 
     def _iterations(self) -> int:
         """Launches since the rings were emptied."""

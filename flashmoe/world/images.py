@@ -54,41 +54,70 @@ class Images:
     steps: np.ndarray
     launches: int
 
-    def behind(self, others: Images | None) -> Images:
+    def behind(self, others: Images) -> Images:
         """With the launches of ``others``, which came before."""
-        if others is None:
-            return self
         steps = np.concatenate([others.steps, self.steps], axis=1)
         return Images(self.tiles, self.tiles_made, steps, others.launches + self.launches)
 
 
-def with_images(
-    dump: RingDump,
-    images: Images,
-    *,
-    capacity: int,
-    gathers: bool,
-    ranks: int,
-    top_k: int,
-    hidden: int,
-    columns: int,
-) -> RingDump:
+@dataclass(frozen=True)
+class Work:
+    """What the traced launches do, as far as it says what their records hold.
+
+    ``gathers``: comm warps bring rows of tiles; ``chunks``: CTAs of a rank; ``columns``: weight
+    rows of a math group's half of a tile.
+    """
+
+    ranks: int
+    chunks: int
+    experts: int
+    top_k: int
+    hidden: int
+    columns: int
+    gathers: bool
+
+
+def headers_of(
+    written: np.ndarray, last: np.ndarray, ranks: Sequence[int], capacity: int, mode: RingMode
+) -> np.ndarray:
+    """RING_HEADER [n]: those of n actors, which on a GPU write no more of it than ``count``, into
+    ``written``.
+
+    ``last``: STEP_IMAGE [CTAs, lanes] of each one's last launch; ``ranks``: those of the CTAs, each
+    of as many.
+    """
+    headers = np.zeros(len(written), schema.RING_HEADER)
+    steps = last.reshape(-1)
+    began = steps["begin_ns"] != 0
+    cta, lane = np.divmod(np.arange(len(headers)), schema.N_LANES)
+    chunks = max(1, len(last) // max(1, len(ranks)))
+    headers["count"], headers["capacity"], headers["mode"] = written["count"], capacity, mode
+    headers["magic"] = schema.RING_MAGIC
+    headers["rank"] = np.repeat(np.asarray(ranks, np.uint16), chunks * schema.N_LANES)
+    headers["cta"], headers["lane"], headers["sm"] = cta % chunks, lane, steps["sm"]
+    headers["begin_ns"], headers["end_ns"] = steps["begin_ns"], steps["left_ns"]
+    # More than 32 bits hold is unknown.
+    headers["end_cycles"] = np.where(steps["cycles"] < LONGEST, steps["cycles"], 0)
+    headers[~began] = np.zeros((), schema.RING_HEADER)
+    return headers
+
+
+def with_images(dump: RingDump, images: Images, work: Work, *, capacity: int) -> RingDump:
     """``dump`` with the records of tiles and first steps among those that the lanes wrote
     themselves.
 
-    ``capacity`` is the most records of an actor, ``gathers`` whether comm warps bring rows of
-    tiles, ``columns`` the weight rows of a math group's half of a tile.  Of what was not kept
-    nobody knows how many records it would have made: a tile counts as one of each lane that has to
-    do with every tile, a launch as one of each.
+    ``capacity`` is the most records of an actor.  Of what was not kept nobody knows how many
+    records it would have made: a tile counts as one of each lane that has to do with every tile, a
+    launch as one of each.
     """
-    made = _Made(dump, images, gathers)
-    for lane, cta, steps in _steps(images.steps, dump.headers, top_k, hidden):
+    made = _Made(dump, images, work.gathers)
+    for lane, cta, steps in _steps(images.steps, dump.headers, work):
         made.add(lane, cta, steps)
     for cta, waits in _together(made.own):
         for lane in Lane:
             if lane is not Lane.SCHED:
                 made.add(lane, cta, waits)
-    for lane, tile, spans in _tiles(made.tiles, made.cta, ranks, hidden, columns):
+    for lane, tile, spans in _tiles(made.tiles, made.cta, work):
         made.add(lane, made.cta[tile], spans)
     return made.merged(capacity)
 
@@ -349,7 +378,7 @@ def _begun(
 
 
 def _steps(
-    steps: np.ndarray, headers: np.ndarray, top_k: int, hidden: int
+    steps: np.ndarray, headers: np.ndarray, work: Work
 ) -> Iterator[tuple[Lane, np.ndarray, _Spans]]:
     """(lane, the CTAs they are of, spans): the first steps of launches, and launches themselves."""
     of_ctas = headers[:: schema.N_LANES]
@@ -358,7 +387,7 @@ def _steps(
         images = steps[cta, launch, lane]
         begin = images["begin_ns"]
         # Rows that stay in place: warp w of 12 speaks for the w-th, and every 12th from there.
-        rows, warps = images["tokens"].astype(np.int64) * top_k, np.array(WARPS[lane])
+        rows, warps = images["tokens"].astype(np.int64) * work.top_k, np.array(WARPS[lane])
         share = np.maximum((rows[:, None] + 11 - warps) // 12, 0).sum(axis=1)
 
         for step, kind in STEP_KIND.items():
@@ -368,11 +397,14 @@ def _steps(
             if step is Step.GATE:
                 records["tile"], records["aux"] = chunk["cta"], images["tokens"][of]
             elif step is Step.COUNTS:
-                records["aux"] = images["counts_bytes"][of]
+                # One warp sends them, those of every chunks-th expert to each rank.
+                sent = -(-(work.experts - chunk["cta"].astype(np.int64)) // work.chunks)
+                sent = np.maximum(sent, 0) * (lane is Lane.LOAD) * work.ranks
+                records["aux"] = 8 * sent
             elif step is Step.DISPATCH:
                 records["peer"], records["expert"] = chunk["rank"], 0
                 records["tile"] = chunk["cta"]
-                records["aux"] = np.minimum(share * hidden * 2, LONGEST)[of]
+                records["aux"] = np.minimum(share * work.hidden * 2, LONGEST)[of]
             yield lane, cta[of], _Spans(records, _STEP)
         of = np.flatnonzero(images["left_ns"])
         records = _begun(images[of], EventKind.LAUNCH, begin[of], images["left_ns"][of])
@@ -412,7 +444,7 @@ def _at(images: np.ndarray, cta: np.ndarray, group: int, cycles: np.ndarray) -> 
 
 
 def _tiles(
-    images: np.ndarray, cta: np.ndarray, ranks: int, hidden: int, columns: int
+    images: np.ndarray, cta: np.ndarray, work: Work
 ) -> Iterator[tuple[Lane, np.ndarray, _Spans]]:
     """(lane, the images they are of, spans), each actor's in the order of an image's steps.
 
@@ -453,15 +485,15 @@ def _tiles(
         records["stall_cycles"] = stamps["stall_cycles"]
         until = np.minimum(images["wait_to"], stamps["begin_ns"])
         yield lane, every, awaited(every, records, until)
-        column = tile["col_tile"].astype(np.int64) * 2 * columns + group * columns
-        of = np.flatnonzero((tile["gemm"] == 2) & (column < hidden))
-        row_bytes = 2 * np.minimum(columns, hidden - column[of])
+        column = (tile["col_tile"].astype(np.int64) * 2 + group) * work.columns
+        of = np.flatnonzero((tile["gemm"] == 2) & (column < work.hidden))
+        row_bytes = 2 * np.minimum(work.columns, work.hidden - column[of])
         rows = tile["rows"][of].astype(np.int64)
         records = records_of(of, EventKind.GIVE_BACK, products[of], end[of])
         records["aux"] = rows * row_bytes
         yield lane, of, _Spans(records, _TILE)
         first = np.zeros(len(of), np.int64)
-        for turn in range(ranks):
+        for turn in range(work.ranks):
             to = np.flatnonzero(first < rows)
             path, at = images["returns"][of[to], turn], end[of[to]]
             until_row = np.minimum(path["end"] - tile["row0"][of[to]].astype(np.int64), rows[to])

@@ -54,8 +54,9 @@ def tiles_of(capacity: int) -> int:
 
 
 def launches_of(capacity: int) -> int:
-    """Launches whose first steps are kept beside rings of so many records."""
-    return max(1, capacity // 8)
+    """Launches whose first steps are kept beside rings of so many records: a power of two, by which
+    a kernel that keeps the last ones finds a launch's place."""
+    return 1 << max(1, capacity // 8).bit_length() - 1
 
 
 def image_capacity(config: MoEConfig, tokens: Sequence[int], shape: Mapping[str, Any]) -> int:
@@ -76,7 +77,9 @@ def trace_bytes(ctas: int, capacity: int, tiles: int, launches: int) -> int:
     records and the first steps of ``launches`` and one more, and images of ``tiles``."""
     lane = capacity * schema.RECORD.itemsize + schema.RING_HEADER.itemsize
     lane += (launches + 1) * schema.STEP_IMAGE.itemsize
-    return ctas * (schema.N_LANES * lane + tiles * schema.TILE_IMAGE.itemsize + 8)
+    return ctas * (
+        schema.N_LANES * lane + tiles * schema.TILE_IMAGE.itemsize + schema.LOG_CURSOR.itemsize
+    )
 
 
 def gpu_bytes(config: MoEConfig, tokens: Sequence[int], heap_bytes: int) -> int:

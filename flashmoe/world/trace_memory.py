@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from flashmoe.trace import schema
+from flashmoe.trace.schema import RingMode
 from flashmoe.world.base import RingDump
 from flashmoe.world.gpu_results import read_images, read_rings
-from flashmoe.world.images import Images, with_images
+from flashmoe.world.images import Images, Work, headers_of, with_images
 
 
 class TraceMemory:
-    """On a device, of so many CTAs: a ring of ``records`` records a lane, images of ``tiles``
-    tiles a CTA, and the first steps of ``launches`` launches a lane.
+    """On a device, of the CTAs of ``ranks``, ``chunks`` each: a ring of ``records`` records a lane,
+    images of ``tiles`` tiles a CTA, and the first steps of ``launches`` launches a lane.
 
     Methods take the launches that there were since epochs began, less those before the rings were
     emptied.
     """
 
     def __init__(
-        self, ctas: int, records: int, tiles: int, launches: int, device: torch.device
+        self,
+        ranks: Sequence[int],
+        chunks: int,
+        records: int,
+        tiles: int,
+        launches: int,
+        mode: RingMode,
+        device: torch.device,
     ) -> None:
         def memory(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=torch.uint8, device=device)
 
-        lanes = schema.N_LANES
+        lanes, ctas = schema.N_LANES, len(ranks) * chunks
+        self._ranks, self._mode = ranks, mode
         self._capacity, self._tiles, self._launches = records, tiles, launches
         self._headers = memory(ctas * lanes, schema.RING_HEADER.itemsize)
         self._records = memory(ctas * lanes, records, schema.RECORD.itemsize)
         self._images = memory(ctas, tiles, schema.TILE_IMAGE.itemsize)
-        self._images_made = torch.empty(ctas, dtype=torch.int64, device=device)
+        self._images_made = memory(ctas, schema.LOG_CURSOR.itemsize)
         # One more, for launches that are not kept.
         self._steps = memory(ctas, launches + 1, lanes, schema.STEP_IMAGE.itemsize)
         self.empty()
@@ -43,6 +53,7 @@ class TraceMemory:
             "rings": self._headers.data_ptr(),
             "records": self._records.data_ptr(),
             "ring_capacity": self._capacity,
+            "keep_last": self._mode is RingMode.KEEP_LAST,
             "images": self._images.data_ptr(),
             "images_written": self._images_made.data_ptr(),
             "steps": self._steps.data_ptr(),
@@ -54,30 +65,25 @@ class TraceMemory:
         """There is nothing in it any more."""
         for counts in (self._headers, self._images_made, self._steps):
             counts.zero_()
-        self._aside: Images | None = None
+        self._aside: tuple[Images, np.ndarray] | None = None
 
     def put_steps_aside(self, launches: int) -> None:
         """Before epochs begin anew: a launch's steps lie where its iteration says, and what is
         there already would be overwritten."""
-        images = self._read_images(launches)
-        self._aside = replace(images, steps=images.steps.copy())
+        self._aside = self._read(launches)
         self._steps.zero_()
 
-    def dump(
-        self, launches: int, *, gathers: bool, ranks: int, top_k: int, hidden: int, columns: int
-    ) -> RingDump:
+    def dump(self, launches: int, work: Work) -> RingDump:
         """All rings; see :func:`flashmoe.world.images.with_images`."""
-        return with_images(
-            read_rings(self._headers, self._records, self._capacity),
-            self._read_images(launches),
-            capacity=self._capacity,
-            gathers=gathers,
-            ranks=ranks,
-            top_k=top_k,
-            hidden=hidden,
-            columns=columns,
-        )
+        images, last = self._read(launches)
+        rings = read_rings(self._headers, self._records, self._capacity)
+        headers = headers_of(rings.headers, last, self._ranks, self._capacity, self._mode)
+        return with_images(RingDump(headers, rings.records), images, work, capacity=self._capacity)
 
-    def _read_images(self, launches: int) -> Images:
-        images = read_images(self._images, self._images_made, self._steps, launches)
-        return images.behind(self._aside)
+    def _read(self, launches: int) -> tuple[Images, np.ndarray]:
+        """Images, also those put aside, and each lane's last first steps."""
+        images, last = read_images(self._images, self._images_made, self._steps, launches)
+        if self._aside is None:
+            return images, last
+        before, last_before = self._aside
+        return images.behind(before), np.where(last["begin_ns"] != 0, last, last_before)

@@ -14,10 +14,12 @@ from flashmoe.trace.rings import from_dump
 from flashmoe.trace.schema import EventKind, Lane, RingMode
 from flashmoe.world.base import EngineOptions, RingDump
 from flashmoe.world.gpu_engine import GpuEngine
-from flashmoe.world.images import Images, with_images
+from flashmoe.world.images import Images, Work, with_images
 from flashmoe.world.trace_memory import TraceMemory
 
-HIDDEN, COLUMNS, RANKS, TOP_K = 320, 128, 3, 2
+WORK = Work(ranks=3, chunks=4, experts=10, top_k=2, hidden=320, columns=128, gathers=True)
+HIDDEN, COLUMNS, RANKS, TOP_K = WORK.hidden, WORK.columns, WORK.ranks, WORK.top_k
+RANK, CHUNK = 2, 1
 
 
 @dataclass
@@ -78,15 +80,17 @@ def cta_of(rng: np.random.Generator, launches: int, tiles: int) -> Cta:
         for lane, model in lanes.items():
             step, n, common = steps[launch, lane], int(lane), {"iter": launch}
             step["begin_ns"] = model.last = clock
-            step["iter"], step["tokens"], step["counts_bytes"] = launch, tokens, 8 * n
+            step["iter"], step["tokens"], step["sm"] = launch, tokens, 77
             gate = clock + 320 + 32 * n
-            model.span(EventKind.GATE, gate, False, **common, tile=5, aux=tokens)
+            model.span(EventKind.GATE, gate, False, **common, tile=CHUNK, aux=tokens)
             if waits:
                 # The scheduler waits for all, and writes that down; the others' gates end sooner.
                 mine = lane is Lane.SCHED
                 model.waited(EventKind.WAIT_BARRIER, clock + 512, clock + 640, mine, **common)
             counts, plan = clock + 704 + 32 * n, clock + 960
-            model.span(EventKind.COUNTS, counts, False, **common, aux=8 * n)
+            # Of 10 experts every 4th from the CTA's own on: 3 of 3 ranks.
+            sent = 8 * 3 * 3 if lane is Lane.LOAD else 0
+            model.span(EventKind.COUNTS, counts, False, **common, aux=sent)
             model.span(EventKind.PLAN, plan, False, **common)
             step["end_ns"] = [gate, counts, plan, 0]
             warps = {Lane.MATH0: range(4, 8), Lane.MATH1: range(8, 12)}.get(lane, [n])
@@ -96,7 +100,7 @@ def cta_of(rng: np.random.Generator, launches: int, tiles: int) -> Cta:
             if share:
                 model.span(
                     EventKind.DISPATCH, moved, False, **common,
-                    peer=2, expert=0, tile=5, aux=share * HIDDEN * 2,
+                    peer=RANK, expert=0, tile=CHUNK, aux=share * HIDDEN * 2,
                 )  # fmt: skip
             else:
                 model.last = moved
@@ -209,7 +213,7 @@ def dump_of(ctas: list[Cta], capacity: int, mode: RingMode) -> RingDump:
     """Their rings, as a kernel with room for ``capacity`` records each leaves them."""
     models = [cta.lanes[lane] for cta in ctas for lane in Lane]
     headers = np.zeros(len(models), schema.RING_HEADER)
-    headers["rank"], headers["cta"], headers["magic"] = 2, 5, schema.RING_MAGIC
+    headers["rank"], headers["cta"], headers["magic"] = RANK, CHUNK, schema.RING_MAGIC
     records = np.zeros((len(models), capacity), schema.RECORD)
     for i, model in enumerate(models):
         own = as_records(model.own)
@@ -241,10 +245,7 @@ def dumped(
     steps = np.stack([log_of(cta.steps, launches, mode) for cta in ctas])
     made = np.array([len(cta.tiles) for cta in ctas])
     images = Images(tiles, made, steps, len(ctas[0].steps))
-    return with_images(
-        dump_of(ctas, ring, mode), images,
-        capacity=capacity, gathers=True, ranks=RANKS, top_k=TOP_K, hidden=HIDDEN, columns=COLUMNS,
-    )  # fmt: skip
+    return with_images(dump_of(ctas, ring, mode), images, WORK, capacity=capacity)
 
 
 def in_order(dump: RingDump) -> list[np.ndarray]:
@@ -336,9 +337,7 @@ def test_nothing_comes_of_an_untraced_run() -> None:
     empty = RingDump(np.zeros(0, schema.RING_HEADER), np.zeros((0, 0), schema.RECORD))
     tiles, steps = np.zeros((0, 0), schema.TILE_IMAGE), np.zeros((0, 0, 6), schema.STEP_IMAGE)
     images = Images(tiles, np.zeros(0, np.int64), steps, 3)
-    untraced = with_images(
-        empty, images, capacity=9, gathers=True, ranks=1, top_k=2, hidden=64, columns=COLUMNS
-    )
+    untraced = with_images(empty, images, WORK, capacity=9)
     assert untraced.records.shape == (0, 0)
 
 
@@ -354,9 +353,7 @@ def test_a_wait_ends_before_what_ends_at_the_same_tick() -> None:
     steps["begin_ns"], steps["end_ns"] = 1024, [2048, 4096, 4160, 0]
     steps["left_ns"] = 4160
     images = Images(np.zeros((1, 0), schema.TILE_IMAGE), np.zeros(1, np.int64), steps, 1)
-    told = in_order(
-        with_images(dump, images, capacity=99, gathers=True, ranks=1, top_k=1, hidden=64, columns=1)
-    )
+    told = in_order(with_images(dump, images, WORK, capacity=99))
     for lane, records in zip(Lane, told, strict=True):
         names = [schema.NAME_OF[one] for one in records["kind"]]
         opened = ["wait_barrier"] if lane is Lane.SCHED else []
@@ -369,14 +366,11 @@ def test_launches_before_epochs_began_anew_are_told_too() -> None:
     made = np.array([len(cta.tiles)])
     before = Images(cta.tiles[None, :0], made * 0, cta.steps[None, :2], 2)
     after = Images(cta.tiles[None], made, cta.steps[None, 2:], 1)
-    dump = with_images(
-        dump_of([cta], 4096, RingMode.KEEP_FIRST), after.behind(before),
-        capacity=4096, gathers=True, ranks=RANKS, top_k=TOP_K, hidden=HIDDEN, columns=COLUMNS,
-    )  # fmt: skip
+    rings = dump_of([cta], 4096, RingMode.KEEP_FIRST)
+    dump = with_images(rings, after.behind(before), WORK, capacity=4096)
     assert not from_dump(dump).dropped.any()
     for ours, lane in zip(in_order(dump), Lane, strict=True):
         np.testing.assert_array_equal(ours, as_records(cta.lanes[lane].all), err_msg=lane.name)
-    assert after.behind(None) is after
 
 
 def test_actors_that_never_began_lost_nothing() -> None:
@@ -385,9 +379,7 @@ def test_actors_that_never_began_lost_nothing() -> None:
     dump.headers["magic"], dump.headers["count"], dump.headers["capacity"] = 0, 0, 0
     steps = np.zeros((1, 1, 6), schema.STEP_IMAGE)
     images = Images(np.zeros((1, 0), schema.TILE_IMAGE), np.zeros(1, np.int64), steps, 2)
-    told = with_images(
-        dump, images, capacity=99, gathers=True, ranks=1, top_k=1, hidden=64, columns=1
-    )
+    told = with_images(dump, images, WORK, capacity=99)
     assert not told.headers["count"].any() and not told.headers["capacity"].any()
 
 
@@ -400,22 +392,46 @@ def test_an_engine_hands_over_what_its_kernel_left() -> None:
     cta = cta_of(np.random.default_rng(7), 3, 5)
     engine = GpuEngine.__new__(GpuEngine)
     engine.options = EngineOptions(ranks=RANKS, traced=True)
-    engine.config = MoEConfig(HIDDEN, 256, experts=8, top_k=TOP_K)
-    memory = engine._trace = TraceMemory(1, 4096, 20, 8, torch.device("cpu"))
-    dump = dump_of([cta], 4096, RingMode.KEEP_FIRST)
-    memory._headers[:], memory._records[:] = as_bytes(dump.headers), as_bytes(dump.records)
-    memory._images[0, :15], memory._images_made[0] = as_bytes(cta.tiles), 15
+    engine.config = MoEConfig(HIDDEN, 256, experts=WORK.experts, top_k=TOP_K)
+    engine.sms_per_rank = WORK.chunks
+    device, mode = torch.device("cpu"), RingMode.KEEP_FIRST
+    memory = engine._trace = TraceMemory((RANK,), WORK.chunks, 4096, 20, 8, mode, device)
+    dump = dump_of([cta], 4096, mode)
+    # Of a header only the count, and of the other CTAs nothing.
+    counts = np.zeros(len(Lane), schema.RING_HEADER)
+    counts["count"] = dump.headers["count"]
+    lanes = slice(CHUNK * len(Lane), (CHUNK + 1) * len(Lane))
+    memory._headers[lanes], memory._records[lanes] = as_bytes(counts), as_bytes(dump.records)
+    cursor = np.zeros(1, schema.LOG_CURSOR)
+    cursor["count"] = 15
+    memory._images[CHUNK, :15], memory._images_made[CHUNK] = as_bytes(cta.tiles), as_bytes(cursor)
 
     def told() -> list[np.ndarray]:
-        return in_order(engine.rings())
+        rings = in_order(engine.rings())
+        assert not any(len(own) for own in rings[: lanes.start] + rings[lanes.stop :])
+        return rings[lanes]
+
+    def check_headers(launch: int) -> None:
+        headers = engine.rings().headers
+        assert not headers[: lanes.start]["magic"].any()
+        mine, steps = headers[lanes], cta.steps[launch]
+        assert (mine["magic"] == schema.RING_MAGIC).all() and (mine["sm"] == 77).all()
+        assert (mine["rank"] == RANK).all() and (mine["cta"] == CHUNK).all()
+        assert mine["lane"].tolist() == list(Lane) and (mine["mode"] == mode).all()
+        np.testing.assert_array_equal(mine["begin_ns"], steps["begin_ns"])
+        np.testing.assert_array_equal(mine["end_ns"], steps["left_ns"])
+        assert (mine["end_cycles"] - mine["begin_cycles"] == 1234).all()
 
     # Two launches, of which the second is run again as the third: its steps lie in the same place.
-    memory._steps[0, :2] = as_bytes(cta.steps[:2])
+    memory._steps[CHUNK, :2] = as_bytes(cta.steps[:2])
     engine._launches, engine._iteration_base = 2, 0
+    check_headers(1)
     memory.put_steps_aside(engine._iterations())
     assert not memory._steps.any()
-    memory._steps[0, 1] = as_bytes(cta.steps[2])
+    check_headers(1)
+    memory._steps[CHUNK, 1] = as_bytes(cta.steps[2])
     engine._launches, engine._iteration_base = 1, -1
+    check_headers(2)
     for ours, lane in zip(told(), Lane, strict=True):
         np.testing.assert_array_equal(ours, as_records(cta.lanes[lane].all), err_msg=lane.name)
     engine._write_args = lambda: None  # type: ignore[method-assign]
@@ -424,10 +440,25 @@ def test_an_engine_hands_over_what_its_kernel_left() -> None:
     assert not any(len(records) for records in told())
 
 
+@pytest.mark.parametrize("mode", list(RingMode))
+def test_headers_are_of_the_last_launch_whether_it_was_kept(mode: RingMode) -> None:
+    """Of five launches two are kept, and the last one lies where those lie that are not."""
+    cta = cta_of(np.random.default_rng(9), 5, 1)
+    memory = TraceMemory((RANK,), 1, 64, 8, 2, mode, torch.device("cpu"))
+    cta.steps["cycles"][4, 0] = 0xFFFFFFFF  # or more: unknown
+    for launch, steps in enumerate(cta.steps):
+        place = launch % 2 if mode is RingMode.KEEP_LAST else min(launch, 2)
+        memory._steps[0, place] = as_bytes(steps)
+    headers = memory.dump(5, WORK).headers
+    np.testing.assert_array_equal(headers["begin_ns"], cta.steps[4]["begin_ns"])
+    assert headers["end_cycles"].tolist() == [0, *[1234] * 5]
+
+
 def test_an_untraced_engine_has_no_trace() -> None:
-    memory = TraceMemory(0, 4096, 20, 8, torch.device("cpu"))
+    device = torch.device("cpu")
+    memory = TraceMemory((), WORK.chunks, 4096, 20, 8, RingMode.KEEP_LAST, device)
     addresses = {name: memory.arguments()[name] for name in ("rings", "records", "images", "steps")}
     assert not any(addresses.values())
     memory.put_steps_aside(3)
-    told = memory.dump(5, gathers=True, ranks=1, top_k=2, hidden=64, columns=COLUMNS)
+    told = memory.dump(5, WORK)
     assert len(told.headers) == 0 and told.records.shape == (0, 0)

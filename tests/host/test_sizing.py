@@ -80,6 +80,7 @@ def test_rings_hold_launches_and_have_an_end(tokens: int, most: bool) -> None:
 def test_images_take_no_more_than_the_rings_beside_them(capacity: int) -> None:
     tiles, launches = sizing.tiles_of(capacity), sizing.launches_of(capacity)
     assert 1 <= launches <= tiles <= max(1, capacity // 4)
+    assert launches.bit_count() == 1
     rings = sizing.trace_bytes(10, capacity, 0, 0)
     assert sizing.trace_bytes(10, capacity, tiles, launches) < 2 * rings
 
@@ -90,5 +91,5 @@ def test_bytes_on_a_gpu_are_those_of_its_tensors() -> None:
     assert sizing.gpu_bytes(UNEVEN, (7, 9), 1000) == due
     ring = schema.RING_HEADER.itemsize + 11 * schema.RECORD.itemsize
     steps = (17 + 1) * schema.STEP_IMAGE.itemsize
-    due = 5 * (6 * (ring + steps) + 13 * schema.TILE_IMAGE.itemsize + 8)
+    due = 5 * (6 * (ring + steps) + 13 * schema.TILE_IMAGE.itemsize + 16)
     assert sizing.trace_bytes(5, 11, 13, 17) == due

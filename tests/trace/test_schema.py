@@ -141,6 +141,7 @@ def test_offsets_are_those_the_compiler_gives(tmp_path: Path) -> None:
         "FlightSlot": schema.FLIGHT_SLOT,
         "TileImage": schema.TILE_IMAGE,
         "StepImage": schema.STEP_IMAGE,
+        "LogCursor": schema.LOG_CURSOR,
         "Tile": schema.TILE_IMAGE["tile"],
         "TileStamps": schema.TILE_IMAGE["stamps"].base,
         "LoadStamps": schema.TILE_IMAGE["loads"].base,
