@@ -32,7 +32,7 @@ from flashmoe.world.base import (
 from flashmoe.world.gpu_abort import AbortWords
 from flashmoe.world.gpu_clock import GpuClock, measure_clock
 from flashmoe.world.gpu_results import HeapReader
-from flashmoe.world.images import Work
+from flashmoe.world.image_spans import Work
 from flashmoe.world.kernel import (
     ARCH,
     LANES,

@@ -12,7 +12,8 @@ from flashmoe.trace import schema
 from flashmoe.trace.schema import RingMode
 from flashmoe.world.base import RingDump
 from flashmoe.world.gpu_results import read_images, read_rings
-from flashmoe.world.images import Images, Work, headers_of, with_images
+from flashmoe.world.image_spans import Work
+from flashmoe.world.images import Images, headers_of, with_images
 
 
 class TraceMemory:

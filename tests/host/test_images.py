@@ -14,7 +14,8 @@ from flashmoe.trace.rings import from_dump
 from flashmoe.trace.schema import EventKind, Lane, RingMode
 from flashmoe.world.base import EngineOptions, RingDump
 from flashmoe.world.gpu_engine import GpuEngine
-from flashmoe.world.images import Images, Work, with_images
+from flashmoe.world.image_spans import Work
+from flashmoe.world.images import Images, with_images
 from flashmoe.world.trace_memory import TraceMemory
 
 WORK = Work(ranks=3, chunks=4, experts=10, top_k=2, hidden=320, columns=128, gathers=True)
