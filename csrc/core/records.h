@@ -32,7 +32,7 @@ struct alignas(128) RingHeader {
   uint64_t count;     // records ever written; never saturates, so drops = max(0, count - capacity)
   uint64_t begin_ns;  // of the last launch
   uint64_t end_ns;    // of the last launch; 0 while it runs or if it never ended
-  uint64_t begin_cycles;  // SM clock at begin_ns
+  uint64_t begin_cycles;  // SM clock at begin_ns; from a GPU 0
   uint64_t end_cycles;    // SM clock at end_ns
   uint32_t magic;         // kRingMagic once the actor has begun
   uint32_t capacity;      // records

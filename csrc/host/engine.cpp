@@ -175,6 +175,7 @@ void Engine::resize_pools(uint32_t pool_rows, const std::vector<char*>* heaps) {
     // Where the undone launch overwrote older records, none of the ring can be told from it.
     const bool wrapped = machine_.config.keep_last && ring.count > ring.capacity;
     ring.count = wrapped ? 0 : ring_counts_before_[i];
+    ring.next = ring.capacity == 0 ? 0 : static_cast<uint32_t>(ring.count % ring.capacity);
   }
 }
 

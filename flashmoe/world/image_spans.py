@@ -137,33 +137,67 @@ def spans_together(written: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, 
         yield np.full(len(waits), cta), Spans(waits, Source.TOGETHER)
 
 
-def _at(images: np.ndarray, cta: np.ndarray, group: int, cycles: np.ndarray) -> np.ndarray:
-    """uint64 [n], ns: when, after a math group had begun each tile, its SM's clock stood at
-    ``cycles``, uint32.
+def _paces(
+    images: np.ndarray, cta: np.ndarray, steps: np.ndarray, group: int, lane: Lane
+) -> np.ndarray:
+    """float64 [n], ns a cycle: how the SM's clock goes as a math group multiplies each tile.
 
-    That clock goes as it does from a tile's begin to that of the next one which the CTA runs in the
-    same launch, for the last from the one before, and for a tile alone as while it was loaded.
+    As it does from a tile's begin to that of the next one which the CTA runs in the same launch.
+    For the last of a launch as in the whole of it; where that never ended, as from the tile before,
+    and for a tile alone as while it was loaded.
     """
-    stamps = images["stamps"][:, group]
-    begin, clock = stamps["begin_ns"], stamps["begin_cycles"]
+    begin, clock = (images["stamps"][name][:, group] for name in ("begin_ns", "begin_cycles"))
     load = images["loads"][:, 0]
-    took, ticks = load["end_ns"] - load["begin_ns"], load["cycles"].copy()
-    to_next, ticks_to_next = begin[1:] - begin[:-1], clock[1:] - clock[:-1]
-    launch = [cta, images["iter"], images["iter_flags"]]
-    follows = np.all([of[1:] == of[:-1] for of in launch], axis=0) & (to_next < _WRAPS_NS)
-    took[1:][follows], ticks[1:][follows] = to_next[follows], ticks_to_next[follows]
-    took[:-1][follows], ticks[:-1][follows] = to_next[follows], ticks_to_next[follows]
-    since = (cycles - clock) * (took / np.maximum(ticks, 1))
-    at: np.ndarray = begin + np.rint(since).astype(np.uint64)
-    return at
+    pace = _ns_per_cycle(load["end_ns"] - load["begin_ns"], load["cycles"])
+    launch = _launches_of(begin, cta, steps[:, :, lane])
+    to_next = begin[1:] - begin[:-1]
+    follows = np.all(
+        [of[1:] == of[:-1] for of in (cta, launch, images["iter"], images["iter_flags"])], axis=0
+    ) & (to_next < _WRAPS_NS)
+    between = _ns_per_cycle(to_next, clock[1:] - clock[:-1])
+    pace[1:][follows] = between[follows]
+    known = np.flatnonzero(launch >= 0)
+    whole = steps[cta[known], launch[known], lane]
+    ended = (whole["left_ns"] != 0) & (whole["cycles"] < LONGEST)
+    whole = whole[ended]
+    pace[known[ended]] = _ns_per_cycle(whole["left_ns"] - whole["begin_ns"], whole["cycles"])
+    pace[:-1][follows] = between[follows]
+    return pace
+
+
+def _ns_per_cycle(took: np.ndarray, cycles: np.ndarray) -> np.ndarray:
+    pace: np.ndarray = took / np.maximum(cycles, 1)
+    return pace
+
+
+def _launches_of(begin: np.ndarray, cta: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """int [n]: of ``steps``, STEP_IMAGE [CTAs, launches], those in which tiles began, -1 where that
+    launch was not kept.
+
+    ``begin``: of each tile, of the CTA that ``cta`` says, which does not fall.
+    """
+    launch = np.full(len(begin), -1)
+    bounds = np.searchsorted(cta, np.arange(len(steps) + 1))
+    for of_cta, first, end in zip(steps, bounds, bounds[1:], strict=False):
+        begun = np.flatnonzero(of_cta["begin_ns"])
+        if not len(begun) or first == end:
+            continue
+        begun = begun[np.argsort(of_cta["begin_ns"][begun], kind="stable")]
+        tiles = begin[first:end]
+        at = np.searchsorted(of_cta["begin_ns"][begun], tiles, "right") - 1
+        found = begun[np.maximum(at, 0)]
+        left = of_cta["left_ns"][found]
+        launch[first:end] = np.where((at >= 0) & ((left == 0) | (tiles <= left)), found, -1)
+    return launch
 
 
 def spans_of_tiles(
-    images: np.ndarray, cta: np.ndarray, work: Work
+    images: np.ndarray, cta: np.ndarray, steps: np.ndarray, work: Work
 ) -> Iterator[tuple[Lane, np.ndarray, Spans]]:
     """(lane, the images they are of, spans), each actor's in the order of an image's steps.
 
-    ``cta``: that of each of ``images``, of which a CTA's are in order.
+    ``cta``: that of each of ``images``, of which a CTA's are in order; ``steps``: STEP_IMAGE [CTAs,
+    launches, lanes].
     """
     every = np.arange(len(images))
     tile = images["tile"]
@@ -193,8 +227,11 @@ def spans_of_tiles(
     for group, lane in enumerate((Lane.MATH0, Lane.MATH1)):
         stamps = images["stamps"][:, group]
         kind = np.where(tile["gemm"] == 1, np.uint8(EventKind.GEMM1), np.uint8(EventKind.GEMM2))
-        products = _at(images, cta, group, stamps["products_cycles"])
-        end = _at(images, cta, group, stamps["end_cycles"])
+        pace = _paces(images, cta, steps, group, lane)
+        products, end = (
+            stamps["begin_ns"] + np.rint((at - stamps["begin_cycles"]) * pace).astype(np.uint64)
+            for at in (stamps["products_cycles"], stamps["end_cycles"])
+        )
         records = records_of(every, kind, stamps["begin_ns"], products)
         records["aux"] = stamps["products_cycles"] - stamps["begin_cycles"]
         records["stall_cycles"] = stamps["stall_cycles"]

@@ -91,7 +91,7 @@ def with_images(dump: RingDump, images: Images, work: Work, *, capacity: int) ->
         for lane in Lane:
             if lane is not Lane.SCHED:
                 made.add(lane, cta, waits)
-    for lane, tile, spans in spans_of_tiles(made.tiles, made.cta, work):
+    for lane, tile, spans in spans_of_tiles(made.tiles, made.cta, images.steps, work):
         made.add(lane, made.cta[tile], spans)
     return made.merged(capacity)
 

@@ -18,7 +18,7 @@ from flashmoe.errors import FlashmoeError
 from flashmoe.trace.diagnosis import diagnose
 from flashmoe.trace.schema import ActorState, EventKind, RecordFlag
 from flashmoe.world import host
-from flashmoe.world.base import EngineOptions, Fault, Status
+from flashmoe.world.base import EngineOptions, Fault, RingMode, Status
 
 from .layers import SMALL, engine_for, forward, layer
 
@@ -191,14 +191,18 @@ def test_launches_after_an_overflow_start_afresh() -> None:
     assert torch.equal(y, forward(what, [40]).y)
 
 
-def test_pools_below_the_worst_case_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ring_mode", ["keep-first", "keep-last"])
+def test_pools_below_the_worst_case_grow(
+    monkeypatch: pytest.MonkeyPatch, ring_mode: RingMode
+) -> None:
     # All tokens go to the first rank's two experts: three times the mean.
     what = layer(EXTERNAL, 96)
     what.ids = torch.tensor([[1, 0]] * 96, dtype=torch.int32)
     expected = forward(what, [96]).y
     monkeypatch.setattr(host, "available_bytes", lambda: 1 << 10)
     monkeypatch.setattr(host, "_require_memory", lambda needed: None)
-    with engine_for(what, [32] * 3, traced=True, sms_per_rank=1) as engine:
+    options = {"traced": True, "ring_mode": ring_mode}
+    with engine_for(what, [32] * 3, sms_per_rank=1, **options) as engine:
         first, second = engine.launch(), engine.launch()
         assert first.status is second.status is Status.OK
         assert (first.rows_needed, second.rows_needed) == (192, 0)
