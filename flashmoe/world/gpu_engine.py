@@ -130,15 +130,10 @@ class GpuEngine:
         total = torch.cuda.get_device_properties(self.device).total_memory
         self._shape = self._make_shape(pool_rows, total)
         self._layout = self._heap_layout(self._shape)
-        self.ring_capacity = options.ring_capacity or sizing.ring_capacity(
-            config, self.tokens, self._shape, self._cut.waves
+        self._trace_room = sizing.trace_room(
+            config, self.tokens, self._shape, self._cut.waves, options.ring_capacity
         )
-        self._step_capacity = sizing.launches_of(self.ring_capacity)
-        if options.ring_capacity is None:
-            self._image_capacity = sizing.image_capacity(config, self.tokens, self._shape)
-            self._step_capacity = min(self._step_capacity, sizing.MOST_LAUNCHES)
-        else:
-            self._image_capacity = sizing.tiles_of(options.ring_capacity)
+        self.ring_capacity = self._trace_room.records
         self._check_memory(weights)
         self._weights = self._place_weights(weights)
         self._iteration_base = 0
@@ -204,10 +199,7 @@ class GpuEngine:
         tokens = [self.tokens[r] for r in self.local]
         needed = moved + sizing.gpu_bytes(self.config, tokens, self._layout["bytes"])
         if self.options.traced:
-            ctas = len(self.local) * self.sms_per_rank
-            needed += sizing.trace_bytes(
-                ctas, self.ring_capacity, self._image_capacity, self._step_capacity
-            )
+            needed += self._trace_room.bytes_of(len(self.local) * self.sms_per_rank)
         free, _ = torch.cuda.mem_get_info(self.device)
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         if needed > free:
@@ -253,9 +245,7 @@ class GpuEngine:
         self._trace = TraceMemory(
             self.local if self.options.traced else (),
             self.sms_per_rank,
-            self.ring_capacity,
-            self._image_capacity,
-            self._step_capacity,
+            self._trace_room,
             RingMode.KEEP_LAST if self.options.ring_mode == "keep-last" else RingMode.KEEP_FIRST,
             self.device,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flashmoe.trace import schema
@@ -72,14 +73,36 @@ def _tiles(config: MoEConfig, tokens: Sequence[int], shape: Mapping[str, Any]) -
     return 2 * row_tiles * columns // int(shape["chunks"])
 
 
-def trace_bytes(ctas: int, capacity: int, tiles: int, launches: int) -> int:
-    """Bytes that the trace of so many CTAs takes on a GPU: of each lane a ring of ``capacity``
-    records and the first steps of ``launches`` and one more, and images of ``tiles``."""
-    lane = capacity * schema.RECORD.itemsize + schema.RING_HEADER.itemsize
-    lane += (launches + 1) * schema.STEP_IMAGE.itemsize
-    return ctas * (
-        schema.N_LANES * lane + tiles * schema.TILE_IMAGE.itemsize + schema.LOG_CURSOR.itemsize
-    )
+@dataclass(frozen=True)
+class TraceRoom:
+    """What the trace of a CTA on a GPU has room for: ``records`` and the first steps of
+    ``launches`` of each lane, and images of ``tiles``."""
+
+    records: int
+    tiles: int
+    launches: int
+
+    def bytes_of(self, ctas: int) -> int:
+        """Bytes that so many CTAs take: of first steps there is one place more."""
+        lane = self.records * schema.RECORD.itemsize + schema.RING_HEADER.itemsize
+        lane += (self.launches + 1) * schema.STEP_IMAGE.itemsize
+        images = self.tiles * schema.TILE_IMAGE.itemsize + schema.LOG_CURSOR.itemsize
+        return ctas * (schema.N_LANES * lane + images)
+
+
+def trace_room(
+    config: MoEConfig,
+    tokens: Sequence[int],
+    shape: Mapping[str, Any],
+    waves: int,
+    records: int | None,
+) -> TraceRoom:
+    """Room beside rings of ``records`` records, or, if None, of :func:`ring_capacity`."""
+    if records:
+        return TraceRoom(records, tiles_of(records), launches_of(records))
+    records = ring_capacity(config, tokens, shape, waves)
+    launches = min(launches_of(records), MOST_LAUNCHES)
+    return TraceRoom(records, image_capacity(config, tokens, shape), launches)
 
 
 def gpu_bytes(config: MoEConfig, tokens: Sequence[int], heap_bytes: int) -> int:

@@ -14,11 +14,12 @@ from flashmoe.world.base import RingDump
 from flashmoe.world.gpu_results import read_images, read_rings
 from flashmoe.world.image_spans import Work
 from flashmoe.world.images import Images, headers_of, with_images
+from flashmoe.world.sizing import TraceRoom
 
 
 class TraceMemory:
-    """On a device, of the CTAs of ``ranks``, ``chunks`` each: a ring of ``records`` records a lane,
-    images of ``tiles`` tiles a CTA, and the first steps of ``launches`` launches a lane.
+    """On a device, of the CTAs of ``ranks``, ``chunks`` each: rings, images of tiles, and the first
+    steps of launches, as many as there is ``room`` for.
 
     Methods take the launches that there were since epochs began, less those before the rings were
     emptied.
@@ -28,9 +29,7 @@ class TraceMemory:
         self,
         ranks: Sequence[int],
         chunks: int,
-        records: int,
-        tiles: int,
-        launches: int,
+        room: TraceRoom,
         mode: RingMode,
         device: torch.device,
     ) -> None:
@@ -38,14 +37,13 @@ class TraceMemory:
             return torch.empty(shape, dtype=torch.uint8, device=device)
 
         lanes, ctas = schema.N_LANES, len(ranks) * chunks
-        self._ranks, self._mode = ranks, mode
-        self._capacity, self._tiles, self._launches = records, tiles, launches
+        self._ranks, self._room, self._mode = ranks, room, mode
         self._headers = memory(ctas * lanes, schema.RING_HEADER.itemsize)
-        self._records = memory(ctas * lanes, records, schema.RECORD.itemsize)
-        self._images = memory(ctas, tiles, schema.TILE_IMAGE.itemsize)
+        self._records = memory(ctas * lanes, room.records, schema.RECORD.itemsize)
+        self._images = memory(ctas, room.tiles, schema.TILE_IMAGE.itemsize)
         self._images_made = memory(ctas, schema.LOG_CURSOR.itemsize)
         # One more, for launches that are not kept.
-        self._steps = memory(ctas, launches + 1, lanes, schema.STEP_IMAGE.itemsize)
+        self._steps = memory(ctas, room.launches + 1, lanes, schema.STEP_IMAGE.itemsize)
         self.empty()
 
     def arguments(self) -> dict[str, Any]:
@@ -53,13 +51,13 @@ class TraceMemory:
         return {
             "rings": self._headers.data_ptr(),
             "records": self._records.data_ptr(),
-            "ring_capacity": self._capacity,
+            "ring_capacity": self._room.records,
             "keep_last": self._mode is RingMode.KEEP_LAST,
             "images": self._images.data_ptr(),
             "images_written": self._images_made.data_ptr(),
             "steps": self._steps.data_ptr(),
-            "image_capacity": self._tiles,
-            "step_capacity": self._launches,
+            "image_capacity": self._room.tiles,
+            "step_capacity": self._room.launches,
         }
 
     def empty(self) -> None:
@@ -77,9 +75,10 @@ class TraceMemory:
     def dump(self, launches: int, work: Work) -> RingDump:
         """All rings; see :func:`flashmoe.world.images.with_images`."""
         images, last = self._read(launches)
-        rings = read_rings(self._headers, self._records, self._capacity)
-        headers = headers_of(rings.headers, last, self._ranks, self._capacity, self._mode)
-        return with_images(RingDump(headers, rings.records), images, work, capacity=self._capacity)
+        capacity = self._room.records
+        rings = read_rings(self._headers, self._records, capacity)
+        headers = headers_of(rings.headers, last, self._ranks, capacity, self._mode)
+        return with_images(RingDump(headers, rings.records), images, work, capacity=capacity)
 
     def _read(self, launches: int) -> tuple[Images, np.ndarray]:
         """Images, also those put aside, and each lane's last first steps."""

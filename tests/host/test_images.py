@@ -16,6 +16,7 @@ from flashmoe.world.base import EngineOptions, RingDump
 from flashmoe.world.gpu_engine import GpuEngine
 from flashmoe.world.image_spans import Work
 from flashmoe.world.images import Images, with_images
+from flashmoe.world.sizing import TraceRoom
 from flashmoe.world.trace_memory import TraceMemory
 
 WORK = Work(ranks=3, chunks=4, experts=10, top_k=2, hidden=320, columns=128, gathers=True)
@@ -427,7 +428,7 @@ def test_an_engine_hands_over_what_its_kernel_left() -> None:
     engine.config = MoEConfig(HIDDEN, 256, experts=WORK.experts, top_k=TOP_K)
     engine.sms_per_rank = WORK.chunks
     device, mode = torch.device("cpu"), RingMode.KEEP_FIRST
-    memory = engine._trace = TraceMemory((RANK,), WORK.chunks, 4096, 20, 8, mode, device)
+    memory = engine._trace = TraceMemory((RANK,), WORK.chunks, TraceRoom(4096, 20, 8), mode, device)
     dump = dump_of([cta], 4096, mode)
     # Of a header only the count, and of the other CTAs nothing.
     counts = np.zeros(len(Lane), schema.RING_HEADER)
@@ -476,7 +477,7 @@ def test_an_engine_hands_over_what_its_kernel_left() -> None:
 def test_headers_are_of_the_last_launch_whether_it_was_kept(mode: RingMode) -> None:
     """Of five launches two are kept, and the last one lies where those lie that are not."""
     cta = cta_of(np.random.default_rng(9), 5, 1)
-    memory = TraceMemory((RANK,), 1, 64, 8, 2, mode, torch.device("cpu"))
+    memory = TraceMemory((RANK,), 1, TraceRoom(64, 8, 2), mode, torch.device("cpu"))
     cta.steps["cycles"][4, 0] = 0xFFFFFFFF  # or more: unknown
     for launch, steps in enumerate(cta.steps):
         place = launch % 2 if mode is RingMode.KEEP_LAST else min(launch, 2)
@@ -488,7 +489,7 @@ def test_headers_are_of_the_last_launch_whether_it_was_kept(mode: RingMode) -> N
 
 def test_an_untraced_engine_has_no_trace() -> None:
     device = torch.device("cpu")
-    memory = TraceMemory((), WORK.chunks, 4096, 20, 8, RingMode.KEEP_LAST, device)
+    memory = TraceMemory((), WORK.chunks, TraceRoom(4096, 20, 8), RingMode.KEEP_LAST, device)
     addresses = {name: memory.arguments()[name] for name in ("rings", "records", "images", "steps")}
     assert not any(addresses.values())
     memory.put_steps_aside(3)

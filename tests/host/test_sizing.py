@@ -74,6 +74,12 @@ def test_rings_hold_launches_and_have_an_end(tokens: int, most: bool) -> None:
     tiles = sizing.image_capacity(config, (tokens, tokens), shape)
     assert tiles <= found
     assert (tiles == sizing.tiles_of(sizing.MOST_RECORDS)) == most
+    launches = min(sizing.launches_of(found), sizing.MOST_LAUNCHES)
+    room = sizing.trace_room(config, (tokens, tokens), shape, 2, None)
+    assert room == sizing.TraceRoom(found, tiles, launches)
+    # Asked for, all follows the rings.
+    room = sizing.trace_room(config, (tokens, tokens), shape, 2, 1 << 20)
+    assert room == sizing.TraceRoom(1 << 20, 1 << 18, 1 << 17)
 
 
 @pytest.mark.parametrize("capacity", [1, 7, 8, 1000])
@@ -81,8 +87,8 @@ def test_images_take_no_more_than_the_rings_beside_them(capacity: int) -> None:
     tiles, launches = sizing.tiles_of(capacity), sizing.launches_of(capacity)
     assert 1 <= launches <= tiles <= max(1, capacity // 4)
     assert launches.bit_count() == 1
-    rings = sizing.trace_bytes(10, capacity, 0, 0)
-    assert sizing.trace_bytes(10, capacity, tiles, launches) < 2 * rings
+    rings = sizing.TraceRoom(capacity, 0, 0).bytes_of(10)
+    assert sizing.TraceRoom(capacity, tiles, launches).bytes_of(10) < 2 * rings
 
 
 def test_bytes_on_a_gpu_are_those_of_its_tensors() -> None:
@@ -92,4 +98,4 @@ def test_bytes_on_a_gpu_are_those_of_its_tensors() -> None:
     ring = schema.RING_HEADER.itemsize + 11 * schema.RECORD.itemsize
     steps = (17 + 1) * schema.STEP_IMAGE.itemsize
     due = 5 * (6 * (ring + steps) + 13 * schema.TILE_IMAGE.itemsize + 16)
-    assert sizing.trace_bytes(5, 11, 13, 17) == due
+    assert sizing.TraceRoom(11, 13, 17).bytes_of(5) == due
