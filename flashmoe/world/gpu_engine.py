@@ -352,7 +352,7 @@ class GpuEngine:
                 "use fewer tokens (-T)",
             )
         iteration = self._iterations() - 1
-        self._trace.put_steps_aside(self._iterations())
+        self._trace.put_steps_aside(self._iterations(), first=iteration)
         self._allocate_heaps()
         self._clear_slots()
         self._launches = 0
@@ -521,7 +521,7 @@ class GpuEngine:
             heap[: self._layout["pool"]].zero_()
         torch.cuda.synchronize(self.device)
         self._clear_slots()
-        self._trace.put_steps_aside(self._iterations())
+        self._trace.put_steps_aside(self._iterations(), first=0)
         self._launches = 0
         self._iteration_base = 0
         self._write_args()

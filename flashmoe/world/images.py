@@ -36,8 +36,8 @@ class Images:
     """What the kernel left beside the rings, of n CTAs.
 
     ``tiles``: TILE_IMAGE [n, tiles each]; ``tiles_made``: int64 [n], how many each has made, of
-    which a full log kept what its rings keep.  ``steps``: STEP_IMAGE [n, launches, lanes], those
-    never begun zero; ``launches``: how many there were.
+    which a full log kept what its rings keep.  ``steps``: STEP_IMAGE [n, launches, lanes], zero
+    where there is none; ``launches``: how many there were, of which some may have had no room.
     """
 
     tiles: np.ndarray
@@ -107,7 +107,8 @@ class _Made:
         self._last = bool((dump.headers["mode"] == RingMode.KEEP_LAST).any())
         room = images.tiles.shape[1]
         self._tiles_lost = np.maximum(images.tiles_made - room, 0)
-        self._launches_lost = max(0, images.launches - images.steps.shape[1])
+        kept_launches = int(images.steps["begin_ns"].any(axis=(0, 2)).sum())
+        self._launches_lost = max(0, images.launches - kept_launches)
         kept = [
             np.roll(own, -(int(count) % room)) if self._last and count > room else own[:count]
             for own, count in zip(images.tiles, images.tiles_made, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,7 @@ class TraceMemory:
     """On a device, of the CTAs of ``ranks``, ``chunks`` each: rings, images of tiles, and the first
     steps of launches, as many as there is ``room`` for.
 
-    Methods take the launches that there were since epochs began, less those before the rings were
-    emptied.
+    ``launches``, which methods take, is the iteration that the next launch would be.
     """
 
     def __init__(
@@ -65,11 +65,13 @@ class TraceMemory:
         for counts in (self._headers, self._images_made, self._steps):
             counts.zero_()
         self._aside: tuple[Images, np.ndarray] | None = None
+        self._first = 0  # iteration of the first launch that has not been put aside
 
-    def put_steps_aside(self, launches: int) -> None:
-        """Before epochs begin anew: a launch's steps lie where its iteration says, and what is
-        there already would be overwritten."""
+    def put_steps_aside(self, launches: int, first: int) -> None:
+        """Before iterations go on from ``first``, which there was: a launch's steps lie where its
+        iteration says, and what is there already would be overwritten."""
         self._aside = self._read(launches)
+        self._first = first
         self._steps.zero_()
 
     def dump(self, launches: int, work: Work) -> RingDump:
@@ -83,6 +85,7 @@ class TraceMemory:
     def _read(self, launches: int) -> tuple[Images, np.ndarray]:
         """Images, also those put aside, and each lane's last first steps."""
         images, last = read_images(self._images, self._images_made, self._steps, launches)
+        images = replace(images, launches=launches - self._first)
         if self._aside is None:
             return images, last
         before, last_before = self._aside

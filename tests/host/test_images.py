@@ -459,7 +459,7 @@ def test_an_engine_hands_over_what_its_kernel_left() -> None:
     memory._steps[CHUNK, :2] = as_bytes(cta.steps[:2])
     engine._launches, engine._iteration_base = 2, 0
     check_headers(1)
-    memory.put_steps_aside(engine._iterations())
+    memory.put_steps_aside(engine._iterations(), first=1)
     assert not memory._steps.any()
     check_headers(1)
     memory._steps[CHUNK, 1] = as_bytes(cta.steps[2])
@@ -487,11 +487,29 @@ def test_headers_are_of_the_last_launch_whether_it_was_kept(mode: RingMode) -> N
     assert headers["end_cycles"].tolist() == [0, *cta.steps["cycles"][4, 1:]]
 
 
+@pytest.mark.parametrize(("mode", "lost"), [(RingMode.KEEP_FIRST, 5), (RingMode.KEEP_LAST, 3)])
+def test_launches_without_room_count_once(mode: RingMode, lost: int) -> None:
+    """There is room for two; the fifth is run again, as the sixth, with its number."""
+    cta = cta_of(np.random.default_rng(10), 7, 0)
+    memory = TraceMemory((RANK,), 1, TraceRoom(64, 8, 2), mode, torch.device("cpu"))
+
+    def run(launch: int, iteration: int) -> None:
+        place = iteration % 2 if mode is RingMode.KEEP_LAST else min(iteration, 2)
+        memory._steps[0, place] = as_bytes(cta.steps[launch])
+
+    for launch in range(5):
+        run(launch, launch)
+    memory.put_steps_aside(5, first=4)
+    for launch in range(5, 7):
+        run(launch, launch - 1)
+    assert from_dump(memory.dump(6, WORK)).dropped.tolist() == [lost] * len(Lane)
+
+
 def test_an_untraced_engine_has_no_trace() -> None:
     device = torch.device("cpu")
     memory = TraceMemory((), WORK.chunks, TraceRoom(4096, 20, 8), RingMode.KEEP_LAST, device)
     addresses = {name: memory.arguments()[name] for name in ("rings", "records", "images", "steps")}
     assert not any(addresses.values())
-    memory.put_steps_aside(3)
+    memory.put_steps_aside(3, first=0)
     told = memory.dump(5, WORK)
     assert len(told.headers) == 0 and told.records.shape == (0, 0)
