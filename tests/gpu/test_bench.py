@@ -138,6 +138,7 @@ def test_nothing_of_use_is_in_l2_before_a_work() -> None:
     for _ in range(31):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         work.run()
+        torch.cuda._sleep(1 << 20)  # half a millisecond: all that follows is enqueued meanwhile
         begin.record()
         work.run()
         end.record()
