@@ -98,25 +98,25 @@ def read_rings(headers: torch.Tensor, records: torch.Tensor, capacity: int) -> R
 
 
 def read_images(
-    tiles: torch.Tensor, tiles_made: torch.Tensor, steps: torch.Tensor, launches: int
+    tiles: torch.Tensor, tiles_made: torch.Tensor, steps: torch.Tensor, launches: range
 ) -> tuple[Images, np.ndarray]:
     """What n CTAs left of their tiles and launches, as far as their logs are filled, and the first
     steps of each lane's last launch, STEP_IMAGE [n, lanes], zero where it began none.
 
     Bytes: ``tiles`` uint8 [n, capacity, image], ``tiles_made`` uint8 [n, cursor], ``steps`` uint8
-    [n, capacity + 1, lanes, image].
+    [n, capacity + 1, lanes, image], of the iterations ``launches``.
     """
     cursors = tiles_made.cpu().numpy().reshape(-1).view(schema.LOG_CURSOR)
     made = cursors["count"].astype(np.int64)
     stored = min(tiles.shape[1], int(made.max(initial=0)))
     kept = tiles[:, :stored].contiguous().cpu().numpy()
-    begun = min(steps.shape[1] - 1, launches)
+    begun = min(steps.shape[1] - 1, launches.stop)
     # The last place is that of launches which are not kept: the last one lies there.
     every = torch.cat([steps[:, :begun], steps[:, -1:]], dim=1).cpu().numpy()
     of_steps = every.reshape(-1).view(schema.STEP_IMAGE).reshape(every.shape[:3])
     of_tiles = kept.reshape(-1).view(schema.TILE_IMAGE).reshape(kept.shape[:2])
     last = of_steps["begin_ns"].argmax(axis=1)[:, None]
     return (
-        Images(of_tiles, made, of_steps[:, :begun], launches),
+        Images(of_tiles, made, of_steps[:, :begun], len(launches)),
         np.take_along_axis(of_steps, last, axis=1)[:, 0],
     )

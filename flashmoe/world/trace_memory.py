@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -84,8 +83,8 @@ class TraceMemory:
 
     def _read(self, launches: int) -> tuple[Images, np.ndarray]:
         """Images, also those put aside, and each lane's last first steps."""
-        images, last = read_images(self._images, self._images_made, self._steps, launches)
-        images = replace(images, launches=launches - self._first)
+        since = range(self._first, launches)
+        images, last = read_images(self._images, self._images_made, self._steps, since)
         if self._aside is None:
             return images, last
         before, last_before = self._aside
