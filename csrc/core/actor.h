@@ -2,7 +2,7 @@
 // its ring (trace_state.h).
 //
 // How to record (device and host alike):
-//   1. begin(...) when the actor enters a launch; it starts the clock of the first span;
+//   1. begin(...) when the actor enters a launch; it starts the clock of the first span (on a GPU begin_launch() does);
 //   2. span(kind, ...) at the end of each piece of work: it lasts from the end of the span before, so
 //      spans never overlap and every nanosecond has an owner;  skip() instead leaves the time idle;
 //   3. wait(...) for anything another CTA or rank must do first;
@@ -65,7 +65,10 @@ struct Actor : TraceState<P, kTraced> {
     cut_short = 0;
     note(ActorState::kRunning, {EventKind::k_launch, kNoPeer, kNoExpert, kNoTile}, 0, 0,
          P::now_ns());
-    if constexpr (kTraced) this->begin_ring(iteration, rank, sm, cta, lane);
+    if constexpr (kTraced && !P::kImages) {
+      this->begin_launch(iteration);
+      this->begin_header(rank, sm, cta, lane);
+    }
   }
 
   FLASHMOE_HD void end(ActorState state) {

@@ -6,10 +6,19 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/events.h"
 #include "core/plan.h"
 #include "core/sizes.h"
 
 namespace flashmoe {
+
+// An iteration as an image, or a record, holds it.
+FLASHMOE_HD uint16_t iter_of(uint32_t iteration) {
+  return static_cast<uint16_t>(iteration < 0xffffu ? iteration : 0xffffu);
+}
+FLASHMOE_HD uint8_t iter_flags_of(uint32_t iteration) {
+  return iteration < 0xffffu ? 0 : kFlagIterWrapped;
+}
 
 // Where a GEMM2 tile's rows of one source go: row i of the expert, i < end, to base + i * row_bytes.
 struct alignas(16) ReturnPath {
@@ -67,11 +76,12 @@ struct alignas(16) LogCursor {
 enum class Step : uint32_t { kGate = 0, kCounts = 1, kPlan = 2, kDispatch = 3 };
 inline constexpr uint32_t kSteps = 4;
 
-// Of a launch, by the lane itself; the scheduler's own records say what all of them awaited before the roles parted.
+// Of a launch and a lane.  The load lane's warp writes it as it leaves, the lane itself how it left and, by units, the end
+// of its plan.  The scheduler's own records say what all lanes awaited before the roles parted.
 struct alignas(64) StepImage {
   uint64_t begin_ns;
   uint64_t end_ns[kSteps];  // 0: not reached, or a record of the lane's own
-  uint64_t left_ns;         // 0: not yet
+  uint64_t left_ns;         // 0: it never left
   uint16_t iter;            // as in a Record
   uint16_t iter_flags;
   uint32_t tokens;  // that the CTA has routed

@@ -25,6 +25,13 @@ struct TileLog;
 template <>
 struct TileLog<false> {};
 
+// When a CTA's first steps of a launch ended.
+template <bool kTraced>
+struct StepEnds;
+
+template <>
+struct StepEnds<false> {};
+
 }  // namespace flashmoe
 
 #ifndef FLASHMOE_NO_TRACE
@@ -46,14 +53,15 @@ struct TraceState<P, true> {
   uint16_t iter;
   uint8_t iter_flags;
   uint8_t keep_last;
-  uint32_t place;    // of the next record, where the last ones are kept
-  StepImage* steps;  // of this launch, on a GPU
+  uint32_t place;       // of the next record, where the last ones are kept
+  StepImage* steps;     // of this launch, on a GPU, once keep_steps() has run
+  uint64_t planned_ns;  // where a lane plans for itself: when it had, else 0
 
   FLASHMOE_HD static LogCursor written_into(const RingHeader* ring) {
     return {ring->count, ring->next};
   }
 
-  // Before begin(): the actor's ring is the one at `index`, of `ring_capacity` records, which has come as far as
+  // Before begin_launch(): the actor's ring is the one at `index`, of `ring_capacity` records, which has come as far as
   // `written`.
   FLASHMOE_HD void record_into(RingHeader* rings, Record* all, uint64_t index,
                                uint32_t ring_capacity, bool keeps_last, const LogCursor& written) {
@@ -65,13 +73,15 @@ struct TraceState<P, true> {
     place = written.next;
   }
 
-  FLASHMOE_HD void begin_ring(uint32_t iteration, uint16_t rank, uint16_t sm, uint16_t cta,
-                              uint8_t lane) {
-    iter = static_cast<uint16_t>(iteration < 0xffffu ? iteration : 0xffffu);
-    iter_flags = iteration < 0xffffu ? 0 : kFlagIterWrapped;
+  FLASHMOE_HD void begin_launch(uint32_t iteration) {
+    iter = iter_of(iteration);
+    iter_flags = iter_flags_of(iteration);
     begin_ns = last_ns = P::now_ns();
     begin_cycles = P::cycles();
-    if constexpr (P::kImages) return;
+    planned_ns = 0;
+  }
+  // Where the host does not make it of an image.
+  FLASHMOE_HD void begin_header(uint16_t rank, uint16_t sm, uint16_t cta, uint8_t lane) {
     ring->begin_ns = begin_ns;
     ring->end_ns = 0;
     ring->begin_cycles = begin_cycles;
@@ -88,6 +98,7 @@ struct TraceState<P, true> {
     const uint64_t now = P::now_ns();
     const uint64_t cycles = P::cycles();
     if constexpr (P::kImages) {
+      if (planned_ns != 0) steps->end_ns[static_cast<uint32_t>(Step::kPlan)] = planned_ns;
       steps->left_ns = now;
       steps->cycles = saturate_u32(cycles - begin_cycles);
     } else {
@@ -105,28 +116,15 @@ struct TraceState<P, true> {
     ring->next = place;
   }
 
-  // Before begin_ring(): the lane's images of all launches, one behind the other `stride` apart, and one behind the last
-  // for launches that are not kept.  Where the last ones are, `most` is a power of two.
-  FLASHMOE_HD void steps_into(StepImage* of_lane, uint32_t stride, uint32_t most,
-                              uint32_t iteration) {
-    const uint32_t at = keep_last != 0     ? iteration & (most - 1)
-                        : iteration < most ? iteration
-                                           : most;
-    steps = of_lane + static_cast<uint64_t>(at) * stride;
-  }
-  FLASHMOE_HD void begin_steps(uint32_t sm) {
-    StepImage s{};
-    s.begin_ns = begin_ns;
-    s.sm = sm;
-    s.iter = iter;
-    s.iter_flags = iter_flags;
-    *steps = s;
-  }
-  // A step has ended, at `now`.
-  FLASHMOE_HD void mark(Step step, uint64_t now) {
-    steps->end_ns[static_cast<uint32_t>(step)] = now;
-    last_ns = now;
-  }
+  // Before end_ring(), by whoever has the time: all but what the lane itself knows.  The lane's images of all launches lie
+  // `stride` apart, and behind the last one is one for launches that are not kept.  Where the last ones are, `most` is a
+  // power of two.
+  FLASHMOE_HD void keep_steps(StepImage* of_lane, uint32_t stride, uint32_t most,
+                              uint32_t iteration, const StepEnds<true>& ends, uint32_t tokens,
+                              uint32_t sm);
+
+  // The lane has planned for itself.
+  FLASHMOE_HD void planned() { planned_ns = last_ns = P::now_ns(); }
 
   // A wait begins that may never end: its record, and the count that makes a reader see it.
   FLASHMOE_HD void open_wait(EventKind kind, uint64_t from, uint16_t peer, uint16_t expert,
@@ -169,6 +167,27 @@ struct TraceState<P, true> {
     P::put_record(place, r);
   }
 };
+
+template <>
+struct StepEnds<true> {
+  uint64_t ns[kSteps];  // 0: not reached
+};
+
+template <class P>
+FLASHMOE_HD void TraceState<P, true>::keep_steps(StepImage* of_lane, uint32_t stride, uint32_t most,
+                                                 uint32_t iteration, const StepEnds<true>& ends,
+                                                 uint32_t tokens, uint32_t sm) {
+  const uint32_t at = keep_last != 0 ? iteration & (most - 1) : iteration < most ? iteration : most;
+  steps = of_lane + static_cast<uint64_t>(at) * stride;
+  StepImage s{};
+  s.begin_ns = begin_ns;
+  for (uint32_t i = 0; i < kSteps; ++i) s.end_ns[i] = ends.ns[i];
+  s.iter = iter;
+  s.iter_flags = iter_flags;
+  s.tokens = s.end_ns[static_cast<uint32_t>(Step::kGate)] != 0 ? tokens : 0;
+  s.sm = sm;
+  *steps = s;
+}
 
 template <>
 struct TileLog<true> {

@@ -215,6 +215,7 @@ struct Shared : PutState<kPuts> {
   Task tasks[kTasks];
   GpuActor<kTraced> actors[kLanes];
   TileLog<kTraced> log;
+  StepEnds<kTraced> steps;
   Shape shape;
   HeapLayout layout;
   Heap heaps[kMaxRanks];
@@ -318,17 +319,13 @@ __device__ __forceinline__ int led_lane() {
   return warp == kMathWarp + kTeamWarps ? static_cast<int>(Lane::k_math1) : -1;
 }
 
-// A step has ended, for every actor.  `value` goes into its image at `field`.
+// A step ends for all actors, which have gone through it together.  A barrier of the CTA follows, or the launch's end, so that
+// none does anything else before.  One thread says so: code that runs once a launch takes as long as its instructions take
+// to come.
 template <bool kTraced>
-__device__ __forceinline__ void mark_all(Shared<kTraced>& sh, Step step,
-                                         uint32_t StepImage::* field = nullptr,
-                                         uint32_t value = 0) {
+__device__ __forceinline__ void mark_all(Shared<kTraced>& sh, Step step) {
   if constexpr (kTraced) {
-    const int lane = led_lane();
-    if (lane < 0) return;
-    GpuActor<kTraced>& actor = sh.actors[lane];
-    actor.mark(step, ptx::globaltimer());
-    if (field != nullptr) actor.steps->*field = value;
+    if (ptx::thread_id() == 0) sh.steps.ns[static_cast<uint32_t>(step)] = ptx::globaltimer();
   }
 }
 

@@ -256,6 +256,7 @@ __device__ __forceinline__ void record_first(Shared<kTraced>& sh, const Place& p
                                              const DispatchUnit& units) {
   if constexpr (kTraced) {
     const int lane = led_lane();
+    if (lane >= 0) sh.actors[lane].last_ns = sh.steps.ns[static_cast<uint32_t>(Step::kPlan)];
     const uint32_t warp = ptx::thread_id() / 32, warps = warp >= kMathWarp ? kTeamWarps : 1;
     record_moved(sh, place, lane < 0 ? nullptr : &sh.actors[lane], now, units,
                  [&](const DispatchUnit& u, uint32_t before) {
@@ -281,7 +282,12 @@ __device__ inline void dispatch_first(Shared<kTraced>& sh, const Place& place,
   const uint32_t warp = ptx::thread_id() / 32, thread = ptx::lane_id();
   if (sh.gathers) {
     const uint32_t rows = sh.tables.chunk_order[shape.experts];
-    mark_all(sh, Step::kDispatch);  // before any of it is announced
+    if constexpr (kTraced) {  // they are there with the plan
+      auto& ends = sh.steps.ns;
+      if (ptx::thread_id() == 0) {
+        ends[static_cast<uint32_t>(Step::kDispatch)] = ends[static_cast<uint32_t>(Step::kPlan)];
+      }
+    }
     if (warp == 0) {
       ptx::fence_acq_rel_gpu();
       for (uint32_t e = thread; e < shape.experts; e += 32) {

@@ -428,7 +428,9 @@ __device__ __forceinline__ Status run_units(Shared<kTraced>& sh, const Place& pl
   const uint32_t warp = threadIdx.x / 32;
   const uint32_t group = warp < kMathWarp ? warp % 2 : (warp - kMathWarp) / kTeamWarps;
   const FewWork work(sh, place.tokens * sh.shape.top_k, group * sh.shape.chunks + place.chunk);
-  mark_all(sh, Step::kPlan);
+  if constexpr (kTraced) {
+    if (const int lane = led_lane(); lane >= 0) sh.actors[lane].planned();
+  }
   char* ring = stages + group * kFewRingBytes;
   FewCursor cursor;
   bool goes_on = true;

@@ -39,6 +39,34 @@ __device__ __forceinline__ Place place_of(const LaunchArgs& args) {
   return place;
 }
 
+// The traces of all lanes begin, by a warp that leads none of them: a lane of it an actor, the next one the log of tiles.
+template <bool kTraced>
+__device__ __forceinline__ void begin_traces(Shared<kTraced>& sh, const LaunchArgs& args,
+                                             const Place& place) {
+  const uint32_t lane = threadIdx.x % 32;
+  if (lane > kLanes) return;
+  const bool logs = lane == kLanes;
+  const uint64_t actor = static_cast<uint64_t>(blockIdx.x) * kLanes + lane;
+  const LogCursor written =
+      logs ? args.images_written[blockIdx.x] : GpuActor<kTraced>::written_into(args.rings + actor);
+  const uint64_t epoch = ptx::load_relaxed_sys(place.heap.at<uint64_t>(args.layout.epoch_word));
+  const uint32_t iteration = static_cast<uint32_t>(epoch) - args.iteration_base;
+  if (logs) {
+    sh.log.begin(args.images + static_cast<uint64_t>(blockIdx.x) * args.image_capacity,
+                 args.images_written + blockIdx.x, written, args.image_capacity,
+                 args.keep_last != 0);
+    for (Task& task : sh.tasks) {
+      task.iter = iter_of(iteration);
+      task.iter_flags = iter_flags_of(iteration);
+    }
+  } else {
+    GpuActor<kTraced>& a = sh.actors[lane];
+    a.record_into(args.rings, args.records, actor, args.ring_capacity, args.keep_last != 0,
+                  written);
+    a.begin_launch(iteration);
+  }
+}
+
 // Copies what every role needs from the arguments and makes the barriers and the actors.  The warps share
 // that: no launch, however short, can do anything before it is done.
 template <bool kTraced>
@@ -65,11 +93,8 @@ __device__ __forceinline__ void enter(Shared<kTraced>& sh, const LaunchArgs& arg
   }
   const int lane = led_lane();
   const uint64_t actor = static_cast<uint64_t>(blockIdx.x) * kLanes + lane;  // if it leads one
-  const bool schedules = lane == static_cast<int>(Lane::k_sched);
-  [[maybe_unused]] LogCursor written{}, images{};
   if constexpr (kTraced) {
-    if (lane >= 0) written = GpuActor<kTraced>::written_into(args.rings + actor);
-    if (schedules) images = args.images_written[blockIdx.x];
+    if (warp == 11) begin_traces(sh, args, place);
   }
   if (warp == 4) copy_by_warp(&sh.shape, &args.shape);
   if (warp == 5) copy_by_warp(&sh.layout, &args.layout);
@@ -87,6 +112,7 @@ __device__ __forceinline__ void enter(Shared<kTraced>& sh, const LaunchArgs& arg
     sh.next_token = 0;
     sh.math_combines = 0;
     for (uint32_t g = 0; g < kMathGroups; ++g) sh.teams[g] = {};
+    sh.steps = {};
     if constexpr (kPuts) sh.pending_tiles = 0;
   }
   if (thread == 9 * 32) {
@@ -107,13 +133,6 @@ __device__ __forceinline__ void enter(Shared<kTraced>& sh, const LaunchArgs& arg
     const uint32_t epoch = static_cast<uint32_t>(ptx::load_relaxed_sys(epoch_word)) + 1;
     GpuActor<kTraced>& a = sh.actors[lane];
     a.slot = args.slots + actor;
-    if constexpr (kTraced) {
-      a.record_into(args.rings, args.records, actor, args.ring_capacity, args.keep_last != 0,
-                    written);
-      a.steps_into(
-          args.steps + static_cast<uint64_t>(blockIdx.x) * (args.step_capacity + 1) * kLanes + lane,
-          kLanes, args.step_capacity, epoch - 1 - args.iteration_base);
-    }
     a.abort_word = place.heap.at<uint64_t>(args.layout.abort_word);
     a.deadline_ns = epoch == 1 ? args.first_deadline_ns : args.deadline_ns;
     a.lane = static_cast<uint8_t>(lane);
@@ -121,18 +140,6 @@ __device__ __forceinline__ void enter(Shared<kTraced>& sh, const LaunchArgs& arg
     a.sm = static_cast<uint16_t>(ptx::smid());
     a.cta = static_cast<uint16_t>(place.chunk);
     a.begin(epoch, epoch - 1 - args.iteration_base);
-    if constexpr (kTraced) {
-      a.begin_steps(a.sm);
-      if (schedules) {
-        sh.log.begin(args.images + static_cast<uint64_t>(blockIdx.x) * args.image_capacity,
-                     args.images_written + blockIdx.x, images, args.image_capacity,
-                     args.keep_last != 0);
-        for (Task& task : sh.tasks) {
-          task.iter = a.iter;
-          task.iter_flags = a.iter_flags;
-        }
-      }
-    }
   }
   // The barriers are there before the other CTA can arrive at them.
   if (place.pair_size == 1) {
@@ -329,6 +336,7 @@ __device__ inline void make_plan(Shared<kTraced>& sh, const Place& place) {
     const uint32_t row = sh.tables.prefix[e] + sh.tables.chunk_prefix[e] + slot;
     if (row < shape.pool_rows) origin[row] = begin + i / shape.top_k;  // else it overflows
   }
+  mark_all(sh, Step::kPlan);
   __syncthreads();
 }
 
@@ -340,7 +348,7 @@ __device__ inline Status prepare(Shared<kTraced>& sh, const LaunchArgs& args, co
   if (!by_units(sh)) clear_own_counts(sh, place);
   const Status routed = run_gate<T>(sh, place, stages);
   if (sh.sliced == 0) prefetch_code_by_all(args);  // many tokens' x has gone through L2 since
-  mark_all(sh, Step::kGate, &StepImage::tokens, sh.own.tokens);
+  mark_all(sh, Step::kGate);
   if (routed != Status::kOk) {
     if (threadIdx.x == 0 && routed == Status::kBadIds) raise_abort(sh, routed);
     return routed;
@@ -354,14 +362,33 @@ __device__ inline Status prepare(Shared<kTraced>& sh, const LaunchArgs& args, co
   send_counts(sh, place);
   if (!await_counts(sh, place)) return static_cast<Status>(sh.status);
   make_plan(sh, place);
-  mark_all(sh, Step::kPlan);
   return pool_rows_needed(sh.tables, sh.shape) > sh.shape.pool_rows ? Status::kOverflow
                                                                     : Status::kOk;
 }
 
+// What the host makes records of all lanes' first steps of, before the barrier of all that leave: by the load lane's warp,
+// which in most launches has been through for long.
+template <bool kTraced>
+__device__ __forceinline__ void keep_steps(Shared<kTraced>& sh, const LaunchArgs& args,
+                                           const Place& place) {
+  if constexpr (kTraced) {
+    if (threadIdx.x / 32 != kLoadWarp) return;
+    __syncwarp();  // what its first lane has stamped last
+    const uint32_t lane = threadIdx.x % 32;
+    if (lane >= kLanes) return;
+    GpuActor<kTraced>& actor = sh.actors[lane];
+    actor.keep_steps(
+        args.steps + static_cast<uint64_t>(blockIdx.x) * (args.step_capacity + 1) * kLanes + lane,
+        kLanes, args.step_capacity, place.epoch - 1 - args.iteration_base, sh.steps, sh.own.tokens,
+        actor.sm);
+  }
+}
+
 // The last CTA of the rank to leave says how the launch ended and moves the epoch on.
 template <bool kTraced>
-__device__ inline void leave(Shared<kTraced>& sh, const Place& place, Status status) {
+__device__ inline void leave(Shared<kTraced>& sh, const LaunchArgs& args, const Place& place,
+                             Status status) {
+  keep_steps(sh, args, place);
   // Neither CTA of a pair goes while the other may still arrive at its barriers.
   if (place.pair_size == 1) {
     __syncthreads();
@@ -407,12 +434,12 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
   if (status != Status::kOk) {
     // By units nobody waits for the other of a pair, and its barriers are others.
     if (threadIdx.x == 0 && !by_units(sh)) tell_left(sh, place);
-    leave(sh, place, status);
+    leave(sh, args, place, status);
     return;
   }
   if constexpr (!kPuts) {
     if (by_units(sh)) {
-      leave(sh, place, run_units<T, kGated>(sh, place, stages));
+      leave(sh, args, place, run_units<T, kGated>(sh, place, stages));
       return;
     }
   }
@@ -447,7 +474,7 @@ __device__ __forceinline__ void moe_forward(const LaunchArgs& args) {
     multiply_tiles<T, kGated>(sh, place, stages, group);
     combine<T>(sh, place, group, stages);
   }
-  leave(sh, place, Status::kOk);
+  leave(sh, args, place, Status::kOk);
 }
 
 }  // namespace flashmoe

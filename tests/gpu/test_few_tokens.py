@@ -81,9 +81,9 @@ def test_calls_of_few_and_of_many_tokens_take_turns() -> None:
     assert torch.equal(alone[8].view(torch.int16), alone[300][:8].view(torch.int16))
 
 
-@pytest.mark.parametrize("preset", ["qwen3-30b", "mixtral", "paper"])
+@pytest.mark.parametrize("preset", ["small", "qwen3-30b", "mixtral", "paper"])
 def test_the_trace_holds_every_unit_once(preset: str) -> None:
-    config = PRESETS[preset].config
+    config = SMALL if preset == "small" else PRESETS[preset].config
     tokens = most(config)
     weights, x = inputs(config, tokens)
     engine = engine_for(config, weights, [x], EngineOptions(traced=True, deadline_s=5.0))
@@ -98,6 +98,8 @@ def test_the_trace_holds_every_unit_once(preset: str) -> None:
     put = summed = of_counts = announced = 0
     for header, ring in zip(dump.headers, dump.records, strict=True):
         events = ring[: header["count"]]
+        for kind in (kinds.GATE, kinds.PLAN, kinds.LAUNCH):
+            assert int((events["kind"] == kind).sum()) == 1, kind
         for gemm, kind in ((1, kinds.GEMM1), (2, kinds.GEMM2)):
             mine = events[events["kind"] == kind]
             np.add.at(ran, mine["tile"], 1)
