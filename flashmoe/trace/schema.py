@@ -235,11 +235,14 @@ STEP_IMAGE: Final = np.dtype(
         ("begin_ns", "<u8"),
         ("end_ns", "<u8", (len(Step),)),
         ("left_ns", "<u8"),
+        ("past_tiles_ns", "<u8"),
+        ("past_tiles_cycles", "<u4"),
         ("iter", "<u2"),
         ("iter_flags", "<u2"),
         ("tokens", "<u4"),
         ("sm", "<u4"),
         ("cycles", "<u4"),
+        ("padding", "u1", (4,)),
     ]
 )
 FLIGHT_SLOT: Final = np.dtype(

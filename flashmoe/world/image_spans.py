@@ -143,8 +143,8 @@ def _paces(
     """float64 [n], ns a cycle: how the SM's clock goes as a math group multiplies each tile.
 
     As it does from a tile's begin to that of the next one which the CTA runs in the same launch.
-    For the last of a launch as in the whole of it; where that never ended, as from the tile before,
-    and for a tile alone as while it was loaded.
+    For the last of a launch as until its lane was past it; where that never came to pass, as from
+    the tile before, and for a tile alone as while it was loaded.
     """
     begin, clock = (images["stamps"][name][:, group] for name in ("begin_ns", "begin_cycles"))
     load = images["loads"][:, 0]
@@ -157,10 +157,12 @@ def _paces(
     between = _ns_per_cycle(to_next, clock[1:] - clock[:-1])
     pace[1:][follows] = between[follows]
     known = np.flatnonzero(launch >= 0)
-    whole = steps[cta[known], launch[known], lane]
-    ended = (whole["left_ns"] != 0) & (whole["cycles"] < LONGEST)
-    whole = whole[ended]
-    pace[known[ended]] = _ns_per_cycle(whole["left_ns"] - whole["begin_ns"], whole["cycles"])
+    past = steps[cta[known], launch[known], lane]
+    ended = (past["past_tiles_ns"] != 0) & (past["past_tiles_ns"] - begin[known] < _WRAPS_NS)
+    past, known = past[ended], known[ended]
+    pace[known] = _ns_per_cycle(
+        past["past_tiles_ns"] - begin[known], past["past_tiles_cycles"] - clock[known]
+    )
     pace[:-1][follows] = between[follows]
     return pace
 

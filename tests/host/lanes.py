@@ -69,15 +69,23 @@ class Cta:
     steps: np.ndarray  # [launches, lanes]
 
 
-def cta_of(rng: np.random.Generator, launches: int, tiles: int) -> Cta:
+def cta_of(rng: np.random.Generator, launches: int, tiles: int, *, steady: bool = True) -> Cta:
+    """``steady``: the SM's clock goes at one pace through a launch, else at two in turn."""
     lanes = {lane: Model() for lane in Lane}
     images = np.zeros(launches * tiles, schema.TILE_IMAGE)
     steps = np.zeros((launches, len(Lane)), schema.STEP_IMAGE)
     clock = 1000
+    # Of a math lane, where its last tile began: ns, the SM's clock and how fast it has gone since.
+    begun = dict.fromkeys((Lane.MATH0, Lane.MATH1), (0, 0xFFFF0000, 2))
 
-    def cycles_at(launch: int, ns: int) -> int:
-        """The low half of the SM's clock, at 2 or 3 GHz."""
-        return (0xFFFF0000 + (2 + launch % 2) * ns) % (1 << 32)
+    def pace_of(launch: int, tile: int) -> int:
+        """GHz."""
+        return 2 + (launch + (0 if steady else tile)) % 2
+
+    def cycles_at(lane: Lane, ns: int) -> int:
+        """The low half of the SM's clock."""
+        at, cycles, pace = begun[lane]
+        return (cycles + pace * (ns - at)) % (1 << 32)
 
     def later(most: int) -> int:
         return int(rng.integers(1, most)) * 32
@@ -159,7 +167,7 @@ def cta_of(rng: np.random.Generator, launches: int, tiles: int) -> Cta:
                 wait(model, int(image["wait_to"]))
                 model.last = max(model.last, begin)
                 end = max(begin, model.last) + later(50)
-                took = (2 + launch % 2) * (end - begin)
+                took = pace_of(launch, n) * (end - begin)
                 model.span(EventKind.LOAD, end, False, **of_tile, aux=took, stall_cycles=n)
                 stamps["begin_ns"], stamps["end_ns"] = begin, end
                 stamps["cycles"], stamps["stall_cycles"] = took, n
@@ -170,12 +178,14 @@ def cta_of(rng: np.random.Generator, launches: int, tiles: int) -> Cta:
                 products = begin + later(50)
                 done = products if gemm == 1 else products + later(10)
                 stamps["begin_ns"], stamps["stall_cycles"] = begin, n
+                pace = pace_of(launch, n)
+                begun[lane] = begin, cycles_at(lane, begin), pace
                 for name, ns in {"begin": begin, "products": products, "end": done}.items():
-                    stamps[f"{name}_cycles"] = cycles_at(launch, ns)
+                    stamps[f"{name}_cycles"] = cycles_at(lane, ns)
                 wait(model, min(int(image["wait_to"]), begin))
                 model.last = begin
                 kind = EventKind.GEMM1 if gemm == 1 else EventKind.GEMM2
-                took = (2 + launch % 2) * (products - begin)
+                took = pace * (products - begin)
                 model.span(kind, products, False, **of_tile, aux=took, stall_cycles=n)
                 column = int(tile["col_tile"]) * 2 * COLUMNS + group * COLUMNS
                 free[lane] = done
@@ -201,6 +211,9 @@ def cta_of(rng: np.random.Generator, launches: int, tiles: int) -> Cta:
         clock = max(*free.values(), max(model.last for model in lanes.values())) + 32
         for lane in (Lane.COMM0, Lane.COMM1, Lane.MATH0, Lane.MATH1):
             lanes[lane].last = clock
+            if lane in begun:
+                steps["past_tiles_ns"][launch, lane] = clock
+                steps["past_tiles_cycles"][launch, lane] = cycles_at(lane, clock)
             lanes[lane].waited(EventKind.WAIT_RETURN, clock, clock + 96, True, iter=launch)
             lanes[lane].span(EventKind.COMBINE, clock + 160, True, iter=launch, aux=1)
         clock += 320

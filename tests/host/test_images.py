@@ -95,19 +95,27 @@ def check_math(cta: Cta) -> None:
 
 
 @pytest.mark.parametrize("tiles", [1, 5])
-def test_clocks_go_as_in_the_launch_and_from_tile_to_tile(tiles: int) -> None:
-    """What the load lane's clock says is asked where nothing else is known."""
-    cta = cta_of(np.random.default_rng(8), 2, tiles)
-    true = cta.tiles["loads"]["cycles"].copy()
+def test_clocks_go_as_from_tile_to_tile_and_to_the_end_of_them(tiles: int) -> None:
+    """What else could tell of their pace is wrong."""
+    cta = cta_of(np.random.default_rng(8), 2, tiles, steady=False)
+    cta.tiles["loads"]["cycles"] //= 7
+    cta.steps["left_ns"] = 0
+    check_math(cta)
+
+
+def test_clocks_of_a_launch_that_ended_early_go_as_in_the_tile_before() -> None:
+    cta = cta_of(np.random.default_rng(8), 2, 5)
+    cta.steps["left_ns"] = cta.steps["past_tiles_ns"] = 0
     cta.tiles["loads"]["cycles"] //= 7
     check_math(cta)
-    cta.steps["left_ns"] = 0
-    if tiles > 1:
-        check_math(cta)
-    else:
-        with pytest.raises(AssertionError):
-            check_math(cta)
-        cta.tiles["loads"]["cycles"] = true
+
+
+def test_the_clock_of_a_tile_alone_goes_as_while_it_was_loaded() -> None:
+    cta = cta_of(np.random.default_rng(8), 2, 1)
+    cta.steps["left_ns"] = cta.steps["past_tiles_ns"] = 0
+    check_math(cta)
+    cta.tiles["loads"]["cycles"] //= 7
+    with pytest.raises(AssertionError):
         check_math(cta)
 
 
@@ -117,6 +125,7 @@ def test_a_launch_of_the_same_number_is_another() -> None:
     cta.tiles["iter"] = 0
     for name in ("begin", "products", "end"):
         cta.tiles["stamps"][f"{name}_cycles"][3:] += 1_000_000
+    cta.steps["past_tiles_cycles"][1:] += 1_000_000
     for lane in cta.lanes.values():
         gemms = (EventKind.GEMM1, EventKind.GEMM2, EventKind.GIVE_BACK, EventKind.PUT)
         tile = (*gemms, EventKind.LOAD, EventKind.SCHEDULE, EventKind.WAIT_ROWS, EventKind.WAIT_H)
