@@ -82,11 +82,11 @@ inline constexpr uint32_t kSteps = 4;
 // parted.
 struct alignas(16) StepImage {
   uint64_t begin_ns;
-  uint64_t end_ns[kSteps];  // 0: not reached, or a record of the lane's own
-  uint64_t left_ns;         // 0: it never left
-  uint64_t past_tiles_ns;   // 0: no math lane's, or it has not come to the end of its tiles
-  uint32_t past_tiles_cycles;
-  uint16_t iter;  // as in a Record
+  uint64_t end_ns[kSteps];     // 0: not reached, or a record of the lane's own
+  uint64_t left_ns;            // 0: not yet
+  uint64_t past_tiles_ns;      // 0: no math lane's, or it has not come to the end of its tiles
+  uint32_t past_tiles_cycles;  // means nothing where that is 0
+  uint16_t iter;               // as in a Record
   uint16_t iter_flags;
   uint32_t tokens;  // that the CTA has routed
   uint32_t sm;      // physical SM (%smid)

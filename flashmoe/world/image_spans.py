@@ -143,8 +143,8 @@ def _paces(
     """float64 [n], ns a cycle: how the SM's clock goes as a math group multiplies each tile.
 
     As it does from a tile's begin to that of the next one which the CTA runs in the same launch.
-    For the last of a launch as until its lane was past it; where that never came to pass, as from
-    the tile before, and for a tile alone as while it was loaded.
+    For the last of a launch as until its lane was past it; where that never came to pass, or too
+    late, as from the tile before, and for a tile alone as while it was loaded.
     """
     begin, clock = (images["stamps"][name][:, group] for name in ("begin_ns", "begin_cycles"))
     load = images["loads"][:, 0]
@@ -158,8 +158,8 @@ def _paces(
     pace[1:][follows] = between[follows]
     known = np.flatnonzero(launch >= 0)
     past = steps[cta[known], launch[known], lane]
-    ended = (past["past_tiles_ns"] != 0) & (past["past_tiles_ns"] - begin[known] < _WRAPS_NS)
-    past, known = past[ended], known[ended]
+    told = past["past_tiles_ns"] - begin[known] < _WRAPS_NS  # where it is 0, that is not
+    past, known = past[told], known[told]
     pace[known] = _ns_per_cycle(
         past["past_tiles_ns"] - begin[known], past["past_tiles_cycles"] - clock[known]
     )

@@ -76,7 +76,7 @@ def in_order(dump: RingDump) -> list[np.ndarray]:
 @pytest.mark.parametrize("seed", range(8))
 def test_records_are_those_that_each_lane_would_have_written(mode: RingMode, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    made = [cta_of(rng, 3, int(rng.integers(1, 40))) for _ in range(3)]
+    made = [cta_of(rng, 3, int(rng.integers(1, 40)), steady=False) for _ in range(3)]
     dump = dumped(made, mode)
     assert not from_dump(dump).dropped.any()
     expected = [as_records(cta.lanes[lane].all) for cta in made for lane in Lane]
@@ -103,9 +103,16 @@ def test_clocks_go_as_from_tile_to_tile_and_to_the_end_of_them(tiles: int) -> No
     check_math(cta)
 
 
-def test_clocks_of_a_launch_that_ended_early_go_as_in_the_tile_before() -> None:
+@pytest.mark.parametrize("late_ns", [None, 5_000_000_000])
+def test_clocks_of_a_launch_that_ended_ill_go_as_in_the_tile_before(late_ns: int | None) -> None:
+    """Its lanes were never past their tiles, or so late that 32 bits of a clock do not say when."""
     cta = cta_of(np.random.default_rng(8), 2, 5)
-    cta.steps["left_ns"] = cta.steps["past_tiles_ns"] = 0
+    cta.steps["left_ns"] = 0
+    if late_ns is None:
+        cta.steps["past_tiles_ns"] = 0
+    else:
+        cta.steps["past_tiles_ns"] += late_ns
+        cta.steps["past_tiles_cycles"] += 2 * late_ns % (1 << 32)
     cta.tiles["loads"]["cycles"] //= 7
     check_math(cta)
 
