@@ -158,11 +158,10 @@ def _paces(
     pace[1:][follows] = between[follows]
     known = np.flatnonzero(launch >= 0)
     past = steps[cta[known], launch[known], lane]
-    told = past["past_tiles_ns"] - begin[known] < _WRAPS_NS  # where it is 0, that is not
-    past, known = past[told], known[told]
-    pace[known] = _ns_per_cycle(
-        past["past_tiles_ns"] - begin[known], past["past_tiles_cycles"] - clock[known]
-    )
+    to_past = past["past_tiles_ns"] - begin[known]
+    told = to_past < _WRAPS_NS  # where there is no such time, that is not
+    to_the_end = _ns_per_cycle(to_past, past["past_tiles_cycles"] - clock[known])
+    pace[known[told]] = to_the_end[told]
     pace[:-1][follows] = between[follows]
     return pace
 
